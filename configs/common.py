@@ -1,0 +1,81 @@
+"""What the configs of all tasks share; the defaults are the paper's where it states them."""
+
+import ml_collections
+
+
+def base_config() -> ml_collections.ConfigDict:
+    c = ml_collections.ConfigDict()
+    c.seed = 0
+    c.task = ""
+    c.methods = (
+        "none",
+        "bm25",
+        "recency",
+        "pplug",
+        "instruction_only",
+        "shuffled_user",
+        "mean_persona",
+    )
+
+    c.data = ml_collections.ConfigDict()
+    c.data.path = ""  # directory of LaMP files; empty: the embedded sample
+    c.data.train_split = "train"
+    c.data.eval_split = "dev"
+    c.data.sample_train_users = 0
+    c.data.sample_eval_users = 0
+    c.data.max_input_length = 256  # the LLM's tokens of the input, demonstrations included
+    c.data.max_target_length = 64
+    c.data.max_history = 512  # newest items of a profile
+    c.data.buckets = 3  # padded prompt lengths, and so compiled shapes
+    c.data.history_store = ""  # directory; empty: WORKDIR/history
+
+    c.llm = ml_collections.ConfigDict()
+    c.llm.path = ""  # Hugging Face directory, or assets/NAME for a bundled model
+    c.llm.source = ""  # where that directory can be had, for the error message
+    c.llm.dtype = "bfloat16"
+    c.llm.separator = "\n"  # between input and answer
+
+    c.encoder = ml_collections.ConfigDict()
+    c.encoder.path = ""
+    c.encoder.source = ""
+    c.encoder.pooling = ""  # cls or mean; empty: as the directory says
+    c.encoder.max_length = 512
+    c.encoder.dtype = "float32"
+    c.encoder.batch_size = 64
+
+    c.plug = ml_collections.ConfigDict()
+    c.plug.num_persona_tokens = 1
+    c.plug.temperature = 1.0
+    c.plug.learned_temperature = False
+    c.plug.history_dropout = 0.5  # largest share of a history that training leaves out
+    c.plug.persona_dropout = 0.0  # share of the training examples that get the null persona
+    c.plug.dtype = "float32"  # of the computation; parameters are always float32
+
+    c.train = ml_collections.ConfigDict()
+    c.train.batch_size = 64
+    c.train.accumulation = 1  # parts that a batch is worked off in
+    c.train.epochs = (
+        22.0  # the paper's 2, over its 11 copies of the data with different history dropout
+    )
+    c.train.learning_rate = 1e-4
+    c.train.weight_decay = 1e-4
+    c.train.warmup = 0.05  # share of the steps
+    c.train.clip_norm = 1.0
+    c.train.remat = False  # recompute the LLM's activations in the backward pass
+    c.train.log_every = 20
+    c.train.checkpoint_every = 200
+    c.train.keep = 2
+
+    c.eval = ml_collections.ConfigDict()
+    c.eval.batch_size = 64
+    c.eval.num_beams = 4
+    c.eval.length_penalty = 1.0
+    c.eval.max_new_tokens = 64
+    c.eval.top_k = 4  # demonstrations of the retrieval methods
+    c.eval.bootstrap_samples = 2000
+
+    c.mesh = ml_collections.ConfigDict()
+    c.mesh.data = -1  # what the other axes leave
+    c.mesh.fsdp = 1
+    c.mesh.tensor = 1
+    return c

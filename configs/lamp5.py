@@ -1,0 +1,47 @@
+"""LaMP-5, scholarly title generation.
+
+`--config=configs/lamp5.py` runs on the embedded sample with the bundled tiny models.
+`--config=configs/lamp5.py:llama3_1b` is a preset for real data; it says which paths it needs.
+"""
+
+import ml_collections
+
+from configs import common
+
+PRESETS = {
+    "llama3_1b": "meta-llama/Llama-3.2-1B",
+    "llama3_8b": "meta-llama/Llama-3.1-8B",
+}
+
+
+def get_config(arg: str = "embedded") -> ml_collections.ConfigDict:
+    c = common.base_config()
+    c.task = "LaMP_5"
+    if arg == "embedded":
+        c.data.sample_train_users = 1000
+        c.data.sample_eval_users = 300
+        c.data.max_input_length = 160
+        c.data.max_target_length = 48
+        c.llm.path = "assets/tiny_llama"
+        c.llm.dtype = "float32"
+        c.encoder.path = "assets/tiny_bert"
+        c.encoder.max_length = 128
+        c.plug.num_persona_tokens = 1
+        c.train.batch_size = 32
+        c.train.epochs = 10.0
+        c.train.learning_rate = 2e-3
+        c.eval.num_beams = 1
+        c.eval.max_new_tokens = 48
+    elif arg in PRESETS:
+        c.data.path = "data/LaMP_5"
+        c.llm.path = f"models/{arg}"
+        c.llm.source = PRESETS[arg]
+        c.encoder.path = "models/bge-base-en-v1.5"
+        c.encoder.source = "BAAI/bge-base-en-v1.5"
+        c.plug.dtype = "bfloat16"
+        c.train.remat = True
+    else:
+        raise ValueError(
+            f"configs/lamp5.py:{arg}: unknown; known are embedded, {', '.join(PRESETS)}"
+        )
+    return c

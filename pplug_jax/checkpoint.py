@@ -1,0 +1,115 @@
+"""Orbax checkpoints of a training run: the plug, the optimiser, the data iterator and the step; never the LLM."""
+
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; the message says what to do."""
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """A tree's arrays under their paths: what is stored does not depend on our classes."""
+    return {
+        jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _restored_like(tree: Any, arrays: dict[str, Any]) -> Any:
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    return jax.tree_util.tree_unflatten(
+        structure, [arrays[jax.tree_util.keystr(path)] for path, _ in leaves]
+    )
+
+
+class Checkpoints:
+    """The checkpoints of one plug, the newest `keep` of them; saving goes on in the background."""
+
+    def __init__(self, directory: str | Path, keep: int = 2):
+        self.directory = Path(directory).absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self.manager = ocp.CheckpointManager(self.directory, options=options)
+
+    @property
+    def latest(self) -> int | None:
+        """The newest whole checkpoint's step."""
+        return self.manager.latest_step()
+
+    def save(self, step: int, plug: Any, opt_state: Any, data: grain.DatasetIterator) -> None:
+        """Begins to write a checkpoint.
+
+        Raises:
+            CheckpointError: this one or the one before could not be written, for instance to a full disk.
+        """
+        if step == self.latest:
+            return
+        items = ocp.args.Composite(
+            plug=ocp.args.StandardSave(_named(plug)),
+            optimizer=ocp.args.StandardSave(_named(opt_state)),
+            data=grain.checkpoint.CheckpointSave(data),
+        )
+        try:
+            self.manager.save(step, items)
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def wait(self) -> None:
+        """Returns when everything is on disk; raises as `save`."""
+        try:
+            self.manager.wait_until_finished()
+            self.manager.check_for_errors()
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def restore(
+        self, plug: Any, opt_state: Any, data: grain.DatasetIterator
+    ) -> tuple[Any, Any, int]:
+        """The newest checkpoint, its arrays laid out as those of `plug` and `opt_state`; `data` is set to its place."""
+        step = self.latest
+        restored = self.manager.restore(
+            step,
+            ocp.args.Composite(
+                plug=ocp.args.StandardRestore(_abstract(plug)),
+                optimizer=ocp.args.StandardRestore(_abstract(opt_state)),
+                data=grain.checkpoint.CheckpointRestore(data),
+            ),
+        )
+        return (
+            _restored_like(plug, restored["plug"]),
+            _restored_like(opt_state, restored["optimizer"]),
+            step,
+        )
+
+    def restore_plug(self, plug: Any) -> tuple[Any, int]:
+        """The newest checkpoint's plug alone, laid out as `plug`, and its step.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        step = self.latest
+        if step is None:
+            raise CheckpointError(f"{self.directory}: no checkpoint; train first (--mode=train)")
+        restored = self.manager.restore(
+            step, ocp.args.Composite(plug=ocp.args.StandardRestore(_abstract(plug)))
+        )
+        return _restored_like(plug, restored["plug"]), step
+
+    def close(self) -> None:
+        self.manager.close()
+
+    def _failed(self, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"{self.directory}: the checkpoint could not be written ({error}); is the disk full? "
+            f"The last whole one is step {self.latest}: make room and run the same command again to go on from there"
+        )
+
+
+def _abstract(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    return {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        for name, x in _named(tree).items()
+    }

@@ -1,0 +1,267 @@
+"""Examples as batches of fixed shapes: tokenised once, bucketed by length, assembled by Grain, sharded by host."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import grain
+import jax
+import numpy as np
+import transformers
+from jax.sharding import Mesh
+
+from pplug_jax.data.history import HistoryStore
+from pplug_jax.data.lamp import Example
+from pplug_jax.data.tasks import Task
+from pplug_jax.mesh import sharding
+
+ROUND = 16  # padded lengths are multiples of this
+
+
+class Batch(NamedTuple):
+    """B rows; a row with `weight` 0 only fills up the batch.
+
+    prompt, prompt_mask: (B, L) int32 and bool, the LLM's input without the soft tokens.
+    target, target_mask: (B, T) int32 and bool, the gold output with its end-of-sequence token.
+    query, query_mask: (B, Q) int32 and bool, the input as the input encoder's tokens.
+    history, history_mask: (B, H, E) float32 and (B, H) bool, the encoded history.
+    index: (B,) int32, each row's place in the list of examples. weight: (B,) float32, 1 or 0.
+    """
+
+    prompt: jax.Array | np.ndarray
+    prompt_mask: jax.Array | np.ndarray
+    target: jax.Array | np.ndarray
+    target_mask: jax.Array | np.ndarray
+    query: jax.Array | np.ndarray
+    query_mask: jax.Array | np.ndarray
+    history: jax.Array | np.ndarray
+    history_mask: jax.Array | np.ndarray
+    index: jax.Array | np.ndarray
+    weight: jax.Array | np.ndarray
+
+
+class Tokenized(NamedTuple):
+    """One example's variable-length arrays; `rows` are its history's rows in the store."""
+
+    prompt: np.ndarray
+    target: np.ndarray
+    query: np.ndarray
+    rows: np.ndarray
+
+
+class Tokenizer:
+    """The LLM's tokenizer with the prompt's fixed parts: [BOS] input separator | target EOS.
+
+    The soft tokens stand behind `prefix_length` tokens: after BOS, where the tokenizer has one.
+    """
+
+    def __init__(
+        self,
+        tokenizer: transformers.PreTrainedTokenizerBase,
+        separator: str,
+        eos_ids: Sequence[int],
+    ):
+        self.tokenizer = tokenizer
+        self.prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self.prefix_length = len(self.prefix)
+        self.separator = self.ids(separator)
+        eos = (
+            tokenizer.eos_token_id
+            if tokenizer.eos_token_id is not None
+            else next(iter(eos_ids), None)
+        )
+        self.eos = [] if eos is None else [eos]
+
+    def ids(self, text: str) -> list[int]:
+        """The text's tokens; special tokens that a user writes are read as plain text."""
+        return self.tokenizer.encode(
+            text, add_special_tokens=False, split_special_tokens=True, verbose=False
+        )
+
+    def prompt(self, text: str, max_length: int) -> np.ndarray:
+        """At most `max_length` tokens of `text`, between the prefix and the separator."""
+        return np.array([*self.prefix, *self.ids(text)[:max_length], *self.separator], np.int32)
+
+    def target(self, text: str, max_length: int) -> np.ndarray:
+        """At most `max_length` tokens, the end-of-sequence token counted."""
+        return np.array([*self.ids(text)[: max_length - len(self.eos)], *self.eos], np.int32)
+
+
+def tokenize(
+    task: Task,
+    examples: Sequence[Example],
+    histories: Sequence[Sequence[dict]],
+    tokenizer: Tokenizer,
+    store: HistoryStore,
+    *,
+    max_input_length: int,
+    max_target_length: int,
+    max_history: int,
+    prompts: Sequence[str] | None = None,
+) -> list[Tokenized]:
+    """Tokenises `examples`, with `histories` in place of their own profiles, and `prompts` in place of their inputs.
+
+    Of a history longer than `max_history` the last items are kept, LaMP's newest.
+    """
+    queries = store.encoder.tokenize([task.query(example.input) for example in examples])
+    return [
+        Tokenized(
+            tokenizer.prompt(example.input if prompts is None else prompts[i], max_input_length),
+            tokenizer.target(example.target or "", max_target_length),
+            np.array(queries[i], np.int32),
+            store.rows([task.item_text(item) for item in histories[i][-max_history:]]),
+        )
+        for i, example in enumerate(examples)
+    ]
+
+
+def round_up(length: int) -> int:
+    return max(ROUND, -(-length // ROUND) * ROUND)
+
+
+class Buckets:
+    """A handful of padded shapes for a list of examples, at the quantiles of their prompts' lengths.
+
+    Every example fits its bucket and all larger ones.
+    """
+
+    def __init__(self, examples: Sequence[Tokenized], count: int):
+        prompts = np.array([len(e.prompt) for e in examples])
+        edges = sorted(
+            {
+                round_up(int(q))
+                for q in np.quantile(prompts, np.linspace(0, 1, count + 1)[1:], method="higher")
+            }
+        )
+        self.of = np.searchsorted(edges, prompts)
+        queries = np.array([len(e.query) for e in examples])
+        self.shapes = [
+            (edge, round_up(queries[self.of <= b].max(initial=1))) for b, edge in enumerate(edges)
+        ]
+        self.target = round_up(max(len(e.target) for e in examples))
+        self.history = round_up(max(len(e.rows) for e in examples))
+
+
+def plan_batches(
+    order: np.ndarray, bucket_of: np.ndarray, batch_size: int
+) -> list[tuple[int, np.ndarray]]:
+    """(bucket, indices) of every batch of an epoch in `order`: ceil(n / batch_size) of them.
+
+    What is left over of a bucket moves to the next larger, so that only the last batch may be short.
+    """
+    batches: list[tuple[int, np.ndarray]] = []
+    rest = order[:0]
+    for bucket in range(bucket_of.max() + 1):
+        rest = np.concatenate([rest, order[bucket_of[order] == bucket]])
+        full = len(rest) // batch_size * batch_size
+        batches += [(bucket, indices) for indices in rest[:full].reshape(-1, batch_size)]
+        rest = rest[full:]
+    return batches + ([(int(bucket_of.max()), rest)] if len(rest) else [])
+
+
+class Plan(grain.sources.RandomAccessDataSource):
+    """Batch `step` of training as (step, bucket, indices): each epoch in its own order, known without the ones before."""
+
+    def __init__(self, bucket_of: np.ndarray, batch_size: int, epochs: float, seed: int):
+        self.bucket_of, self.batch_size, self.seed = bucket_of, batch_size, seed
+        self.per_epoch = -(-len(bucket_of) // batch_size)
+        self.steps = max(1, round(self.per_epoch * epochs))
+        self.epoch = functools.lru_cache(maxsize=2)(self._epoch)
+
+    def _epoch(self, epoch: int) -> list[tuple[int, np.ndarray]]:
+        rng = np.random.default_rng((self.seed, epoch))
+        batches = plan_batches(
+            rng.permutation(len(self.bucket_of)), self.bucket_of, self.batch_size
+        )
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> tuple[int, int, np.ndarray]:
+        return step, *self.epoch(step // self.per_epoch)[step % self.per_epoch]
+
+
+def drop_history(rows: np.ndarray, rng: np.random.Generator, rate: float) -> np.ndarray:
+    """History dropout as the official code's data has it: with probability 10/11, a history of more than 2 items loses
+    1 + floor(n * u) of them, u uniform in [0, rate)."""
+    if rate == 0 or len(rows) <= 2 or rng.random() < 1 / 11:
+        return rows
+    dropped = min(len(rows) - 1, 1 + int(len(rows) * rng.uniform(0, rate)))
+    return np.sort(rng.permutation(rows)[dropped:])
+
+
+class Assemble:
+    """(step, bucket, indices) -> this host's rows of the batch."""
+
+    def __init__(
+        self,
+        examples: Sequence[Tokenized],
+        buckets: Buckets,
+        store: HistoryStore,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        history_dropout: float = 0.0,
+        persona_dropout: float = 0.0,
+    ):
+        self.examples, self.buckets, self.store, self.batch_size = (
+            examples,
+            buckets,
+            store,
+            batch_size,
+        )
+        self.seed, self.history_dropout, self.persona_dropout = (
+            seed,
+            history_dropout,
+            persona_dropout,
+        )
+
+    def __call__(self, planned: tuple[int, int, np.ndarray]) -> Batch:
+        step, bucket, indices = planned
+        L, Q = self.buckets.shapes[bucket]
+        T, H, E = self.buckets.target, self.buckets.history, self.store.encoder.size
+        B = self.batch_size
+        shapes = {"prompt": L, "target": T, "query": Q}
+        batch = {name: np.zeros((B, width), np.int32) for name, width in shapes.items()}
+        batch |= {f"{name}_mask": np.zeros((B, width), bool) for name, width in shapes.items()}
+        batch["prompt_mask"][:, 0] = batch["query_mask"][:, 0] = (
+            True  # rows that fill up have a token to attend to
+        )
+        batch["history"] = np.zeros((B, H, E), np.float32)
+        batch["history_mask"] = np.zeros((B, H), bool)
+        batch["index"] = np.zeros(B, np.int32)
+        batch["weight"] = np.zeros(B, np.float32)
+        for i, index in enumerate(indices):
+            example = self.examples[index]
+            for name in shapes:
+                ids = getattr(example, name)
+                batch[name][i, : len(ids)] = ids
+                batch[f"{name}_mask"][i, : len(ids)] = True
+            rng = np.random.default_rng((self.seed, 1, step, i))
+            rows = drop_history(example.rows, rng, self.history_dropout)
+            if self.persona_dropout and rng.random() < self.persona_dropout:
+                rows = rows[:0]
+            batch["history"][i, : len(rows)] = self.store.vectors(rows)
+            batch["history_mask"][i, : len(rows)] = True
+            batch["index"][i] = index
+            batch["weight"][i] = 1
+        rows = slice(jax.process_index(), None, jax.process_count())
+        return Batch(**{name: array[rows] for name, array in batch.items()})
+
+
+def place_batch(batch: Batch, mesh: Mesh) -> Batch:
+    """This host's rows as the global batch's shards."""
+
+    def place(local: np.ndarray) -> jax.Array:
+        shape = (local.shape[0] * jax.process_count(), *local.shape[1:])
+        axes = ("batch", *(None,) * (local.ndim - 1))
+        return jax.make_array_from_process_local_data(sharding(mesh, axes, shape), local, shape)
+
+    return Batch(*map(place, batch))
+
+
+def training_batches(plan: Plan, assemble: Assemble) -> grain.DatasetIterator:
+    """Host batches in the plan's order; the iterator's state is a checkpoint's `data`."""
+    dataset = grain.MapDataset.source(plan).map(assemble)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

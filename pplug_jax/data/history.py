@@ -1,0 +1,95 @@
+"""The history store: every unique text's vector on disk, computed once per encoder.
+
+A store is a directory named after the encoder's fingerprint, so that no other encoder's vectors are ever read, with two
+append-only files: `keys` (16-byte digests of texts) and `vectors` (float16 rows in the same order). A row counts when
+both files hold all of it, so a process may be killed at any moment and the next one goes on from there.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pplug_jax.encoder import Encoder
+from pplug_jax.progress import Progress
+
+KEY_BYTES = 16
+CHUNK = 4096  # texts encoded between two writes
+
+
+def text_key(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=KEY_BYTES).digest()
+
+
+class HistoryStore:
+    """Vectors (N, E) float16 of unique texts, memory-mapped."""
+
+    def __init__(self, directory: str | Path, encoder: Encoder):
+        self.directory = Path(directory) / encoder.fingerprint
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.encoder = encoder
+        self._open()
+
+    def _open(self) -> None:
+        keys, vectors = self.directory / "keys", self.directory / "vectors"
+        keys.touch()
+        vectors.touch()
+        row_bytes = 2 * self.encoder.size
+        rows = min(keys.stat().st_size // KEY_BYTES, vectors.stat().st_size // row_bytes)
+        for path, size in ((keys, KEY_BYTES), (vectors, row_bytes)):
+            if path.stat().st_size != rows * size:  # what a killed process left unfinished
+                with open(path, "r+b") as file:
+                    file.truncate(rows * size)
+        data = keys.read_bytes()
+        self._rows = {data[i * KEY_BYTES : (i + 1) * KEY_BYTES]: i for i in range(rows)}
+        shape = (rows, self.encoder.size)
+        self._vectors = (
+            np.memmap(vectors, np.float16, "r", shape=shape)
+            if rows
+            else np.zeros(shape, np.float16)
+        )
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, texts: Iterable[str], batch_size: int = 64) -> int:
+        """Encodes the texts that the store lacks, with a progress bar; returns how many those were."""
+        new = [
+            text
+            for key, text in {text_key(text): text for text in texts}.items()
+            if key not in self._rows
+        ]
+        if not new:
+            return 0
+        # Like lengths together, so that little is padded; chunk by chunk, so that a killed run keeps what it had.
+        new.sort(key=len)
+        with (
+            Progress("encoding histories", len(new), "texts") as progress,
+            open(self.directory / "vectors", "ab") as vectors,
+            open(self.directory / "keys", "ab") as keys,
+        ):
+            for start in range(0, len(new), CHUNK):
+                chunk = new[start : start + CHUNK]
+                vectors.write(
+                    self.encoder.encode(chunk, batch_size, progress.advance)
+                    .astype(np.float16)
+                    .tobytes()
+                )
+                vectors.flush()
+                keys.write(b"".join(map(text_key, chunk)))
+                keys.flush()
+        self._open()
+        return len(new)
+
+    def rows(self, texts: Sequence[str]) -> np.ndarray:
+        """The texts' row numbers, (n,) int64.
+
+        Raises:
+            KeyError: a text that was never added.
+        """
+        return np.array([self._rows[text_key(text)] for text in texts], np.int64)
+
+    def vectors(self, rows: np.ndarray) -> np.ndarray:
+        """(n,) -> (n, E) float32."""
+        return np.asarray(self._vectors[rows], np.float32)

@@ -1,0 +1,158 @@
+"""A Hugging Face directory as an encoder of many texts."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+from flax import nnx
+from jax.sharding import Mesh
+
+from pplug_jax import hf
+from pplug_jax.encoder import bert
+from pplug_jax.llm.decoder import Frozen
+from pplug_jax.mesh import batch_parts, make_mesh, sharding
+
+LENGTHS = (32, 64, 128, 256, 512)  # the compiled text lengths
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _forward(model: bert.Bert, tokens: jax.Array, lengths: jax.Array, dtype: str) -> jax.Array:
+    del dtype  # part of the cache key: the module's static attributes carry it
+    return model(tokens, np.arange(tokens.shape[1]) < lengths[:, None])
+
+
+def read_pooling(path: str | Path) -> str:
+    """`cls` or `mean`, from a sentence-transformers directory; `cls`, as BGE and the paper, where it says nothing."""
+    file = Path(path) / "1_Pooling" / "config.json"
+    if not file.is_file():
+        return "cls"
+    settings = json.loads(file.read_text())
+    modes = [mode for mode in ("cls_token", "mean_tokens") if settings.get(f"pooling_mode_{mode}")]
+    if len(modes) != 1:
+        raise ValueError(
+            f"{file}: only one of pooling_mode_cls_token and pooling_mode_mean_tokens is supported"
+        )
+    return {"cls_token": "cls", "mean_tokens": "mean"}[modes[0]]
+
+
+def load_bert(
+    path: str | Path, mesh: Mesh, *, pooling: str | None, variable: type[nnx.Variable], dtype: str
+) -> bert.Bert:
+    """The directory's model; `variable` says whether it is trained (`nnx.Param`) or frozen."""
+    config = bert.config_from_hf(hf.read_config(path))
+    model = bert.Bert(config, pooling or read_pooling(path), variable, dtype)
+    prefix = hf.common_prefix(path, "embeddings.word_embeddings.weight")
+    sources = {
+        name: source._replace(name=prefix + source.name) for name, source in bert.SOURCES.items()
+    }
+    return hf.load_weights(
+        model,
+        path,
+        sources,
+        mesh,
+        ignore=("position_ids", "pooler.dense.weight", "pooler.dense.bias"),
+    )
+
+
+class Encoder:
+    """A frozen text encoder with its tokenizer.
+
+    size: E, the width of its vectors. max_length: tokens it reads of a text; the rest is cut off.
+    fingerprint: tells apart encoders whose vectors differ (weights, tokenizer, pooling, length, dtype).
+    """
+
+    def __init__(
+        self, path: str | Path, mesh: Mesh, pooling: str | None, max_length: int, dtype: str
+    ):
+        self.model = load_bert(path, mesh, pooling=pooling, variable=Frozen, dtype=dtype)
+        self.tokenizer = hf.load_tokenizer(path, self.model.config.vocab_size)
+        self.mesh = mesh
+        self.size = self.model.config.hidden_size
+        self.max_length = min(max_length, self.model.config.max_length, LENGTHS[-1])
+        digest = hashlib.sha256(f"{self.model.pooling} {self.max_length} {dtype}".encode())
+        for file in [
+            Path(path) / "config.json",
+            Path(path) / "tokenizer.json",
+            *hf.weight_files(path),
+        ]:
+            if file.is_file():
+                with open(file, "rb") as handle:
+                    digest.update(hashlib.file_digest(handle, "sha256").digest())
+        self.fingerprint = digest.hexdigest()[:16]
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids with [CLS] and [SEP], cut to `max_length`; special tokens in the texts are read as plain text."""
+        if not texts:
+            return []
+        return self.tokenizer(
+            list(texts),
+            truncation=True,
+            max_length=self.max_length,
+            split_special_tokens=True,
+            verbose=False,
+        )["input_ids"]
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        batch_size: int = 64,
+        on_batch: Callable[[int], None] = lambda done: None,
+    ) -> np.ndarray:
+        """The texts' vectors, (N, E) float32, L2-normalised.
+
+        Texts are batched by length, so that little is padded. `on_batch` is told how many texts each batch held.
+        """
+        tokens = self.tokenize(texts)
+        if cut := sum(len(ids) == self.max_length for ids in tokens):
+            logging.info(
+                "%d of %d texts reach the encoder's %d tokens; what is beyond is not read",
+                cut,
+                len(texts),
+                self.max_length,
+            )
+        parts = batch_parts(self.mesh)
+        batch_size = -(-batch_size // parts) * parts
+        order = np.argsort([len(ids) for ids in tokens], kind="stable")
+        vectors = np.zeros((len(tokens), self.size), np.float32)
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            width = next(length for length in LENGTHS if length >= len(tokens[rows[-1]]))
+            ids = np.zeros((batch_size, width), np.int32)
+            lengths = np.ones(batch_size, np.int32)
+            for i, row in enumerate(rows):
+                ids[i, : len(tokens[row])] = tokens[row]
+                lengths[i] = len(tokens[row])
+            placed = jax.device_put(
+                (ids, lengths),
+                (
+                    sharding(self.mesh, ("batch", None), ids.shape),
+                    sharding(self.mesh, ("batch",), lengths.shape),
+                ),
+            )
+            vectors[rows] = np.asarray(_forward(self.model, *placed, self.model.dtype))[: len(rows)]
+            on_batch(len(rows))
+        return vectors
+
+
+def load_encoder(
+    path: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    dtype: str = "float32",
+    pooling: str | None = None,
+    max_length: int = 512,
+) -> Encoder:
+    """Loads a BERT-style encoder (config.json, model.safetensors, tokenizer).
+
+    pooling: `cls` or `mean`; by default what a sentence-transformers directory says, else `cls`.
+
+    Raises:
+        FileNotFoundError: no such directory, config, weights or tokenizer.
+        ValueError: another architecture, an unsupported setting, or tensors that do not fit config.json.
+    """
+    return Encoder(path, mesh or make_mesh(devices=jax.devices()[:1]), pooling, max_length, dtype)

@@ -1,0 +1,269 @@
+"""Every method on the held-out users: predictions, scores, intervals, and the table."""
+
+import functools
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.markup import escape
+from rich.table import Table
+
+from pplug_jax.checkpoint import Checkpoints
+from pplug_jax.data.batches import Assemble, Batch, Buckets, place_batch, plan_batches, tokenize
+from pplug_jax.data.lamp import Example
+from pplug_jax.data.retrieval import RETRIEVERS, demonstration_prompt
+from pplug_jax.embedder import UserEmbedder
+from pplug_jax.experiment import Experiment
+from pplug_jax.generate import generate
+from pplug_jax.llm.decoder import Decoder
+from pplug_jax.methods import METHODS, Method, histories, inputs_embeds
+from pplug_jax.metrics import example_scores, interval
+from pplug_jax.progress import Progress, console
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("uniform", "prefix_length", "max_new_tokens", "num_beams", "length_penalty"),
+)
+def _answer(
+    plug: UserEmbedder | None,
+    llm: Decoder,
+    batch: Batch,
+    *,
+    uniform: bool,
+    prefix_length: int,
+    **decoding: Any,
+) -> jax.Array:
+    soft = None
+    if plug is not None:
+        soft = plug(
+            batch.query, batch.query_mask, batch.history, batch.history_mask, uniform=uniform
+        )
+    embeds, mask = inputs_embeds(llm, soft, batch.prompt, batch.prompt_mask, prefix_length)
+    return generate(llm, embeds, mask, **decoding)
+
+
+def predict(
+    experiment: Experiment, method: Method, plug: UserEmbedder | None, examples: Sequence[Example]
+) -> list[str]:
+    """The method's answer to each example, in their order."""
+    config, task, tokenizer = experiment.config, experiment.task, experiment.tokenizer
+    prompts = None
+    if method.retrieval:
+        retrieve = RETRIEVERS[method.retrieval]
+        prompts = [
+            demonstration_prompt(
+                task,
+                e.input,
+                retrieve(task, e.input, e.profile, config.eval.top_k),
+                tokenizer.tokenizer,
+                config.data.max_input_length,
+            )
+            for e in examples
+        ]
+    tokenized = tokenize(
+        task,
+        examples,
+        histories(method, examples, config.seed) if plug else [()] * len(examples),
+        tokenizer,
+        experiment.store,
+        max_input_length=config.data.max_input_length,
+        max_target_length=config.data.max_target_length,
+        max_history=config.data.max_history,
+        prompts=prompts,
+    )
+    buckets = Buckets(tokenized, config.data.buckets)
+    assemble = Assemble(tokenized, buckets, experiment.store, config.eval.batch_size)
+    answers = [""] * len(examples)
+    with Progress(f"answering with {method.name}", len(examples), "examples") as progress:
+        for bucket, indices in plan_batches(
+            np.arange(len(examples)), buckets.of, config.eval.batch_size
+        ):
+            tokens = _answer(
+                plug,
+                experiment.llm,
+                place_batch(assemble((0, bucket, indices)), experiment.mesh),
+                uniform=method.uniform,
+                prefix_length=tokenizer.prefix_length,
+                max_new_tokens=config.eval.max_new_tokens,
+                num_beams=config.eval.num_beams,
+                length_penalty=config.eval.length_penalty,
+            )
+            for index, row in zip(indices, np.asarray(tokens), strict=False):
+                answers[index] = tokenizer.tokenizer.decode(row, skip_special_tokens=True).strip()
+            progress.advance(len(indices))
+    return answers
+
+
+def predictions_path(workdir: Path, split: str, method: str) -> Path:
+    return workdir / "predictions" / f"{split}.{method}.json"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    partial.rename(path)
+
+
+def evaluate(experiment: Experiment) -> dict[str, Any]:
+    """Runs every method of the config, writes predictions/, results.json and results.md, and prints the table.
+
+    A method whose predictions by the same plug are already there is not run again.
+    """
+    config, task, workdir = experiment.config, experiment.task, experiment.workdir
+    examples, split = experiment.examples["eval"], config.data.eval_split
+    scored = all(example.target is not None for example in examples)
+    golds = [example.target or "" for example in examples]
+    results_path = workdir / "results.json"
+    results: dict[str, Any] = json.loads(results_path.read_text()) if results_path.is_file() else {}
+    before = results.get("methods", {})
+    results = {
+        "task": task.name,
+        "data": config.data.path or "the embedded sample",
+        "llm": config.llm.path,
+        "split": split,
+        "n": len(examples),
+        "methods": {},
+    }
+    plugs: dict[str, tuple[UserEmbedder, int]] = {}
+    answers: dict[str, list[str]] = {}
+    scores: dict[str, dict[str, np.ndarray]] = {}
+    for name in config.methods:
+        method = METHODS[name]
+        plug, step = None, 0
+        if method.plug:
+            if method.plug not in plugs:
+                checkpoints = Checkpoints(workdir / "checkpoints" / method.plug, config.train.keep)
+                plugs[method.plug] = checkpoints.restore_plug(experiment.new_plug())
+                checkpoints.close()
+            plug, step = plugs[method.plug]
+        path = predictions_path(workdir, split, name)
+        if path.is_file() and before.get(name, {}).get("step") == step:
+            answers[name] = [gold["output"] for gold in json.loads(path.read_text())["golds"]]
+            entry = before[name]
+        else:
+            start = time.monotonic()
+            answers[name] = predict(experiment, method, plug, examples)
+            entry = {"step": step, "seconds": time.monotonic() - start}
+            outputs = [
+                {"id": e.id, "output": a} for e, a in zip(examples, answers[name], strict=True)
+            ]
+            write_json(path, {"task": task.name, "golds": outputs})
+        if scored:
+            scores[name] = example_scores(task.name, answers[name], golds)
+            for metric, values in scores[name].items():
+                low, high = interval(values, config.eval.bootstrap_samples)
+                entry[metric] = {"value": float(values.mean()), "low": low, "high": high}
+        results["methods"][name] = entry
+        write_json(results_path, results)
+
+    if scored:
+        said = verdicts(scores, task.metrics[0], config.eval.bootstrap_samples)
+        lines = [*markdown(results, task.metrics), "", *(f"- {line}" for line in said)]
+        show_table(results, task.metrics)
+    else:
+        lines = said = [
+            "The split's outputs are withheld: predictions are written, nothing is scored."
+        ]
+    (workdir / "results.md").write_text(
+        "\n".join([f"# {task.name}, {results['data']}, split {split}", "", *lines, ""])
+    )
+    for line in said:
+        console.print(line, highlight=False, markup=False)
+    show_examples(experiment, examples, answers)
+    return results
+
+
+def _cells(results: dict[str, Any], metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    header = ["method", *(f"{metric} [95% interval]" for metric in metrics), "n", "seconds"]
+    rows = [
+        [
+            name,
+            *(
+                f"{entry[m]['value']:.3f} [{entry[m]['low']:.3f}, {entry[m]['high']:.3f}]"
+                for m in metrics
+            ),
+            str(results["n"]),
+            f"{entry['seconds']:.0f}",
+        ]
+        for name, entry in results["methods"].items()
+    ]
+    return header, rows
+
+
+def markdown(results: dict[str, Any], metrics: Sequence[str]) -> list[str]:
+    """The results as a Markdown table."""
+    header, rows = _cells(results, metrics)
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+
+
+def show_table(results: dict[str, Any], metrics: Sequence[str]) -> None:
+    header, rows = _cells(results, metrics)
+    shown = Table(
+        title=f"{results['task']}: {results['data']}, split {results['split']}, {results['llm']}"
+    )
+    for i, cell in enumerate(header):
+        shown.add_column(cell, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
+
+
+def verdicts(scores: dict[str, dict[str, np.ndarray]], metric: str, samples: int) -> list[str]:
+    """What the paired differences between pplug and every other method say, in words."""
+    if "pplug" not in scores:
+        return []
+    said = []
+    for name in scores:
+        if name == "pplug":
+            continue
+        difference = scores["pplug"][metric] - scores[name][metric]
+        low, high = interval(difference, samples)
+        if low > 0:
+            word = "better than"
+        elif high < 0:
+            word = "worse than"
+        else:
+            word = "not significantly different from"
+        said.append(
+            f"pplug is {word} {name}: {metric} {difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+        )
+        if name == "shuffled_user" and low <= 0:
+            said.append("So nothing here shows that the plug learnt the user rather than the task.")
+    return said
+
+
+def show_examples(
+    experiment: Experiment,
+    examples: Sequence[Example],
+    answers: dict[str, list[str]],
+    count: int = 3,
+) -> None:
+    """A few users, spread evenly over the split: what the LLM says without and with the persona."""
+    for i in np.linspace(0, len(examples) - 1, min(count, len(examples)) + 2).astype(int)[1:-1]:
+        example = examples[i]
+        console.print(
+            f"\n[bold]user {escape(example.id)}[/bold], {len(example.profile)} items of history, such as"
+        )
+        for item in example.profile[:3]:
+            console.print(
+                f"  - {escape(shorten(experiment.task.item_text(item)))}", highlight=False
+            )
+        rows = {
+            "input": experiment.task.query(example.input),
+            "gold": example.target or "(withheld)",
+        }
+        rows |= {name: answers[name][i] for name in ("none", "pplug") if name in answers}
+        for name, text in rows.items():
+            console.print(f"  {name + ':':7}{escape(shorten(text))}", highlight=False)
+
+
+def shorten(text: str, width: int = 100) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 3] + "..."

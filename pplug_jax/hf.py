@@ -1,0 +1,187 @@
+"""Directories in Hugging Face format: config, tokenizer, and weights read straight into their shards."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import transformers
+from flax import nnx
+from jax.sharding import Mesh
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from pplug_jax.mesh import shardings
+
+
+class Source(NamedTuple):
+    """Where one of our variables lies in a checkpoint.
+
+    name: the tensor's name; a `{}` stands for the layer, and the layers are stacked on a new axis 0.
+    transpose: PyTorch's Linear stores (out, in); ours are (in, out).
+    """
+
+    name: str
+    transpose: bool = False
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """The directory's config.json, with a clear error where there is none."""
+    directory = Path(directory)
+    path = directory / "config.json"
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"{directory}: no such directory (a model in Hugging Face format is expected there)"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file; a model directory holds config.json, *.safetensors and a tokenizer"
+        )
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+
+
+def load_tokenizer(directory: str | Path, vocab_size: int) -> transformers.PreTrainedTokenizerBase:
+    """The directory's tokenizer.
+
+    Raises:
+        ValueError: the tokenizer is missing, or can give an id that an embedding table of `vocab_size` rows lacks.
+    """
+    if not any(
+        (Path(directory) / name).is_file()
+        for name in ("tokenizer.json", "tokenizer.model", "vocab.txt")
+    ):
+        raise FileNotFoundError(f"{directory}: no tokenizer.json, tokenizer.model or vocab.txt")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"{directory}: the tokenizer has {len(tokenizer)} entries, the embedding table only {vocab_size} rows: "
+            "they do not belong together"
+        )
+    return tokenizer
+
+
+def weight_files(directory: str | Path) -> list[Path]:
+    """The directory's safetensors files: one, or those that the index names."""
+    directory = Path(directory)
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [directory / name for name in names]
+    else:
+        files = [directory / "model.safetensors"]
+    if missing := [str(file) for file in files if not file.is_file()]:
+        hint = ""
+        if list(directory.glob("*.bin")):
+            hint = "; .bin files are not read: convert them with transformers' save_pretrained(safe_serialization=True)"
+        raise FileNotFoundError(f"{', '.join(missing)}: no such weight file{hint}")
+    return files
+
+
+def load_weights(
+    module: nnx.Module,
+    directory: str | Path,
+    sources: Mapping[str, Source],
+    mesh: Mesh,
+    *,
+    ignore: tuple[str, ...] = (),
+) -> nnx.Module:
+    """Fills the abstract `module` with the checkpoint's tensors, each device reading only its slice.
+
+    Args:
+        module: its variables hold `jax.ShapeDtypeStruct`, whose shapes the checkpoint must have and whose dtypes it is cast to.
+        sources: variable path, joined with dots -> its tensor.
+        ignore: endings of tensor names that the checkpoint may have besides.
+
+    Raises:
+        ValueError: a missing, unexpected or misshapen tensor, or a truncated file; the message names it.
+    """
+    tensors: dict[str, Any] = {}
+    for file in weight_files(directory):
+        try:
+            handle = safe_open(file, framework="np")
+            tensors.update({name: (file, handle.get_slice(name)) for name in handle.keys()})
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file}: not a whole safetensors file ({error}); fetch it again"
+            ) from error
+
+    graph, state = nnx.split(module)
+    targets = nnx.to_flat_state(shardings(module, mesh))
+    wanted: set[str] = set()
+    filled = []
+    for (path, variable), (_, target) in zip(nnx.to_flat_state(state), targets, strict=True):
+        abstract = variable.get_value()
+        source = sources[".".join(map(str, path))]
+        names = (
+            [source.name.format(i) for i in range(abstract.shape[0])]
+            if "{}" in source.name
+            else [source.name]
+        )
+        wanted.update(names)
+        if missing := [name for name in names if name not in tensors]:
+            raise ValueError(
+                f"{directory}: the checkpoint lacks the tensor {missing[0]} ({len(missing)} of its kind)"
+            )
+        shape = abstract.shape[1:] if "{}" in source.name else abstract.shape
+        for name in names:
+            file, tensor = tensors[name]
+            found = tuple(tensor.get_shape())
+            if found != (shape[::-1] if source.transpose else shape):
+                raise ValueError(
+                    f"{file}: the tensor {name} has shape {found}, config.json asks for {shape[::-1] if source.transpose else shape}"
+                )
+
+        def read(
+            index: tuple[slice, ...], abstract=abstract, source=source, names=names
+        ) -> np.ndarray:
+            def one(name: str, index: tuple[slice, ...]) -> np.ndarray:
+                tensor = tensors[name][1]
+                return tensor[index[::-1]].T if source.transpose else tensor[index]
+
+            if "{}" not in source.name:
+                return one(names[0], index).astype(abstract.dtype)
+            return np.stack(
+                [one(name, index[1:]).astype(abstract.dtype) for name in names[index[0]]]
+            )
+
+        array = jax.make_array_from_callback(abstract.shape, target.get_value(), read)
+        filled.append((path, variable.replace(array)))
+
+    unexpected = sorted(
+        name for name in tensors if name not in wanted and not name.endswith(ignore)
+    )
+    if unexpected:
+        raise ValueError(
+            f"{directory}: the checkpoint has tensors that this architecture does not: {', '.join(unexpected[:5])}"
+        )
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def save_weights(
+    module: nnx.Module, directory: str | Path, sources: Mapping[str, Source], dtype: Any
+) -> None:
+    """Writes `module` as `model.safetensors`, the inverse of `load_weights`."""
+    tensors = {}
+    for path, variable in nnx.to_flat_state(nnx.state(module)):
+        source = sources[".".join(map(str, path))]
+        array = np.asarray(variable.get_value()).astype(dtype)
+        for i, part in enumerate(array if "{}" in source.name else [array]):
+            tensors[source.name.format(i)] = np.ascontiguousarray(
+                part.T if source.transpose else part
+            )
+    save_file(tensors, Path(directory) / "model.safetensors", metadata={"format": "pt"})
+
+
+def common_prefix(directory: str | Path, name: str) -> str:
+    """What stands before `name` in the checkpoint (`bert.` where the model was saved with a head)."""
+    for file in weight_files(directory):
+        with safe_open(file, framework="np") as handle:
+            for found in handle.keys():
+                if found.endswith(name):
+                    return found.removesuffix(name)
+    return ""

@@ -1,0 +1,62 @@
+"""The command: `python -m pplug_jax.main --config=configs/lamp5.py`."""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A config file of configs/, as FILE or FILE:ARGUMENT.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where everything is written; by default runs/ and the config's name."
+)
+_MODE = flags.DEFINE_enum(
+    "mode",
+    "train_and_evaluate",
+    ["train_and_evaluate", "train", "evaluate", "encode"],
+    "What to do; `encode` only fills the history store.",
+)
+flags.mark_flag_as_required("config")
+
+
+def default_workdir(config_file: str) -> Path:
+    """configs/lamp5.py:llama3_1b -> runs/lamp5-llama3_1b."""
+    path, _, argument = config_file.partition(":")
+    return Path("runs") / (Path(path).stem + (f"-{argument}" if argument else ""))
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    logging.set_verbosity(logging.INFO)
+    # Imported here so that --help answers at once.
+    from pplug_jax.checkpoint import CheckpointError
+    from pplug_jax.experiment import ConfigError
+    from pplug_jax.run import run
+
+    config = _CONFIG.value
+    workdir = (
+        Path(_WORKDIR.value)
+        if _WORKDIR.value
+        else default_workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
+    )
+    try:
+        run(config, workdir, _MODE.value)
+    except (
+        ConfigError,
+        CheckpointError,
+        FileNotFoundError,
+        ValueError,
+        FloatingPointError,
+    ) as error:
+        if logging.level_debug():
+            raise
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; run the same command again to go on")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,80 @@
+"""The device mesh, and the one table that says how arrays lie on it."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis of an array -> mesh axes it is split over. Every other logical axis is replicated.
+RULES: dict[str, str | tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+}
+
+
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh over `devices` (all by default); `data=-1` takes what the other two axes leave.
+
+    Raises:
+        ValueError: the axes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    if data == -1:
+        data = max(1, len(devices) // (fsdp * tensor))
+    shape = (data, fsdp, tensor)
+    if math.prod(shape) != len(devices):
+        raise ValueError(
+            f"the mesh data={data} x fsdp={fsdp} x tensor={tensor} needs {math.prod(shape)} "
+            f"devices, but there are {len(devices)}: change config.mesh"
+        )
+    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+    """Where an array of `shape` with logical `axes` lies.
+
+    A dimension that its mesh axes do not divide is replicated: never wrong, only larger.
+    """
+    spec = []
+    for axis, size in zip(axes, shape, strict=True):
+        names = RULES.get(axis) if axis is not None else None
+        parts = math.prod(
+            mesh.shape[name] for name in ([names] if isinstance(names, str) else names or ())
+        )
+        spec.append(names if names and size % parts == 0 else None)
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """The number of pieces that a global batch is cut into."""
+    return math.prod(mesh.shape[name] for name in RULES["batch"])
+
+
+def shardings(module: nnx.Module, mesh: Mesh) -> nnx.State:
+    """The sharding of every variable of `module`, from the logical axes in its metadata."""
+
+    def of(variable: nnx.Variable) -> nnx.Variable:
+        value = variable.get_value()
+        return variable.replace(sharding(mesh, variable.get_metadata("axes"), value.shape))
+
+    return jax.tree.map(of, nnx.state(module), is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def place(module: nnx.Module, mesh: Mesh) -> nnx.Module:
+    """`module` with its arrays laid out on `mesh`."""
+    graph, state = nnx.split(module)
+    return nnx.merge(graph, jax.device_put(state, shardings(module, mesh)))

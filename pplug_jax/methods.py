@@ -1,0 +1,93 @@
+"""The methods compared: what the same frozen LLM is shown of the user. A new method is one entry here."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pplug_jax.data.lamp import Example
+from pplug_jax.llm.decoder import Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """retrieval: the profile items shown as demonstrations. plug: the trained plug whose soft tokens stand in front.
+    history: whose items the plug reads: the user's `own`, `another` user's, or `none`. uniform: weigh the items alike."""
+
+    name: str
+    about: str
+    retrieval: str | None = None
+    plug: str | None = None
+    history: str = "own"
+    uniform: bool = False
+
+    @property
+    def trained(self) -> bool:
+        """Whether this method has a plug of its own to train; the others borrow one or need none."""
+        return self.plug == self.name
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("none", "the input alone"),
+        Method("bm25", "the user's nearest items as demonstrations", retrieval="bm25"),
+        Method("recency", "the user's newest items as demonstrations", retrieval="recency"),
+        Method("pplug", "the persona of the whole history", plug="pplug"),
+        Method(
+            "instruction_only",
+            "as many soft tokens, trained without any history",
+            plug="instruction_only",
+            history="none",
+        ),
+        Method(
+            "shuffled_user", "pplug given another user's history", plug="pplug", history="another"
+        ),
+        Method("mean_persona", "pplug with all items weighed alike", plug="pplug", uniform=True),
+    )
+}
+
+
+def histories(
+    method: Method, examples: Sequence[Example], seed: int
+) -> list[Sequence[dict[str, Any]]]:
+    """The profile that the plug reads for each example."""
+    own = [example.profile for example in examples]
+    if method.history == "none":
+        return [() for _ in own]
+    if method.history == "own":
+        return own
+    # A random cycle over the examples gives everyone another's history; one user may have several examples, so the
+    # cycle is walked on to the next different profile.
+    cycle = np.random.default_rng(seed).permutation(len(own))
+    place = {example: i for i, example in enumerate(cycle)}
+    result = []
+    for i in range(len(own)):
+        others = (own[cycle[(place[i] + step) % len(own)]] for step in range(1, len(own)))
+        result.append(next((profile for profile in others if profile != own[i]), ()))
+    return result
+
+
+def inputs_embeds(
+    llm: Decoder, soft: jax.Array | None, prompt: jax.Array, mask: jax.Array, prefix_length: int
+) -> tuple[jax.Array, jax.Array]:
+    """The prompt as embeddings, the soft tokens behind its first `prefix_length` tokens.
+
+    Args:
+        soft: (B, k + 1, D), or None for no soft tokens. prompt, mask: (B, L) int32 and bool.
+
+    Returns:
+        (B, k + 1 + L, D) and its mask (B, k + 1 + L).
+    """
+    embeds = llm.embed(prompt)
+    if soft is None:
+        return embeds, mask
+    soft = soft.astype(embeds.dtype)
+    there = jnp.ones(soft.shape[:2], bool)
+    return (
+        jnp.concatenate([embeds[:, :prefix_length], soft, embeds[:, prefix_length:]], axis=1),
+        jnp.concatenate([mask[:, :prefix_length], there, mask[:, prefix_length:]], axis=1),
+    )

@@ -1,0 +1,68 @@
+"""Progress of long work: a bar on a terminal, a log line now and then elsewhere."""
+
+import time
+
+from absl import logging
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+console = Console()
+SECONDS_BETWEEN_LINES = 15
+
+
+class Progress:
+    """`with Progress("training", 100, "steps") as progress: progress.advance(1, loss=...)`."""
+
+    def __init__(self, title: str, total: int, unit: str):
+        self.title, self.total, self.unit = title, total, unit
+        self.done = 0
+        self.start = self.said = time.monotonic()
+        self.bar: Bar | None = None
+        if console.is_terminal:
+            columns = (
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[info]}"),
+                TimeRemainingColumn(),
+            )
+            self.bar = Bar(TextColumn("{task.description}"), *columns, console=console)
+            self.task = self.bar.add_task(title, total=total, info=unit)
+
+    def __enter__(self) -> "Progress":
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.bar:
+            self.bar.stop()
+        elif exception[0] is None:
+            self._say("")
+
+    def advance(self, count: int, info: str = "") -> None:
+        """`count` more are done; `info` is shown beside the bar."""
+        self.done += count
+        if self.bar:
+            self.bar.update(self.task, advance=count, info=info or self.unit)
+        elif time.monotonic() - self.said > SECONDS_BETWEEN_LINES:
+            self._say(info)
+
+    def _say(self, info: str) -> None:
+        self.said = time.monotonic()
+        took = self.said - self.start
+        left = took / self.done * (self.total - self.done) if self.done else float("nan")
+        times = (
+            f"{took:.0f} s, {left:.0f} s left"
+            if self.done < self.total
+            else f"done in {took:.1f} s"
+        )
+        logging.info(
+            "%s: %d/%d %s, %s%s",
+            self.title,
+            self.done,
+            self.total,
+            self.unit,
+            times,
+            f", {info}" if info else "",
+        )

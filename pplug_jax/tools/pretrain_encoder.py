@@ -1,0 +1,167 @@
+"""Pretrains a small BERT sentence encoder on the embedded sample's papers, and writes it in Hugging Face format.
+
+The bundled model: `python -m pplug_jax.tools.pretrain_encoder --output=pplug_jax/assets/tiny_bert`.
+
+Two goals, as in the making of general-purpose encoders: two papers of one author lie nearer than papers of different
+authors (InfoNCE over the batch), and a paper's vector tells which words it has (a linear bag-of-words decoder, the idea
+of RetroMAE's and DupMAE's weak decoders). The authors are none of those that the plug is trained or tested on.
+"""
+
+import functools
+import itertools
+import json
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tokenizers
+import transformers
+from absl import app, flags
+from flax import nnx
+
+from pplug_jax import hf
+from pplug_jax.data import sample
+from pplug_jax.data.tasks import TASKS
+from pplug_jax.encoder import bert
+from pplug_jax.tools.initialise import initialise
+from pplug_jax.tools.optimizer import make_optimizer
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("output", None, "Directory to write the model to.", required=True)
+flags.DEFINE_integer(
+    "vocab_size", 1536, "Entries of the tokenizer and rows of the embedding table."
+)
+flags.DEFINE_integer("hidden_size", 128, "Width.")
+flags.DEFINE_integer("layers", 2, "Layers.")
+flags.DEFINE_integer("max_length", 96, "Longest text, in tokens.")
+flags.DEFINE_integer("steps", 800, "Optimiser steps.")
+flags.DEFINE_integer("batch_size", 64, "Authors of a batch, two papers each.")
+flags.DEFINE_float("learning_rate", 3e-3, "Adam's peak; see tools/optimizer.py.")
+flags.DEFINE_float("temperature", 0.1, "Of the InfoNCE loss.")
+flags.DEFINE_integer("seed", 0, "Seed of everything.")
+
+TASK = TASKS["LaMP_5"]
+
+
+def pairs() -> Iterator[tuple[str, str]]:
+    """Two papers of one author, author after author, without end."""
+    rng = random.Random(FLAGS.seed)
+    for user in sample.users(FLAGS.seed, "pretrain", history=(2, 4)):
+        first, second = rng.sample(user.profile, 2)
+        yield TASK.item_text(first), TASK.item_text(second)
+
+
+def train_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=FLAGS.vocab_size,
+        special_tokens=["[PAD]", "[CLS]", "[SEP]"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(
+        itertools.chain.from_iterable(itertools.islice(pairs(), 10000)), trainer
+    )
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def loss_fn(params: tuple, tokens: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """tokens (2 B, L), the first papers before the second ones."""
+    model, decoder = params
+    mask = tokens != 0
+    vectors = model(tokens, mask)
+    first, second = jnp.split(vectors, 2)
+    similarity = first @ second.T / FLAGS.temperature
+    labels = jnp.arange(len(first))
+    same = optax.softmax_cross_entropy_with_integer_labels
+    contrast = (same(similarity, labels).mean() + same(similarity.T, labels).mean()) / 2
+    log_probs = jax.nn.log_softmax(vectors @ decoder)
+    words = -jnp.sum(jnp.take_along_axis(log_probs, tokens, axis=1) * mask) / jnp.sum(mask)
+    return contrast + words, (contrast, words)
+
+
+def main(_) -> None:
+    output = Path(FLAGS.output)
+    output.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer()
+    tokenizer.save_pretrained(output)
+    config = {
+        "architectures": ["BertModel"],
+        "model_type": "bert",
+        "vocab_size": FLAGS.vocab_size,
+        "hidden_size": FLAGS.hidden_size,
+        "intermediate_size": 2 * FLAGS.hidden_size,
+        "num_hidden_layers": FLAGS.layers,
+        "num_attention_heads": 4,
+        "hidden_act": "gelu",
+        "max_position_embeddings": 128,
+        "type_vocab_size": 1,
+        "layer_norm_eps": 1e-12,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    pooling = {"word_embedding_dimension": FLAGS.hidden_size, "pooling_mode_mean_tokens": True}
+    (output / "1_Pooling").mkdir(exist_ok=True)
+    (output / "1_Pooling" / "config.json").write_text(json.dumps(pooling, indent=2) + "\n")
+
+    key, decoder_key = jax.random.split(jax.random.key(FLAGS.seed))
+    model = initialise(bert.Bert(bert.config_from_hf(config), "mean", nnx.Param), key)
+    params = (model, jax.random.normal(decoder_key, (FLAGS.hidden_size, FLAGS.vocab_size)))
+    optimizer = make_optimizer(FLAGS.learning_rate, FLAGS.steps)
+    opt_state = jax.jit(optimizer.init)(params)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, opt_state, tokens):
+        (_, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, tokens)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, losses
+
+    source, start, recent = pairs(), time.time(), []
+    with open(output / "training_log.txt", "w") as log:
+
+        def say(text: str) -> None:
+            print(text, flush=True)
+            print(text, file=log, flush=True)
+
+        say(" ".join(f"--{f.name}={f.value}" for f in FLAGS.get_key_flags_for_module(__name__)))
+        for i in range(1, FLAGS.steps + 1):
+            batch = list(itertools.islice(source, FLAGS.batch_size))
+            texts = [first for first, _ in batch] + [second for _, second in batch]
+            encoded = tokenizer(
+                texts,
+                truncation=True,
+                max_length=FLAGS.max_length,
+                padding="max_length",
+                return_tensors="np",
+            )
+            params, opt_state, losses = step(
+                params, opt_state, encoded["input_ids"].astype(np.int32)
+            )
+            recent.append(losses)
+            if i % 50 == 0 or i == FLAGS.steps:
+                contrast, words = np.mean(recent, axis=0)
+                say(
+                    f"step {i}  seconds {time.time() - start:.0f}  contrast {contrast:.4f}  words {words:.4f}"
+                )
+                recent.clear()
+    hf.save_weights(params[0], output, bert.SOURCES, jnp.bfloat16)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,226 @@
+"""Pretrains a small Llama that titles abstracts, and writes it in Hugging Face format.
+
+The bundled model: `python -m pplug_jax.tools.pretrain_llm --output=pplug_jax/assets/tiny_llama`.
+One for real texts: add `--data=DIR` (LaMP-5 files, of which only the training split is read) and larger sizes.
+
+Every training sequence is a prompt and a title by the same user: the bare input, or the input behind up to four
+demonstrations in LaMP's retrieval form. So the model can title without knowing the user, and use demonstrations.
+"""
+
+import functools
+import itertools
+import json
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tokenizers
+import transformers
+from absl import app, flags
+from flax import nnx
+
+from pplug_jax import hf
+from pplug_jax.data import lamp, sample
+from pplug_jax.data.lamp import Example
+from pplug_jax.data.retrieval import demonstration_prompt
+from pplug_jax.data.tasks import TASKS
+from pplug_jax.llm import llama
+from pplug_jax.llm.decoder import Decoder
+from pplug_jax.tools.initialise import initialise
+from pplug_jax.tools.optimizer import make_optimizer
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("output", None, "Directory to write the model to.", required=True)
+flags.DEFINE_string(
+    "data", None, "Directory of LaMP-5 files; the embedded sample's generator by default."
+)
+flags.DEFINE_integer(
+    "vocab_size", 1536, "Entries of the tokenizer and rows of the embedding table."
+)
+flags.DEFINE_integer("hidden_size", 128, "Width.")
+flags.DEFINE_integer("layers", 4, "Layers.")
+flags.DEFINE_integer("heads", 4, "Query heads; half as many key-value heads.")
+flags.DEFINE_integer("max_length", 160, "Longest prompt, in tokens.")
+flags.DEFINE_integer("steps", 3000, "Optimiser steps.")
+flags.DEFINE_integer("batch_size", 16, "Sequences of a batch.")
+flags.DEFINE_float("learning_rate", 3e-3, "Adam's peak; see tools/optimizer.py.")
+flags.DEFINE_float(
+    "prompt_weight", 0.1, "Weight of the prompt's tokens in the loss; the title's have 1."
+)
+flags.DEFINE_float(
+    "demonstrations", 0.75, "Share of the batches whose prompts show demonstrations."
+)
+flags.DEFINE_integer("seed", 0, "Seed of everything.")
+
+TASK = TASKS["LaMP_5"]
+SEPARATOR = "\n"
+
+
+def examples(rng: random.Random) -> Iterator[Example]:
+    """Endless (input, title, rest of the profile): every paper of a user serves as the question."""
+    if FLAGS.data:
+        train = [e for e in lamp.read(FLAGS.data, "train", TASK) if e.target is not None]
+        users = itertools.chain.from_iterable(
+            rng.sample(train, len(train)) for _ in itertools.count()
+        )
+    else:
+        users = sample.users(FLAGS.seed, "pretrain")
+    for user in users:
+        question = {"title": user.target, "abstract": TASK.query(user.input)}
+        papers = [question, *user.profile]
+        for i in rng.sample(range(len(papers)), min(len(papers), 6)):
+            rest = tuple(papers[:i] + papers[i + 1 :])
+            yield Example(
+                user.id,
+                sample.INPUT.format(abstract=papers[i]["abstract"]),
+                papers[i]["title"],
+                rest,
+            )
+
+
+def train_tokenizer(rng: random.Random) -> transformers.PreTrainedTokenizerFast:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=FLAGS.vocab_size,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (f"{e.input}{SEPARATOR}{e.target}" for e in itertools.islice(examples(rng), 20000))
+    tokenizer.train_from_iterator(texts, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def batches(
+    tokenizer: transformers.PreTrainedTokenizerFast, rng: random.Random
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Tokens (B, L) int32 and loss weights (B, L) float32; all rows of a batch show as many demonstrations."""
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    source = examples(rng)
+    while True:
+        shown = rng.choice((1, 2, 3, 4)) if rng.random() < FLAGS.demonstrations else 0
+        rows = []
+        for example in itertools.islice(source, FLAGS.batch_size):
+            items = rng.sample(example.profile, min(shown, len(example.profile)))
+            prompt = demonstration_prompt(TASK, example.input, items, tokenizer, FLAGS.max_length)
+            prompt_ids = [
+                tokenizer.bos_token_id,
+                *encode(prompt)[: FLAGS.max_length],
+                *encode(SEPARATOR),
+            ]
+            rows.append((prompt_ids, [*encode(example.target)[:63], tokenizer.eos_token_id]))
+        width = -(-max(len(prompt) + len(title) for prompt, title in rows) // 32) * 32
+        tokens = np.full((len(rows), width), tokenizer.pad_token_id, np.int32)
+        weights = np.zeros((len(rows), width), np.float32)
+        for row, (prompt, title) in enumerate(rows):
+            end = len(prompt) + len(title)
+            tokens[row, :end] = prompt + title
+            weights[row, :end] = FLAGS.prompt_weight
+            weights[row, len(prompt) : end] = 1.0
+        yield tokens, weights
+
+
+def loss_fn(llm: Decoder, tokens: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The weighted mean of all tokens' losses, and the plain mean of the titles'."""
+    mask = weights > 0
+    logits = llm.logits(llm.embed(tokens[:, :-1]), mask[:, :-1])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    title = weights[:, 1:] == 1.0
+    return jnp.sum(losses * weights[:, 1:]) / jnp.sum(weights[:, 1:]), jnp.sum(
+        losses * title
+    ) / jnp.sum(title)
+
+
+def main(_) -> None:
+    output = Path(FLAGS.output)
+    output.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(FLAGS.seed)
+    tokenizer = train_tokenizer(rng)
+    tokenizer.save_pretrained(output)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": FLAGS.vocab_size,
+        "hidden_size": FLAGS.hidden_size,
+        "intermediate_size": FLAGS.hidden_size * 11 // 4,
+        "num_hidden_layers": FLAGS.layers,
+        "num_attention_heads": FLAGS.heads,
+        "num_key_value_heads": FLAGS.heads // 2,
+        "head_dim": FLAGS.hidden_size // FLAGS.heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    llm = initialise(
+        Decoder(llama.config_from_hf(config, ()), "float32"), jax.random.key(FLAGS.seed)
+    )
+    optimizer = make_optimizer(FLAGS.learning_rate, FLAGS.steps)
+    opt_state = jax.jit(optimizer.init)(llm)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(llm, opt_state, tokens, weights):
+        (_, title_loss), grads = jax.value_and_grad(loss_fn, has_aux=True)(llm, tokens, weights)
+        updates, opt_state = optimizer.update(grads, opt_state, llm)
+        return optax.apply_updates(llm, updates), opt_state, title_loss
+
+    parameters = sum(x.size for x in jax.tree.leaves(nnx.state(llm)))
+    start, tokens_seen = time.time(), 0
+    with open(output / "training_log.txt", "w") as log:
+
+        def say(text: str) -> None:
+            print(text, flush=True)
+            print(text, file=log, flush=True)
+
+        say(
+            f"{parameters:,} parameters; "
+            + " ".join(f"--{f.name}={f.value}" for f in FLAGS.get_key_flags_for_module(__name__))
+        )
+        recent: dict[int, list[jax.Array]] = {}
+        for i, (tokens, weights) in enumerate(
+            itertools.islice(batches(tokenizer, rng), FLAGS.steps), 1
+        ):
+            llm, opt_state, loss = step(llm, opt_state, tokens, weights)
+            recent.setdefault(tokens.shape[1], []).append(loss)
+            tokens_seen += tokens.size
+            if i % 50 == 0 or i == FLAGS.steps:
+                losses = "  ".join(
+                    f"length {L}: {np.mean(v):.4f}" for L, v in sorted(recent.items())
+                )
+                say(
+                    f"step {i}  tokens {tokens_seen:,}  seconds {time.time() - start:.0f}  title loss by prompt  {losses}"
+                )
+                recent.clear()
+            if i % 500 == 0 or i == FLAGS.steps:
+                hf.save_weights(
+                    llm,
+                    output,
+                    {k: v for k, v in llama.SOURCES.items() if k != "head"},
+                    jnp.bfloat16,
+                )
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,215 @@
+"""Fits a plug: the loss, the jit-compiled step, and the loop around them."""
+
+import functools
+import math
+import signal
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from pplug_jax.checkpoint import Checkpoints
+from pplug_jax.data.batches import (
+    Assemble,
+    Batch,
+    Buckets,
+    Plan,
+    place_batch,
+    tokenize,
+    training_batches,
+)
+from pplug_jax.embedder import UserEmbedder
+from pplug_jax.experiment import Experiment
+from pplug_jax.llm.decoder import Decoder
+from pplug_jax.methods import Method, histories, inputs_embeds
+from pplug_jax.progress import Progress
+from pplug_jax.writer import Writer
+
+
+def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
+    """AdamW behind global-norm clipping, with linear warm-up and linear decay to 0, as the paper."""
+    warmup = max(1, round(config.warmup * steps))
+    schedule = optax.join_schedules(
+        [
+            optax.linear_schedule(0, config.learning_rate, warmup),
+            optax.linear_schedule(config.learning_rate, 0, max(1, steps - warmup)),
+        ],
+        [warmup],
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(schedule, weight_decay=config.weight_decay),
+    )
+
+
+def loss_fn(
+    plug: UserEmbedder, llm: Decoder, batch: Batch, prefix_length: int = 0, remat: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """The sum over target tokens of -log p(y_t | I, P, x, y_<t), and the number of target tokens; both () float32."""
+    soft = plug(batch.query, batch.query_mask, batch.history, batch.history_mask)
+    embeds, mask = inputs_embeds(llm, soft, batch.prompt, batch.prompt_mask, prefix_length)
+    logits = llm.unembed(llm.target_hidden(embeds, mask, batch.target, batch.target_mask, remat))
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.target)
+    return jnp.sum(losses * batch.target_mask), jnp.sum(batch.target_mask).astype(jnp.float32)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("optimizer", "prefix_length", "accumulation", "remat"),
+    donate_argnames=("plug", "opt_state"),
+)
+def train_step(
+    plug: UserEmbedder,
+    opt_state: optax.OptState,
+    llm: Decoder,
+    batch: Batch,
+    *,
+    optimizer: optax.GradientTransformation,
+    prefix_length: int,
+    accumulation: int = 1,
+    remat: bool = False,
+) -> tuple[UserEmbedder, optax.OptState, dict[str, jax.Array]]:
+    """One update of the plug. The LLM is an argument of its own that nothing differentiates.
+
+    With `accumulation` > 1 the batch is worked off in as many parts, one after the other, with the same result.
+    """
+
+    def part_grads(total: Any, part: Batch) -> tuple[Any, None]:
+        values, grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            plug, llm, part, prefix_length, remat
+        )
+        return jax.tree.map(jnp.add, total, (values, grads)), None
+
+    zeros = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, plug))
+    if accumulation == 1:
+        ((loss, tokens), grads), _ = part_grads(zeros, batch)
+    else:
+        parts = jax.tree.map(
+            lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+        ((loss, tokens), grads), _ = jax.lax.scan(part_grads, zeros, parts)
+    tokens = jnp.maximum(tokens, 1)
+    grads = jax.tree.map(lambda g: g / tokens, grads)
+    updates, opt_state = optimizer.update(grads, opt_state, plug)
+    metrics = {"loss": loss / tokens, "grad_norm": optax.tree.norm(grads)}
+    return optax.apply_updates(plug, updates), opt_state, metrics
+
+
+class Stop:
+    """Notes SIGTERM and Ctrl-C while the loop runs, so that it can save before it ends."""
+
+    def __enter__(self) -> "Stop":
+        self.signal: int | None = None
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _note(self, number: int, frame: object) -> None:
+        self.signal = number
+
+    def __exit__(self, *exception: object) -> None:
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+
+def fit(experiment: Experiment, method: Method) -> UserEmbedder:
+    """Trains the plug of `method`, going on from the newest checkpoint.
+
+    Raises:
+        SystemExit: on SIGTERM or Ctrl-C, after a checkpoint was saved.
+        FloatingPointError: the loss is no number any more.
+    """
+    config, llm, mesh = experiment.config, experiment.llm, experiment.mesh
+    examples = experiment.examples["train"]
+    tokenized = tokenize(
+        experiment.task,
+        examples,
+        histories(method, examples, config.seed),
+        experiment.tokenizer,
+        experiment.store,
+        max_input_length=config.data.max_input_length,
+        max_target_length=config.data.max_target_length,
+        max_history=config.data.max_history,
+    )
+    buckets = Buckets(tokenized, config.data.buckets)
+    plan = Plan(buckets.of, config.train.batch_size, config.train.epochs, config.seed)
+    assemble = Assemble(
+        tokenized,
+        buckets,
+        experiment.store,
+        config.train.batch_size,
+        seed=config.seed,
+        history_dropout=config.plug.history_dropout,
+        persona_dropout=config.plug.persona_dropout,
+    )
+    data = training_batches(plan, assemble)
+    plug = experiment.new_plug()
+    optimizer = make_optimizer(config.train, len(plan))
+    opt_state = jax.jit(optimizer.init)(plug)
+    step = 0
+    checkpoints = Checkpoints(experiment.workdir / "checkpoints" / method.name, config.train.keep)
+    if checkpoints.latest is not None:
+        plug, opt_state, step = checkpoints.restore(plug, opt_state, data)
+    writer = Writer(experiment.workdir, method.name, step)
+    soft_tokens = 1 + config.plug.num_persona_tokens
+    try:
+        with Stop() as stop, Progress(f"training {method.name}", len(plan), "steps") as progress:
+            progress.advance(step)
+            since, tokens, info = time.monotonic(), 0, ""
+            while step < len(plan):
+                batch = next(data)
+                tokens += int(
+                    batch.prompt_mask.sum()
+                    + batch.target_mask.sum()
+                    + soft_tokens * batch.weight.sum()
+                )
+                plug, opt_state, metrics = train_step(
+                    plug,
+                    opt_state,
+                    llm,
+                    place_batch(batch, mesh),
+                    optimizer=optimizer,
+                    prefix_length=experiment.tokenizer.prefix_length,
+                    accumulation=config.train.accumulation,
+                    remat=config.train.remat,
+                )
+                step += 1
+                if step % config.train.log_every == 0 or step == len(plan):
+                    values = {name: float(value) for name, value in metrics.items()}
+                    if not math.isfinite(values["loss"]):
+                        raise FloatingPointError(
+                            f"the loss is {values['loss']} at step {step}; lower config.train.learning_rate "
+                            f"(the last checkpoint is step {checkpoints.latest})"
+                        )
+                    now = time.monotonic()
+                    steps = (step - 1) % config.train.log_every + 1
+                    values |= {
+                        "steps_per_second": steps / (now - since),
+                        "tokens_per_second": tokens / (now - since),
+                    }
+                    since, tokens = now, 0
+                    writer.write(step, **values)
+                    info = "loss {loss:.3f}, {steps_per_second:.1f} steps/s, {tokens_per_second:.0f} tokens/s".format(
+                        **values
+                    )
+                progress.advance(1, info)
+                if (
+                    step % config.train.checkpoint_every == 0
+                    or step == len(plan)
+                    or stop.signal is not None
+                ):
+                    checkpoints.save(step, plug, opt_state, data)
+                if stop.signal is not None and step < len(plan):
+                    checkpoints.wait()
+                    name = signal.Signals(stop.signal).name
+                    print(
+                        f"{name}: saved step {step} of {len(plan)}; run the same command again to go on from there"
+                    )
+                    raise SystemExit(128 + stop.signal)
+            checkpoints.wait()
+    finally:
+        writer.close()
+        checkpoints.close()
+    return plug
