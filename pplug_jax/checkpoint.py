@@ -53,7 +53,7 @@ class Checkpoints:
             data=grain.checkpoint.CheckpointSave(data),
         )
         try:
-            self.manager.save(step, items)
+            self.manager.save(step, args=items)
         except Exception as error:
             raise self._failed(error) from error
 
@@ -72,7 +72,7 @@ class Checkpoints:
         step = self.latest
         restored = self.manager.restore(
             step,
-            ocp.args.Composite(
+            args=ocp.args.Composite(
                 plug=ocp.args.StandardRestore(_abstract(plug)),
                 optimizer=ocp.args.StandardRestore(_abstract(opt_state)),
                 data=grain.checkpoint.CheckpointRestore(data),
@@ -94,7 +94,7 @@ class Checkpoints:
         if step is None:
             raise CheckpointError(f"{self.directory}: no checkpoint; train first (--mode=train)")
         restored = self.manager.restore(
-            step, ocp.args.Composite(plug=ocp.args.StandardRestore(_abstract(plug)))
+            step, args=ocp.args.Composite(plug=ocp.args.StandardRestore(_abstract(plug)))
         )
         return _restored_like(plug, restored["plug"]), step
 
@@ -103,8 +103,8 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> CheckpointError:
         return CheckpointError(
-            f"{self.directory}: the checkpoint could not be written ({error}); is the disk full? "
-            f"The last whole one is step {self.latest}: make room and run the same command again to go on from there"
+            f"{self.directory}: a checkpoint could not be written: {error}. The last whole one is step "
+            f"{self.latest}. If the disk is full, make room; then run the same command again to go on from there"
         )
 
 

@@ -104,7 +104,7 @@ def load_weights(
     for file in weight_files(directory):
         try:
             handle = safe_open(file, framework="np")
-            tensors.update({name: (file, handle.get_slice(name)) for name in handle.keys()})
+            tensors.update({name: (file, handle.get_slice(name)) for name in list(handle.keys())})
         except SafetensorError as error:
             raise ValueError(
                 f"{file}: not a whole safetensors file ({error}); fetch it again"
@@ -181,7 +181,7 @@ def common_prefix(directory: str | Path, name: str) -> str:
     """What stands before `name` in the checkpoint (`bert.` where the model was saved with a head)."""
     for file in weight_files(directory):
         with safe_open(file, framework="np") as handle:
-            for found in handle.keys():
+            for found in list(handle.keys()):
                 if found.endswith(name):
                     return found.removesuffix(name)
     return ""

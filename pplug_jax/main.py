@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -30,7 +30,6 @@ def default_workdir(config_file: str) -> Path:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    logging.set_verbosity(logging.INFO)
     # Imported here so that --help answers at once.
     from pplug_jax.checkpoint import CheckpointError
     from pplug_jax.experiment import ConfigError
@@ -51,8 +50,6 @@ def main(argv: list[str]) -> None:
         ValueError,
         FloatingPointError,
     ) as error:
-        if logging.level_debug():
-            raise
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; run the same command again to go on")

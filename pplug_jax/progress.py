@@ -1,8 +1,8 @@
-"""Progress of long work: a bar on a terminal, a log line now and then elsewhere."""
+"""Progress of long work: a bar on a terminal, a line now and then elsewhere."""
 
 import time
+from typing import Self
 
-from absl import logging
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -29,7 +29,7 @@ class Progress:
             self.bar = Bar(TextColumn("{task.description}"), *columns, console=console)
             self.task = self.bar.add_task(title, total=total, info=unit)
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> Self:
         if self.bar:
             self.bar.start()
         return self
@@ -57,12 +57,7 @@ class Progress:
             if self.done < self.total
             else f"done in {took:.1f} s"
         )
-        logging.info(
-            "%s: %d/%d %s, %s%s",
-            self.title,
-            self.done,
-            self.total,
-            self.unit,
-            times,
-            f", {info}" if info else "",
+        text = f"{self.title}: {self.done}/{self.total} {self.unit}, {times}"
+        console.print(
+            f"{text}, {info}" if info else text, highlight=False, markup=False, soft_wrap=True
         )

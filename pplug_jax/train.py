@@ -4,11 +4,10 @@ import functools
 import math
 import signal
 import time
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
 
 from pplug_jax.checkpoint import Checkpoints
@@ -29,19 +28,24 @@ from pplug_jax.progress import Progress
 from pplug_jax.writer import Writer
 
 
-def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
-    """AdamW behind global-norm clipping, with linear warm-up and linear decay to 0, as the paper."""
-    warmup = max(1, round(config.warmup * steps))
+@functools.lru_cache
+def make_optimizer(
+    steps: int, learning_rate: float, weight_decay: float, warmup: float, clip_norm: float
+) -> optax.GradientTransformation:
+    """AdamW behind global-norm clipping, with linear warm-up and linear decay to 0, as the paper.
+
+    Cached, since it is a static argument of `train_step`: the same settings shall not compile twice.
+    """
+    rising = max(1, round(warmup * steps))
     schedule = optax.join_schedules(
         [
-            optax.linear_schedule(0, config.learning_rate, warmup),
-            optax.linear_schedule(config.learning_rate, 0, max(1, steps - warmup)),
+            optax.linear_schedule(0, learning_rate, rising),
+            optax.linear_schedule(learning_rate, 0, max(1, steps - rising)),
         ],
-        [warmup],
+        [rising],
     )
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(schedule, weight_decay=config.weight_decay),
+        optax.clip_by_global_norm(clip_norm), optax.adamw(schedule, weight_decay=weight_decay)
     )
 
 
@@ -101,7 +105,7 @@ def train_step(
 class Stop:
     """Notes SIGTERM and Ctrl-C while the loop runs, so that it can save before it ends."""
 
-    def __enter__(self) -> "Stop":
+    def __enter__(self) -> Self:
         self.signal: int | None = None
         self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
@@ -146,8 +150,14 @@ def fit(experiment: Experiment, method: Method) -> UserEmbedder:
     )
     data = training_batches(plan, assemble)
     plug = experiment.new_plug()
-    optimizer = make_optimizer(config.train, len(plan))
-    opt_state = jax.jit(optimizer.init)(plug)
+    optimizer = make_optimizer(
+        len(plan),
+        config.train.learning_rate,
+        config.train.weight_decay,
+        config.train.warmup,
+        config.train.clip_norm,
+    )
+    opt_state = optimizer.init(plug)
     step = 0
     checkpoints = Checkpoints(experiment.workdir / "checkpoints" / method.name, config.train.keep)
     if checkpoints.latest is not None:

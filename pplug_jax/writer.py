@@ -22,7 +22,7 @@ class Writer:
                     if self._stays(line, name, start)
                 )
             )
-        self.file = open(path, "a")
+        self.file = path.open("a")
         self.events = SummaryWriter(str(Path(workdir) / "tensorboard" / name), purge_step=start + 1)
         self.name = name
 

@@ -51,6 +51,14 @@ def _field(record: Any, field: str, kind: type, path: Path, where: str) -> Any:
         raise DataError(
             f"{path}: {where}: the field {field!r} must be {kind.__name__}, not {type(record[field]).__name__}"
         )
+    if kind is str:
+        try:
+            record[field].encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{path}: {where}: the field {field!r} holds half of a surrogate pair at character {error.start}, "
+                "which no tokenizer reads: mend or remove that character"
+            ) from error
     return record[field]
 
 

@@ -109,7 +109,7 @@ class Encoder:
         """
         tokens = self.tokenize(texts)
         if cut := sum(len(ids) == self.max_length for ids in tokens):
-            logging.info(
+            logging.warning(
                 "%d of %d texts reach the encoder's %d tokens; what is beyond is not read",
                 cut,
                 len(texts),

@@ -225,9 +225,7 @@ class Decoder(nnx.Module):
         Returns:
             the hidden state that predicts the first new token, (B, D), and the cache with room for the new tokens.
         """
-        B, L = mask.shape
         config = self.config
-        dtype = self.embedding.dtype
         room = ((0, 0), (0, 0), (0, max_new_tokens), (0, 0), (0, 0))
         angles = positions(mask)[..., None] * config.frequencies()
         visible = causal(mask)
@@ -241,10 +239,14 @@ class Decoder(nnx.Module):
 
             return weights(x, angles, visible, keep), made[0]
 
-        x, (keys, values) = jax.lax.scan(layer, inputs_embeds.astype(dtype), self.layers)
+        x, (keys, values) = jax.lax.scan(
+            layer, inputs_embeds.astype(self.embedding.dtype), self.layers
+        )
         x = rms_norm(last(x, mask), self.norm[...], config.norm_eps)
         cache_mask = jnp.pad(mask, ((0, 0), (0, max_new_tokens)))
-        return x, KVCache(jnp.pad(keys, room), jnp.pad(values, room), cache_mask, jnp.int32(L))
+        return x, KVCache(
+            jnp.pad(keys, room), jnp.pad(values, room), cache_mask, jnp.int32(mask.shape[1])
+        )
 
     def step(self, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """One new token per row: (B,) int32 -> the hidden state that predicts the next, (B, D), and the longer cache."""
