@@ -7,8 +7,10 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 
+from pplug_jax.errors import InputError
 
-class CheckpointError(RuntimeError):
+
+class CheckpointError(InputError):
     """A checkpoint could not be written or read; the message says what to do."""
 
 

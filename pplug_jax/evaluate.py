@@ -9,20 +9,20 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.markup import escape
 from rich.table import Table
 
 from pplug_jax.checkpoint import Checkpoints
+from pplug_jax.config import write_json
 from pplug_jax.data.batches import Assemble, Batch, Buckets, place_batch, plan_batches, tokenize
 from pplug_jax.data.lamp import Example
 from pplug_jax.data.retrieval import RETRIEVERS, demonstration_prompt
 from pplug_jax.embedder import UserEmbedder
-from pplug_jax.experiment import Experiment
 from pplug_jax.generate import generate
 from pplug_jax.llm.decoder import Decoder
 from pplug_jax.methods import METHODS, Method, histories, inputs_embeds
 from pplug_jax.metrics import example_scores, interval
-from pplug_jax.progress import Progress, console
+from pplug_jax.models import Models
+from pplug_jax.progress import Progress, console, say
 
 
 @functools.partial(
@@ -48,10 +48,10 @@ def _answer(
 
 
 def predict(
-    experiment: Experiment, method: Method, plug: UserEmbedder | None, examples: Sequence[Example]
+    models: Models, method: Method, plug: UserEmbedder | None, examples: Sequence[Example]
 ) -> list[str]:
     """The method's answer to each example, in their order."""
-    config, task, tokenizer = experiment.config, experiment.task, experiment.tokenizer
+    config, task, tokenizer = models.config, models.task, models.tokenizer
     prompts = None
     if method.retrieval:
         retrieve = RETRIEVERS[method.retrieval]
@@ -70,14 +70,14 @@ def predict(
         examples,
         histories(method, examples, config.seed) if plug else [()] * len(examples),
         tokenizer,
-        experiment.store,
+        models.store,
         max_input_length=config.data.max_input_length,
         max_target_length=config.data.max_target_length,
         max_history=config.data.max_history,
         prompts=prompts,
     )
     buckets = Buckets(tokenized, config.data.buckets)
-    assemble = Assemble(tokenized, buckets, experiment.store, config.eval.batch_size)
+    assemble = Assemble(tokenized, buckets, models.store, config.eval.batch_size)
     answers = [""] * len(examples)
     with Progress(f"answering with {method.name}", len(examples), "examples") as progress:
         for bucket, indices in plan_batches(
@@ -85,8 +85,8 @@ def predict(
         ):
             tokens = _answer(
                 plug,
-                experiment.llm,
-                place_batch(assemble((0, bucket, indices)), experiment.mesh),
+                models.llm,
+                place_batch(assemble((0, bucket, indices)), models.mesh),
                 uniform=method.uniform,
                 prefix_length=tokenizer.prefix_length,
                 max_new_tokens=config.eval.max_new_tokens,
@@ -94,7 +94,7 @@ def predict(
                 length_penalty=config.eval.length_penalty,
             )
             for index, row in zip(indices, np.asarray(tokens), strict=False):
-                answers[index] = tokenizer.tokenizer.decode(row, skip_special_tokens=True).strip()
+                answers[index] = tokenizer.decode(row)
             progress.advance(len(indices))
     return answers
 
@@ -103,21 +103,13 @@ def predictions_path(workdir: Path, split: str, method: str) -> Path:
     return workdir / "predictions" / f"{split}.{method}.json"
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    partial.rename(path)
-
-
-def evaluate(experiment: Experiment) -> dict[str, Any]:
+def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
     """Runs every method of the config, writes predictions/, results.json and results.md, and prints the table.
 
     A method whose predictions by the same plug are already there is not run again.
     """
-    config, task, workdir = experiment.config, experiment.task, experiment.workdir
-    examples, split = experiment.examples["eval"], config.data.eval_split
+    config, task, workdir = models.config, models.task, models.workdir
+    split = config.data.eval_split
     scored = all(example.target is not None for example in examples)
     golds = [example.target or "" for example in examples]
     results_path = workdir / "results.json"
@@ -140,7 +132,7 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
         if method.plug:
             if method.plug not in plugs:
                 checkpoints = Checkpoints(workdir / "checkpoints" / method.plug, config.train.keep)
-                plugs[method.plug] = checkpoints.restore_plug(experiment.new_plug())
+                plugs[method.plug] = checkpoints.restore_plug(models.new_plug())
                 checkpoints.close()
             plug, step = plugs[method.plug]
         path = predictions_path(workdir, split, name)
@@ -149,7 +141,7 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
             entry = before[name]
         else:
             start = time.monotonic()
-            answers[name] = predict(experiment, method, plug, examples)
+            answers[name] = predict(models, method, plug, examples)
             entry = {"step": step, "seconds": time.monotonic() - start}
             outputs = [
                 {"id": e.id, "output": a} for e, a in zip(examples, answers[name], strict=True)
@@ -175,20 +167,17 @@ def evaluate(experiment: Experiment) -> dict[str, Any]:
         "\n".join([f"# {task.name}, {results['data']}, split {split}", "", *lines, ""])
     )
     for line in said:
-        console.print(line, highlight=False, markup=False)
-    show_examples(experiment, examples, answers)
+        say(line)
+    show_examples(models, examples, answers)
     return results
 
 
 def _cells(results: dict[str, Any], metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    header = ["method", *(f"{metric} [95% interval]" for metric in metrics), "n", "seconds"]
+    header = ["method", *(f"{metric} (95% interval)" for metric in metrics), "n", "seconds"]
     rows = [
         [
             name,
-            *(
-                f"{entry[m]['value']:.3f} [{entry[m]['low']:.3f}, {entry[m]['high']:.3f}]"
-                for m in metrics
-            ),
+            *("{value:.3f} [{low:.3f}, {high:.3f}]".format(**entry[m]) for m in metrics),
             str(results["n"]),
             f"{entry['seconds']:.0f}",
         ]
@@ -240,7 +229,7 @@ def verdicts(scores: dict[str, dict[str, np.ndarray]], metric: str, samples: int
 
 
 def show_examples(
-    experiment: Experiment,
+    models: Models,
     examples: Sequence[Example],
     answers: dict[str, list[str]],
     count: int = 3,
@@ -248,20 +237,16 @@ def show_examples(
     """A few users, spread evenly over the split: what the LLM says without and with the persona."""
     for i in np.linspace(0, len(examples) - 1, min(count, len(examples)) + 2).astype(int)[1:-1]:
         example = examples[i]
-        console.print(
-            f"\n[bold]user {escape(example.id)}[/bold], {len(example.profile)} items of history, such as"
-        )
+        say(f"\nuser {example.id}, {len(example.profile)} items of history, such as")
         for item in example.profile[:3]:
-            console.print(
-                f"  - {escape(shorten(experiment.task.item_text(item)))}", highlight=False
-            )
+            say(f"  - {shorten(models.task.item_text(item))}")
         rows = {
-            "input": experiment.task.query(example.input),
+            "input": models.task.query(example.input),
             "gold": example.target or "(withheld)",
         }
         rows |= {name: answers[name][i] for name in ("none", "pplug") if name in answers}
         for name, text in rows.items():
-            console.print(f"  {name + ':':7}{escape(shorten(text))}", highlight=False)
+            say(f"  {name + ':':7}{shorten(text)}")
 
 
 def shorten(text: str, width: int = 100) -> str:

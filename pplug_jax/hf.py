@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from pplug_jax.errors import InputError
 from pplug_jax.mesh import shardings
 
 
@@ -42,14 +43,14 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+        raise InputError(f"{path}: not JSON: {error}") from error
 
 
 def load_tokenizer(directory: str | Path, vocab_size: int) -> transformers.PreTrainedTokenizerBase:
     """The directory's tokenizer.
 
     Raises:
-        ValueError: the tokenizer is missing, or can give an id that an embedding table of `vocab_size` rows lacks.
+        InputError: the tokenizer is missing, or can give an id that an embedding table of `vocab_size` rows lacks.
     """
     if not any(
         (Path(directory) / name).is_file()
@@ -58,7 +59,7 @@ def load_tokenizer(directory: str | Path, vocab_size: int) -> transformers.PreTr
         raise FileNotFoundError(f"{directory}: no tokenizer.json, tokenizer.model or vocab.txt")
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     if len(tokenizer) > vocab_size:
-        raise ValueError(
+        raise InputError(
             f"{directory}: the tokenizer has {len(tokenizer)} entries, the embedding table only {vocab_size} rows: "
             "they do not belong together"
         )
@@ -98,7 +99,7 @@ def load_weights(
         ignore: endings of tensor names that the checkpoint may have besides.
 
     Raises:
-        ValueError: a missing, unexpected or misshapen tensor, or a truncated file; the message names it.
+        InputError: a missing, unexpected or misshapen tensor, or a truncated file; the message names it.
     """
     tensors: dict[str, Any] = {}
     for file in weight_files(directory):
@@ -106,7 +107,7 @@ def load_weights(
             handle = safe_open(file, framework="np")
             tensors.update({name: (file, handle.get_slice(name)) for name in list(handle.keys())})
         except SafetensorError as error:
-            raise ValueError(
+            raise InputError(
                 f"{file}: not a whole safetensors file ({error}); fetch it again"
             ) from error
 
@@ -124,7 +125,7 @@ def load_weights(
         )
         wanted.update(names)
         if missing := [name for name in names if name not in tensors]:
-            raise ValueError(
+            raise InputError(
                 f"{directory}: the checkpoint lacks the tensor {missing[0]} ({len(missing)} of its kind)"
             )
         shape = abstract.shape[1:] if "{}" in source.name else abstract.shape
@@ -132,7 +133,7 @@ def load_weights(
             file, tensor = tensors[name]
             found = tuple(tensor.get_shape())
             if found != (shape[::-1] if source.transpose else shape):
-                raise ValueError(
+                raise InputError(
                     f"{file}: the tensor {name} has shape {found}, config.json asks for {shape[::-1] if source.transpose else shape}"
                 )
 
@@ -156,7 +157,7 @@ def load_weights(
         name for name in tensors if name not in wanted and not name.endswith(ignore)
     )
     if unexpected:
-        raise ValueError(
+        raise InputError(
             f"{directory}: the checkpoint has tensors that this architecture does not: {', '.join(unexpected[:5])}"
         )
     return nnx.merge(graph, nnx.from_flat_state(filled))

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -30,9 +30,9 @@ def default_workdir(config_file: str) -> Path:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    logging.set_verbosity(logging.WARNING)
     # Imported here so that --help answers at once.
-    from pplug_jax.checkpoint import CheckpointError
-    from pplug_jax.experiment import ConfigError
+    from pplug_jax.errors import InputError
     from pplug_jax.run import run
 
     config = _CONFIG.value
@@ -43,13 +43,7 @@ def main(argv: list[str]) -> None:
     )
     try:
         run(config, workdir, _MODE.value)
-    except (
-        ConfigError,
-        CheckpointError,
-        FileNotFoundError,
-        ValueError,
-        FloatingPointError,
-    ) as error:
+    except (InputError, FileNotFoundError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; run the same command again to go on")

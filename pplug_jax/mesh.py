@@ -7,6 +7,8 @@ import jax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from pplug_jax.errors import InputError
+
 AXES = ("data", "fsdp", "tensor")
 
 # Logical axis of an array -> mesh axes it is split over. Every other logical axis is replicated.
@@ -26,14 +28,14 @@ def make_mesh(
     """A mesh over `devices` (all by default); `data=-1` takes what the other two axes leave.
 
     Raises:
-        ValueError: the axes do not multiply to the number of devices.
+        InputError: the axes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     if data == -1:
         data = max(1, len(devices) // (fsdp * tensor))
     shape = (data, fsdp, tensor)
     if math.prod(shape) != len(devices):
-        raise ValueError(
+        raise InputError(
             f"the mesh data={data} x fsdp={fsdp} x tensor={tensor} needs {math.prod(shape)} "
             f"devices, but there are {len(devices)}: change config.mesh"
         )

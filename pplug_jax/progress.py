@@ -8,7 +8,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 console = Console()
+if not console.is_terminal:
+    console = Console(width=120)  # a file or a pipe has no width of its own
 SECONDS_BETWEEN_LINES = 15
+
+
+def say(text: str) -> None:
+    """Prints a line as it is: no markup, no wrapping."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class Progress:
@@ -38,7 +45,7 @@ class Progress:
         if self.bar:
             self.bar.stop()
         elif exception[0] is None:
-            self._say("")
+            self._report("")
 
     def advance(self, count: int, info: str = "") -> None:
         """`count` more are done; `info` is shown beside the bar."""
@@ -46,9 +53,9 @@ class Progress:
         if self.bar:
             self.bar.update(self.task, advance=count, info=info or self.unit)
         elif time.monotonic() - self.said > SECONDS_BETWEEN_LINES:
-            self._say(info)
+            self._report(info)
 
-    def _say(self, info: str) -> None:
+    def _report(self, info: str) -> None:
         self.said = time.monotonic()
         took = self.said - self.start
         left = took / self.done * (self.total - self.done) if self.done else float("nan")
@@ -58,6 +65,4 @@ class Progress:
             else f"done in {took:.1f} s"
         )
         text = f"{self.title}: {self.done}/{self.total} {self.unit}, {times}"
-        console.print(
-            f"{text}, {info}" if info else text, highlight=False, markup=False, soft_wrap=True
-        )
+        say(f"{text}, {info}" if info else text)

@@ -5,50 +5,78 @@ from pathlib import Path
 import jax
 import ml_collections
 
+from pplug_jax.config import ConfigError, check_config, claim_workdir
+from pplug_jax.data import lamp, sample
+from pplug_jax.data.lamp import Example
+from pplug_jax.data.tasks import TASKS
 from pplug_jax.evaluate import evaluate
-from pplug_jax.experiment import Experiment, claim_workdir, parameter_count
 from pplug_jax.methods import METHODS
-from pplug_jax.progress import console
+from pplug_jax.models import Models, parameter_count
+from pplug_jax.progress import say
 from pplug_jax.train import fit
 
 
-def describe(experiment: Experiment) -> None:
+def read_examples(
+    config: ml_collections.ConfigDict, split: str, sample_users: int
+) -> list[Example]:
+    """A split: from LaMP files where `config.data.path` names them, else from the embedded sample.
+
+    Raises:
+        ConfigError, DataError: a missing directory, a broken file, or no example at all.
+    """
+    path = config.data.path
+    if not path:
+        return list(sample.users(config.seed, split, sample_users))
+    if not Path(path).is_dir():
+        raise ConfigError(
+            f"config.data.path: there is no directory {path!r}; it should hold LaMP's "
+            f"{split}_questions.json and {split}_outputs.json"
+        )
+    examples = lamp.read(path, split, TASKS[config.task])
+    if not examples:
+        raise lamp.DataError(f"{path}: the split {split} has no questions")
+    return examples
+
+
+def describe(models: Models, train: list[Example], held_out: list[Example]) -> None:
     """Prints what is about to be done."""
-    config, llm = experiment.config, experiment.llm
-    plug = experiment.new_plug()
-    trainable, frozen = parameter_count(plug), parameter_count(llm)
-    mesh = " x ".join(f"{axis}={size}" for axis, size in experiment.mesh.shape.items())
-    train, held_out = (len(experiment.examples[role]) for role in ("train", "eval"))
-    if config.data.path:
-        data = config.data.path
-    else:
-        data = "the embedded sample, made up by a generator (real data: --config.data.path=DIR with LaMP's files)"
+    config = models.config
+    trainable, frozen = parameter_count(models.new_plug()), parameter_count(models.llm)
+    data = config.data.path or (
+        "the embedded sample, made up by a generator "
+        "(for real data: --config.data.path=DIR with LaMP's files)"
+    )
+    mesh = " x ".join(f"{axis}={size}" for axis, size in models.mesh.shape.items())
     for name, text in {
         "task": config.task,
         "data": data,
-        "examples": f"{train} to train on ({config.data.train_split}), {held_out} held out ({config.data.eval_split})",
+        "examples": f"{len(train)} to train on ({config.data.train_split}), "
+        f"{len(held_out)} held out ({config.data.eval_split})",
         "frozen LLM": f"{config.llm.path}, {frozen:,} parameters, {config.llm.dtype}",
-        "encoder": f"{config.encoder.path}, width {experiment.encoder.size}, {experiment.encoder.model.pooling} pooling",
+        "encoder": f"{config.encoder.path}, width {models.encoder.size}, "
+        f"{models.encoder.model.pooling} pooling",
         "trainable": f"{trainable:,} parameters, {trainable / (trainable + frozen):.1%} of all",
         "methods": ", ".join(config.methods),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {mesh}",
-        "workdir": str(experiment.workdir),
+        "workdir": str(models.workdir),
     }.items():
-        console.print(f"{name:>12}  {text}", highlight=False, markup=False, soft_wrap=True)
+        say(f"{name:>12}  {text}")
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
     """Does what `mode` says; started again, it goes on where it stopped."""
-    experiment = Experiment(config, workdir)
+    check_config(config)
+    train = read_examples(config, config.data.train_split, config.data.sample_train_users)
+    held_out = read_examples(config, config.data.eval_split, config.data.sample_eval_users)
+    models = Models(config, workdir)
     claim_workdir(workdir, config)
-    describe(experiment)
-    new = experiment.encode_histories()
-    console.print(
-        f"history store: {len(experiment.store)} unique texts, {new} of them new", highlight=False
-    )
+    describe(models, train, held_out)
+    items = (item for example in (*train, *held_out) for item in example.profile)
+    new = models.store.add(map(models.task.item_text, items), config.encoder.batch_size)
+    say(f"history store: {len(models.store)} unique texts, {new} of them new")
     if mode in ("train", "train_and_evaluate"):
         for name in config.methods:
             if METHODS[name].trained:
-                fit(experiment, METHODS[name])
+                fit(models, train, METHODS[name])
     if mode in ("evaluate", "train_and_evaluate"):
-        evaluate(experiment)
+        evaluate(models, held_out)

@@ -4,6 +4,7 @@ import functools
 import math
 import signal
 import time
+from collections.abc import Sequence
 from typing import Any, Self
 
 import jax
@@ -20,10 +21,11 @@ from pplug_jax.data.batches import (
     tokenize,
     training_batches,
 )
+from pplug_jax.data.lamp import Example
 from pplug_jax.embedder import UserEmbedder
-from pplug_jax.experiment import Experiment
 from pplug_jax.llm.decoder import Decoder
 from pplug_jax.methods import Method, histories, inputs_embeds
+from pplug_jax.models import Models
 from pplug_jax.progress import Progress
 from pplug_jax.writer import Writer
 
@@ -118,21 +120,20 @@ class Stop:
             signal.signal(s, handler)
 
 
-def fit(experiment: Experiment, method: Method) -> UserEmbedder:
-    """Trains the plug of `method`, going on from the newest checkpoint.
+def fit(models: Models, examples: Sequence[Example], method: Method) -> UserEmbedder:
+    """Trains the plug of `method` on `examples`, going on from the newest checkpoint.
 
     Raises:
         SystemExit: on SIGTERM or Ctrl-C, after a checkpoint was saved.
         FloatingPointError: the loss is no number any more.
     """
-    config, llm, mesh = experiment.config, experiment.llm, experiment.mesh
-    examples = experiment.examples["train"]
+    config, llm, mesh = models.config, models.llm, models.mesh
     tokenized = tokenize(
-        experiment.task,
+        models.task,
         examples,
         histories(method, examples, config.seed),
-        experiment.tokenizer,
-        experiment.store,
+        models.tokenizer,
+        models.store,
         max_input_length=config.data.max_input_length,
         max_target_length=config.data.max_target_length,
         max_history=config.data.max_history,
@@ -142,14 +143,14 @@ def fit(experiment: Experiment, method: Method) -> UserEmbedder:
     assemble = Assemble(
         tokenized,
         buckets,
-        experiment.store,
+        models.store,
         config.train.batch_size,
         seed=config.seed,
         history_dropout=config.plug.history_dropout,
         persona_dropout=config.plug.persona_dropout,
     )
     data = training_batches(plan, assemble)
-    plug = experiment.new_plug()
+    plug = models.new_plug()
     optimizer = make_optimizer(
         len(plan),
         config.train.learning_rate,
@@ -159,10 +160,10 @@ def fit(experiment: Experiment, method: Method) -> UserEmbedder:
     )
     opt_state = optimizer.init(plug)
     step = 0
-    checkpoints = Checkpoints(experiment.workdir / "checkpoints" / method.name, config.train.keep)
+    checkpoints = Checkpoints(models.workdir / "checkpoints" / method.name, config.train.keep)
     if checkpoints.latest is not None:
         plug, opt_state, step = checkpoints.restore(plug, opt_state, data)
-    writer = Writer(experiment.workdir, method.name, step)
+    writer = Writer(models.workdir, method.name, step)
     soft_tokens = 1 + config.plug.num_persona_tokens
     try:
         with Stop() as stop, Progress(f"training {method.name}", len(plan), "steps") as progress:
@@ -181,7 +182,7 @@ def fit(experiment: Experiment, method: Method) -> UserEmbedder:
                     llm,
                     place_batch(batch, mesh),
                     optimizer=optimizer,
-                    prefix_length=experiment.tokenizer.prefix_length,
+                    prefix_length=models.tokenizer.prefix_length,
                     accumulation=config.train.accumulation,
                     remat=config.train.remat,
                 )

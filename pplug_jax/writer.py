@@ -17,8 +17,8 @@ class Writer:
         if path.is_file():
             path.write_text(
                 "".join(
-                    line
-                    for line in path.read_text().splitlines(True)
+                    f"{line}\n"
+                    for line in path.read_text().splitlines()
                     if self._stays(line, name, start)
                 )
             )

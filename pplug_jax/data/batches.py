@@ -86,6 +86,10 @@ class Tokenizer:
         """At most `max_length` tokens, the end-of-sequence token counted."""
         return np.array([*self.ids(text)[: max_length - len(self.eos)], *self.eos], np.int32)
 
+    def decode(self, tokens: np.ndarray) -> str:
+        """Generated tokens as text, without special tokens."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
 
 def tokenize(
     task: Task,

@@ -64,22 +64,24 @@ class HistoryStore:
             return 0
         # Like lengths together, so that little is padded; chunk by chunk, so that a killed run keeps what it had.
         new.sort(key=len)
-        with (
-            Progress("encoding histories", len(new), "texts") as progress,
-            open(self.directory / "vectors", "ab") as vectors,
-            open(self.directory / "keys", "ab") as keys,
-        ):
-            for start in range(0, len(new), CHUNK):
-                chunk = new[start : start + CHUNK]
-                vectors.write(
-                    self.encoder.encode(chunk, batch_size, progress.advance)
-                    .astype(np.float16)
-                    .tobytes()
-                )
-                vectors.flush()
-                keys.write(b"".join(map(text_key, chunk)))
-                keys.flush()
-        self._open()
+        try:
+            with (
+                Progress("encoding histories", len(new), "texts") as progress,
+                open(self.directory / "vectors", "ab") as vectors,
+                open(self.directory / "keys", "ab") as keys,
+            ):
+                for start in range(0, len(new), CHUNK):
+                    chunk = new[start : start + CHUNK]
+                    vectors.write(
+                        self.encoder.encode(chunk, batch_size, progress.advance)
+                        .astype(np.float16)
+                        .tobytes()
+                    )
+                    vectors.flush()
+                    keys.write(b"".join(map(text_key, chunk)))
+                    keys.flush()
+        finally:
+            self._open()
         return len(new)
 
     def rows(self, texts: Sequence[str]) -> np.ndarray:

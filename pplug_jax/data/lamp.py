@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pplug_jax.data.tasks import Task
+from pplug_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Example:
     profile: tuple[dict[str, Any], ...]
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """A file or record that is not as LaMP's format says; the message names file, record and field."""
 
 

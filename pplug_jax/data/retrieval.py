@@ -19,7 +19,7 @@ def bm25(task: Task, input: str, profile: Sequence[Item], top_k: int) -> list[It
     """The items nearest to the input by BM25 (k1 1.5, b 0.75, words split at white space, as LaMP's code), best first."""
     corpus = [task.item_text(item).split() for item in profile]
     query = task.query(input).split()
-    if not profile or not query:
+    if not any(corpus) or not query:
         return list(profile[:top_k])
     index = bm25s.BM25(k1=1.5, b=0.75)
     index.index(corpus, show_progress=False)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pplug_jax.errors import InputError
 from pplug_jax.hf import Source
 from pplug_jax.llm.attention import attend
 
@@ -53,10 +54,10 @@ def config_from_hf(hf: dict[str, Any]) -> BertConfig:
     """A BERT config.json as our config.
 
     Raises:
-        ValueError: another architecture, or a setting that this code does not implement.
+        InputError: another architecture, or a setting that this code does not implement.
     """
     if hf.get("model_type") != "bert":
-        raise ValueError(
+        raise InputError(
             f"config.json: model_type {hf.get('model_type')!r} is not supported as an encoder; supported: bert"
         )
     for field, value in {
@@ -65,7 +66,7 @@ def config_from_hf(hf: dict[str, Any]) -> BertConfig:
         "is_decoder": False,
     }.items():
         if hf.get(field, value) != value:
-            raise ValueError(
+            raise InputError(
                 f"config.json: {field}={hf[field]!r} is not supported for model_type bert (only {value!r})"
             )
     return BertConfig(
@@ -145,7 +146,7 @@ class Bert(nnx.Module):
             return variable(jax.ShapeDtypeStruct(shape, jnp.float32), axes=axes)
 
         if pooling not in POOLINGS:
-            raise ValueError(
+            raise InputError(
                 f"pooling {pooling!r} is not supported; supported: {', '.join(POOLINGS)}"
             )
         embed = (config.hidden_size, "embed")

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from pplug_jax import hf
 from pplug_jax.encoder import bert
+from pplug_jax.errors import InputError
 from pplug_jax.llm.decoder import Frozen
 from pplug_jax.mesh import batch_parts, make_mesh, sharding
 
@@ -34,7 +35,7 @@ def read_pooling(path: str | Path) -> str:
     settings = json.loads(file.read_text())
     modes = [mode for mode in ("cls_token", "mean_tokens") if settings.get(f"pooling_mode_{mode}")]
     if len(modes) != 1:
-        raise ValueError(
+        raise InputError(
             f"{file}: only one of pooling_mode_cls_token and pooling_mode_mean_tokens is supported"
         )
     return {"cls_token": "cls", "mean_tokens": "mean"}[modes[0]]
@@ -153,6 +154,6 @@ def load_encoder(
 
     Raises:
         FileNotFoundError: no such directory, config, weights or tokenizer.
-        ValueError: another architecture, an unsupported setting, or tensors that do not fit config.json.
+        InputError: another architecture, an unsupported setting, or tensors that do not fit config.json.
     """
     return Encoder(path, mesh or make_mesh(devices=jax.devices()[:1]), pooling, max_length, dtype)

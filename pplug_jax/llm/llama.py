@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from pplug_jax.errors import InputError
 from pplug_jax.hf import Source
 from pplug_jax.llm.decoder import DecoderConfig, Llama3Rope
 
@@ -33,11 +34,11 @@ def config_from_hf(hf: dict[str, Any], eos_ids: tuple[int, ...]) -> DecoderConfi
     """A Llama config.json as our config.
 
     Raises:
-        ValueError: a setting that this code does not implement.
+        InputError: a setting that this code does not implement.
     """
     for field, values in SUPPORTED.items():
         if hf.get(field, values[0]) not in values:
-            raise ValueError(
+            raise InputError(
                 f"config.json: {field}={hf[field]!r} is not supported for model_type llama (only {values[0]!r})"
             )
     # transformers 5 writes rope_parameters; earlier versions rope_theta and rope_scaling.
@@ -48,7 +49,7 @@ def config_from_hf(hf: dict[str, Any], eos_ids: tuple[int, ...]) -> DecoderConfi
     )
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
-        raise ValueError(
+        raise InputError(
             f"config.json: rope type {kind!r} is not supported for model_type llama (default, llama3)"
         )
     return DecoderConfig(

@@ -7,6 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from pplug_jax import hf
+from pplug_jax.errors import InputError
 from pplug_jax.llm import llama
 from pplug_jax.llm.decoder import Decoder
 from pplug_jax.mesh import make_mesh
@@ -19,11 +20,11 @@ def load_llm(path: str | Path, *, mesh: Mesh | None = None, dtype: str = "bfloat
 
     Raises:
         FileNotFoundError: no such directory, config or weights.
-        ValueError: an unknown architecture or setting, or tensors that do not fit config.json.
+        InputError: an unknown architecture or setting, or tensors that do not fit config.json.
     """
     config = hf.read_config(path)
     if config.get("model_type") not in FAMILIES:
-        raise ValueError(
+        raise InputError(
             f"{path}/config.json: model_type {config.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}"
         )
     family = FAMILIES[config["model_type"]]

@@ -1,0 +1,98 @@
+"""Checks of a config: that it can work, and that a workdir belongs to it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from pplug_jax.data.tasks import TASKS
+from pplug_jax.errors import InputError
+from pplug_jax.methods import METHODS
+
+
+class ConfigError(InputError):
+    """A setting that cannot work; the message names the field."""
+
+
+def check_config(config: ml_collections.ConfigDict) -> None:
+    """Finds what cannot work before anything is loaded.
+
+    Raises:
+        ConfigError: names the field.
+    """
+    if config.task not in TASKS:
+        raise ConfigError(f"config.task {config.task!r} is unknown; known: {', '.join(TASKS)}")
+    if unknown := [name for name in config.methods if name not in METHODS]:
+        raise ConfigError(f"config.methods: {unknown[0]!r} is unknown; known: {', '.join(METHODS)}")
+    for name in config.methods:
+        plug = METHODS[name].plug
+        if plug is not None and plug not in config.methods:
+            raise ConfigError(
+                f"config.methods: {name!r} uses the plug of {plug!r}, which is missing"
+            )
+    if config.train.batch_size % config.train.accumulation:
+        raise ConfigError(
+            f"config.train.batch_size {config.train.batch_size} does not divide into "
+            f"config.train.accumulation {config.train.accumulation} parts"
+        )
+
+
+def check_batches(config: ml_collections.ConfigDict, parts: int) -> None:
+    """The same for what depends on the mesh, which cuts every batch into `parts`."""
+    sizes = {
+        "train.batch_size / config.train.accumulation": config.train.batch_size
+        // config.train.accumulation,
+        "eval.batch_size": config.eval.batch_size,
+    }
+    for field, size in sizes.items():
+        if size % parts:
+            raise ConfigError(
+                f"config.{field}: {size} rows at a time do not divide by the mesh's {parts} parts "
+                "(data x fsdp)"
+            )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    partial.rename(path)
+
+
+def claim_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
+    """Writes config.json, or checks that the one there says the same; only the mesh may differ.
+
+    Raises:
+        ConfigError: the workdir belongs to another config; the message names the fields.
+    """
+    path = workdir / "config.json"
+    ours = json.loads(config.to_json())
+    if not path.is_file():
+        write_json(path, ours)
+        return
+    there, now = flatten(json.loads(path.read_text())), flatten(ours)
+    different = sorted(
+        field
+        for field in there.keys() | now.keys()
+        if there.get(field) != now.get(field) and not field.startswith("mesh.")
+    )
+    if different:
+        told = "; ".join(
+            f"config.{f}: {there.get(f)!r} there, {now.get(f)!r} now" for f in different
+        )
+        raise ConfigError(
+            f"{workdir} was made with a different config ({told}): "
+            "give another --workdir, or the same settings"
+        )
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= (
+            flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat

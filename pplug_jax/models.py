@@ -1,0 +1,111 @@
+"""The loaded parts that training, evaluation and serving share: mesh, frozen LLM, encoder, store."""
+
+from pathlib import Path
+
+import jax
+import ml_collections
+from flax import nnx
+
+from pplug_jax import hf
+from pplug_jax.config import ConfigError, check_batches
+from pplug_jax.data.batches import Tokenizer
+from pplug_jax.data.history import HistoryStore
+from pplug_jax.data.tasks import TASKS
+from pplug_jax.embedder import UserEmbedder
+from pplug_jax.encoder import load_encoder
+from pplug_jax.encoder.encode import load_bert
+from pplug_jax.llm import load_llm
+from pplug_jax.mesh import batch_parts, make_mesh, place
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def model_path(settings: ml_collections.ConfigDict, field: str) -> Path:
+    """A model's directory: `assets/NAME` is one bundled with the package, anything else a path.
+
+    Raises:
+        ConfigError: nothing is there; the message says what belongs there.
+    """
+    path = settings.path
+    bundled = path.startswith("assets/")
+    directory = ASSETS / path.removeprefix("assets/") if bundled else Path(path)
+    if not path or not directory.is_dir():
+        raise ConfigError(
+            f"config.{field}.path: there is no directory {path!r}. It should hold "
+            f"{settings.source or 'a model'} in Hugging Face format (config.json, *.safetensors, "
+            f"tokenizer.json); name its place with --config.{field}.path=DIR"
+        )
+    return directory
+
+
+class Models:
+    """What a config names, loaded onto its mesh.
+
+    Raises:
+        ConfigError, FileNotFoundError, ValueError: a path, checkpoint or setting that cannot work.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, workdir: Path):
+        self.config = config
+        self.workdir = workdir
+        self.task = TASKS[config.task]
+        self.mesh = make_mesh(**config.mesh)
+        check_batches(config, batch_parts(self.mesh))
+        llm_path = model_path(config.llm, "llm")
+        self.encoder_path = model_path(config.encoder, "encoder")
+        self.llm = load_llm(llm_path, mesh=self.mesh, dtype=config.llm.dtype)
+        tokenizer = hf.load_tokenizer(llm_path, self.llm.config.vocab_size)
+        self.tokenizer = Tokenizer(tokenizer, config.llm.separator, self.llm.config.eos_ids)
+        self._check_length()
+        self.encoder = load_encoder(
+            self.encoder_path,
+            mesh=self.mesh,
+            dtype=config.encoder.dtype,
+            pooling=config.encoder.pooling or None,
+            max_length=config.encoder.max_length,
+        )
+        self.store = HistoryStore(config.data.history_store or workdir / "history", self.encoder)
+
+    def _check_length(self) -> None:
+        data = self.config.data
+        soft = 1 + self.config.plug.num_persona_tokens
+        prompt = (
+            self.tokenizer.prefix_length + data.max_input_length + len(self.tokenizer.separator)
+        )
+        answer = max(data.max_target_length, self.config.eval.max_new_tokens)
+        if prompt + soft + answer > self.llm.config.max_length:
+            raise ConfigError(
+                f"config.data.max_input_length: prompt, soft tokens and answer may reach "
+                f"{prompt + soft + answer} tokens, but the LLM was made for {self.llm.config.max_length}"
+            )
+
+    def new_plug(self) -> UserEmbedder:
+        """An untrained plug on the mesh: Enc_inp has the encoder's weights, the rest is drawn from the seed."""
+        config = self.config.plug
+        encoder = load_bert(
+            self.encoder_path,
+            self.mesh,
+            pooling=self.config.encoder.pooling or None,
+            variable=nnx.Param,
+            dtype=config.dtype,
+        )
+        scale = float(jax.jit(lambda llm: llm.embedding_norm())(self.llm))
+
+        @jax.jit
+        def build(encoder: nnx.Module, key: jax.Array) -> UserEmbedder:
+            return UserEmbedder(
+                encoder,
+                self.llm.config.hidden_size,
+                scale,
+                num_persona_tokens=config.num_persona_tokens,
+                temperature=config.temperature,
+                learned_temperature=config.learned_temperature,
+                dtype=config.dtype,
+                rngs=nnx.Rngs(key),
+            )
+
+        return place(build(encoder, jax.random.key(self.config.seed)), self.mesh)
+
+
+def parameter_count(module: nnx.Module) -> int:
+    return sum(x.size for x in jax.tree.leaves(nnx.state(module)))

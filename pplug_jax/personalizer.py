@@ -1,0 +1,89 @@
+"""Serving: a trained plug, its frozen LLM and a history in, a personal answer out."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from pplug_jax.checkpoint import Checkpoints
+from pplug_jax.embedder import UserEmbedder
+from pplug_jax.errors import InputError
+from pplug_jax.generate import generate
+from pplug_jax.methods import inputs_embeds
+from pplug_jax.models import Models
+
+
+@jax.jit
+def _soft_prompt(plug: UserEmbedder, *arrays: jax.Array) -> jax.Array:
+    return plug(*arrays)
+
+
+class Personalizer:
+    """Answers for any user, also one never seen before: only their history is needed."""
+
+    def __init__(self, models: Models, plug: UserEmbedder):
+        self.models = models
+        self.plug = plug
+
+    @classmethod
+    def from_checkpoint(cls, workdir: str | Path) -> "Personalizer":
+        """Loads what `pplug_jax.main` left in `workdir`.
+
+        Raises:
+            InputError: no run is there, or it has no trained plug yet, or its models are gone.
+        """
+        workdir = Path(workdir)
+        path = workdir / "config.json"
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; {workdir} is not the workdir of a run")
+        models = Models(ml_collections.ConfigDict(json.loads(path.read_text())), workdir)
+        checkpoints = Checkpoints(workdir / "checkpoints" / "pplug")
+        plug, _ = checkpoints.restore_plug(models.new_plug())
+        checkpoints.close()
+        return cls(models, plug)
+
+    def soft_prompt(self, input: str, history: Sequence[str | dict[str, Any]] = ()) -> np.ndarray:
+        """The soft tokens [I ; P] for this input, (k + 1, D) float32.
+
+        Args:
+            input: the task's input, instruction included.
+            history: the user's texts, or profile items as the task's files have them; none gives the null persona.
+        """
+        return np.asarray(self._soft_prompt(input, history)[0], np.float32)
+
+    def _soft_prompt(self, input: str, history: Sequence[str | dict[str, Any]]) -> jax.Array:
+        task, encoder = self.models.task, self.models.encoder
+        texts = [item if isinstance(item, str) else task.item_text(item) for item in history]
+        texts = texts[-self.models.config.data.max_history :]
+        query = np.array(encoder.tokenize([task.query(input)]), np.int32)
+        # The store's precision, so that a served persona is the one that was trained and tested.
+        vectors = encoder.encode(texts).astype(np.float16).astype(np.float32)
+        # One masked item stands in for an empty history, whose width would be 0.
+        there = np.ones((1, max(1, len(texts))), bool) & bool(texts)
+        vectors = vectors[None] if texts else np.zeros((1, 1, encoder.size), np.float32)
+        return _soft_prompt(self.plug, query, np.ones(query.shape, bool), vectors, there)
+
+    def generate(self, input: str, history: Sequence[str | dict[str, Any]] = ()) -> str:
+        """The LLM's answer to `input` for the user of `history`, decoded as in the run's evaluation."""
+        models = self.models
+        prompt = models.tokenizer.prompt(input, models.config.data.max_input_length)[None]
+        embeds, mask = inputs_embeds(
+            models.llm,
+            self._soft_prompt(input, history),
+            prompt,
+            np.ones(prompt.shape, bool),
+            models.tokenizer.prefix_length,
+        )
+        tokens = generate(
+            models.llm,
+            embeds,
+            mask,
+            max_new_tokens=models.config.eval.max_new_tokens,
+            num_beams=models.config.eval.num_beams,
+            length_penalty=models.config.eval.length_penalty,
+        )
+        return models.tokenizer.decode(np.asarray(tokens[0]))
