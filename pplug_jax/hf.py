@@ -28,6 +28,13 @@ class Source(NamedTuple):
     transpose: bool = False
 
 
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from error
+
+
 def read_config(directory: str | Path) -> dict[str, Any]:
     """The directory's config.json, with a clear error where there is none."""
     directory = Path(directory)
@@ -40,10 +47,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{path}: no such file; a model directory holds config.json, *.safetensors and a tokenizer"
         )
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not JSON: {error}") from error
+    return read_json(path)
 
 
 def load_tokenizer(directory: str | Path, vocab_size: int) -> transformers.PreTrainedTokenizerBase:
@@ -71,7 +75,7 @@ def weight_files(directory: str | Path) -> list[Path]:
     directory = Path(directory)
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
         files = [directory / name for name in names]
     else:
         files = [directory / "model.safetensors"]
@@ -83,6 +87,15 @@ def weight_files(directory: str | Path) -> list[Path]:
     return files
 
 
+def open_weights(file: Path) -> safe_open:
+    try:
+        return safe_open(file, framework="np")
+    except SafetensorError as error:
+        raise InputError(
+            f"{file}: not a whole safetensors file ({error}); fetch it again"
+        ) from error
+
+
 def load_weights(
     module: nnx.Module,
     directory: str | Path,
@@ -90,6 +103,7 @@ def load_weights(
     mesh: Mesh,
     *,
     ignore: tuple[str, ...] = (),
+    prefix: str = "",
 ) -> nnx.Module:
     """Fills the abstract `module` with the checkpoint's tensors, each device reading only its slice.
 
@@ -97,19 +111,17 @@ def load_weights(
         module: its variables hold `jax.ShapeDtypeStruct`, whose shapes the checkpoint must have and whose dtypes it is cast to.
         sources: variable path, joined with dots -> its tensor.
         ignore: endings of tensor names that the checkpoint may have besides.
+        prefix: what stands before the names of this module's tensors; the others are another module's.
 
     Raises:
         InputError: a missing, unexpected or misshapen tensor, or a truncated file; the message names it.
     """
     tensors: dict[str, Any] = {}
     for file in weight_files(directory):
-        try:
-            handle = safe_open(file, framework="np")
-            tensors.update({name: (file, handle.get_slice(name)) for name in list(handle.keys())})
-        except SafetensorError as error:
-            raise InputError(
-                f"{file}: not a whole safetensors file ({error}); fetch it again"
-            ) from error
+        handle = open_weights(file)
+        for name in list(handle.keys()):
+            if name.startswith(prefix):
+                tensors[name.removeprefix(prefix)] = (file, handle.get_slice(name))
 
     graph, state = nnx.split(module)
     targets = nnx.to_flat_state(shardings(module, mesh))
@@ -181,7 +193,7 @@ def save_weights(
 def common_prefix(directory: str | Path, name: str) -> str:
     """What stands before `name` in the checkpoint (`bert.` where the model was saved with a head)."""
     for file in weight_files(directory):
-        with safe_open(file, framework="np") as handle:
+        with open_weights(file) as handle:
             for found in list(handle.keys()):
                 if found.endswith(name):
                     return found.removesuffix(name)

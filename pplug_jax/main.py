@@ -6,6 +6,9 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from pplug_jax.errors import InputError
+from pplug_jax.run import run
+
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A config file of configs/, as FILE or FILE:ARGUMENT.", lock_config=True
 )
@@ -31,10 +34,6 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     logging.set_verbosity(logging.WARNING)
-    # Imported here so that --help answers at once.
-    from pplug_jax.errors import InputError
-    from pplug_jax.run import run
-
     config = _CONFIG.value
     workdir = (
         Path(_WORKDIR.value)

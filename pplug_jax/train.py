@@ -41,7 +41,7 @@ def make_optimizer(
     rising = max(1, round(warmup * steps))
     schedule = optax.join_schedules(
         [
-            optax.linear_schedule(0, learning_rate, rising),
+            optax.linear_schedule(learning_rate / rising, learning_rate, rising - 1),
             optax.linear_schedule(learning_rate, 0, max(1, steps - rising)),
         ],
         [rising],

@@ -1,6 +1,7 @@
 """Which profile items a prompt shows, and how: LaMP's retrieval and demonstration form."""
 
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ def recency(task: Task, input: str, profile: Sequence[Item], top_k: int) -> list
     del task, input
     order = list(profile)
     if all("date" in item for item in profile):
-        order.sort(key=lambda item: tuple(int(part) for part in str(item["date"]).split("-")))
+        order.sort(key=lambda item: [int(part) for part in re.findall(r"\d+", str(item["date"]))])
     return order[::-1][:top_k]
 
 
@@ -52,8 +53,13 @@ def demonstration_prompt(
     leaves unused, the next may use. Where nothing is left for any demonstration, the bare input is returned.
     """
 
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(
+            text, add_special_tokens=False, split_special_tokens=True, verbose=False
+        )
+
     def count(text: str) -> int:
-        return len(tokenizer.encode(text, add_special_tokens=False))
+        return len(encode(text))
 
     if not items:
         return input
@@ -61,14 +67,19 @@ def demonstration_prompt(
         len(items) - 1
     )
     budget = max_length - min(count(input), int(0.6 * max_length)) - frame
-    share, saved = budget // len(items), 0
+    share, room = budget // len(items), 0
     shown = []
     for item in items:
+        room += share
         cost = count(task.demonstration.format(**(item | {task.cut: ""})))
-        room = share + saved - cost
-        if room < 0:
+        if room < cost:
             continue
-        tokens = tokenizer.encode(item[task.cut], add_special_tokens=False)[:room]
-        saved = room - len(tokens)
-        shown.append(task.demonstration.format(**(item | {task.cut: tokenizer.decode(tokens)})))
+        text = item[task.cut]
+        tokens = encode(text)
+        if len(tokens) > room - cost:
+            tokens = tokens[: room - cost]
+            # A character cut in two would be read as several tokens again.
+            text = tokenizer.decode(tokens).rstrip("\ufffd")
+        room -= cost + len(tokens)
+        shown.append(task.demonstration.format(**(item | {task.cut: text})))
     return task.prompt.format(demonstrations=", and ".join(shown), input=input) if shown else input

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -32,13 +31,15 @@ def read_pooling(path: str | Path) -> str:
     file = Path(path) / "1_Pooling" / "config.json"
     if not file.is_file():
         return "cls"
-    settings = json.loads(file.read_text())
-    modes = [mode for mode in ("cls_token", "mean_tokens") if settings.get(f"pooling_mode_{mode}")]
-    if len(modes) != 1:
+    settings = hf.read_json(file)
+    names = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
+    modes = [name for name, on in settings.items() if name.startswith("pooling_mode_") and on]
+    if len(modes) != 1 or modes[0] not in names:
         raise InputError(
-            f"{file}: only one of pooling_mode_cls_token and pooling_mode_mean_tokens is supported"
+            f"{file}: pooling by {' and '.join(modes) or 'nothing'} is not supported, "
+            f"only by one of {' and '.join(names)}"
         )
-    return {"cls_token": "cls", "mean_tokens": "mean"}[modes[0]]
+    return names[modes[0]]
 
 
 def load_bert(
@@ -47,16 +48,13 @@ def load_bert(
     """The directory's model; `variable` says whether it is trained (`nnx.Param`) or frozen."""
     config = bert.config_from_hf(hf.read_config(path))
     model = bert.Bert(config, pooling or read_pooling(path), variable, dtype)
-    prefix = hf.common_prefix(path, "embeddings.word_embeddings.weight")
-    sources = {
-        name: source._replace(name=prefix + source.name) for name, source in bert.SOURCES.items()
-    }
     return hf.load_weights(
         model,
         path,
-        sources,
+        bert.SOURCES,
         mesh,
         ignore=("position_ids", "pooler.dense.weight", "pooler.dense.bias"),
+        prefix=hf.common_prefix(path, "embeddings.word_embeddings.weight"),
     )
 
 
@@ -122,7 +120,9 @@ class Encoder:
         vectors = np.zeros((len(tokens), self.size), np.float32)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            width = next(length for length in LENGTHS if length >= len(tokens[rows[-1]]))
+            longest = len(tokens[rows[-1]])
+            # No wider than the position table, whose size need not be one of LENGTHS.
+            width = min(next(x for x in LENGTHS if x >= longest), self.model.config.max_length)
             ids = np.zeros((batch_size, width), np.int32)
             lengths = np.ones(batch_size, np.int32)
             for i, row in enumerate(rows):

@@ -1,6 +1,5 @@
 """A Hugging Face directory as a frozen LLM on the mesh."""
 
-import json
 from pathlib import Path
 
 import jax
@@ -29,9 +28,10 @@ def load_llm(path: str | Path, *, mesh: Mesh | None = None, dtype: str = "bfloat
         )
     family = FAMILIES[config["model_type"]]
     generation = Path(path) / "generation_config.json"
-    eos = (json.loads(generation.read_text()) if generation.is_file() else {}).get(
-        "eos_token_id", config.get("eos_token_id")
-    )
+    if generation.is_file():  # as in transformers, it has the last word
+        settings = hf.read_json(generation)
+        config |= {x: settings[x] for x in ("eos_token_id", "pad_token_id") if x in settings}
+    eos = config.get("eos_token_id")
     eos_ids = tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,))
     llm = Decoder(family.config_from_hf(config, eos_ids), dtype)
     mesh = mesh or make_mesh(devices=jax.devices()[:1])

@@ -1,0 +1,140 @@
+"""Eight CPU devices, no network, and random tiny models in Hugging Face format."""
+
+import os
+
+# Before JAX is imported: eight devices to shard over, and compile time instead of run time.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+).strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import transformers
+
+VOCABULARY = 320
+TEXT = (
+    "A small model reads what its user has written, and writes as the user would: titles, reviews, "
+    "tweets and scores. Personalisation of frozen language models needs no training for new users."
+)
+
+
+def byte_tokenizer(
+    special: dict[str, str], template: str | None = None
+) -> transformers.PreTrainedTokenizerFast:
+    """A byte-level BPE; `special`: role -> token, ids in that order; `template`: of one text."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(special.values()),
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    if template:
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=template,
+            special_tokens=[(token, i) for i, token in enumerate(special.values())],
+        )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def save_random(model: transformers.PreTrainedModel, path: Path) -> None:
+    """Saves `model` with noise on every tensor, for norms and biases start alike: all ones or zeros."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(path)
+
+
+@pytest.fixture(scope="session")
+def make_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """make_llama(**settings): a directory with a random tiny Llama and its tokenizer."""
+    import torch
+
+    def make(**settings: Any) -> Path:
+        path = tmp_path_factory.mktemp("llama")
+        torch.manual_seed(0)
+        # Weights larger than usual, so that the logits are not all alike.
+        config = {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.2,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 2,
+        } | settings
+        save_random(transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)), path)
+        special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+        byte_tokenizer(special).save_pretrained(path)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(make_llama: Callable[..., Path]) -> Path:
+    """A random Llama (D 32, 2 layers, 4 heads, 2 KV heads) with its tokenizer; do not write to it."""
+    return make_llama()
+
+
+@pytest.fixture(scope="session")
+def make_bert(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """make_bert(kind=BertModel, **settings): a directory with a random tiny BERT and its tokenizer."""
+    import torch
+
+    def make(
+        kind: type[transformers.PreTrainedModel] = transformers.BertModel, **settings: Any
+    ) -> Path:
+        path = tmp_path_factory.mktemp("bert")
+        torch.manual_seed(0)
+        config = {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 128,
+            "initializer_range": 0.2,
+        } | settings
+        save_random(kind(transformers.BertConfig(**config)), path)
+        special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+        byte_tokenizer(special, template="[CLS] $A [SEP]").save_pretrained(path)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(make_bert: Callable[..., Path]) -> Path:
+    """A random BERT (E 32, 2 layers, 128 positions) with its tokenizer; do not write to it."""
+    return make_bert()
+
+
+@pytest.fixture(scope="session")
+def real_models() -> Path:
+    """The trained models outside the repository; tests that need them skip where they are absent."""
+    path = Path(__file__).resolve().parents[2] / "shared" / "models"
+    if not path.is_dir():
+        pytest.skip(f"{path} is absent: no trained models to compare with")
+    return path

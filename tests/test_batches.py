@@ -1,0 +1,410 @@
+"""From examples to batches: tokens, shapes, order, dropout, shards."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+import pytest
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pplug_jax.data.batches import (
+    ROUND,
+    Assemble,
+    Batch,
+    Buckets,
+    Plan,
+    Tokenized,
+    Tokenizer,
+    drop_history,
+    place_batch,
+    plan_batches,
+    tokenize,
+    training_batches,
+)
+from pplug_jax.data.history import HistoryStore
+from pplug_jax.data.lamp import Example
+from pplug_jax.data.tasks import TASKS
+from pplug_jax.mesh import make_mesh
+
+TASK = TASKS["LaMP_5"]
+
+
+class FakeEncoder:
+    """A text's vector is drawn from its hash; its tokens are its characters between two marks."""
+
+    size = 4
+    fingerprint = "fake"
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        batch_size: int = 64,
+        on_batch: Callable[[int], None] = lambda done: None,
+    ) -> np.ndarray:
+        seeds = (hashlib.sha256(text.encode()).digest()[0] for text in texts)
+        return np.stack([np.random.default_rng(seed).standard_normal(4) for seed in seeds])
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[1, *map(ord, text), 2] for text in texts]
+
+
+def item(number: int) -> dict[str, str]:
+    return {"title": f"title {number}", "abstract": "abstract"}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> HistoryStore:
+    store = HistoryStore(tmp_path, FakeEncoder())
+    store.add(TASK.item_text(item(i)) for i in range(40))
+    return store
+
+
+def tokenized(rng: np.random.Generator, rows: int | None = None) -> Tokenized:
+    """An example of random lengths, with `rows` items of history."""
+
+    def ids(low: int, high: int) -> np.ndarray:
+        return rng.integers(3, 99, rng.integers(low, high), dtype=np.int32)
+
+    rows = int(rng.integers(0, 20)) if rows is None else rows
+    return Tokenized(ids(2, 200), ids(1, 20), ids(2, 60), rng.integers(0, 40, rows))
+
+
+def many(count: int, seed: int = 0) -> list[Tokenized]:
+    rng = np.random.default_rng(seed)
+    return [tokenized(rng) for _ in range(count)]
+
+
+# Tokens
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer(tiny_llama: Path) -> transformers.PreTrainedTokenizerBase:
+    return transformers.AutoTokenizer.from_pretrained(tiny_llama)
+
+
+def test_a_prompt_is_bos_text_separator(llama_tokenizer: transformers.PreTrainedTokenizerBase):
+    tokenizer = Tokenizer(llama_tokenizer, "\nTitle:", [])
+    bos, text, separator = 0, tokenizer.ids("small model"), tokenizer.ids("\nTitle:")
+    assert tokenizer.prefix_length == 1
+    assert text
+    assert separator
+    assert tokenizer.prompt("small model", 99).tolist() == [bos, *text, *separator]
+    # What is cut is the text, never the frame around it.
+    assert tokenizer.prompt("small model", 2).tolist() == [bos, *text[:2], *separator]
+    assert tokenizer.prompt("", 9).tolist() == [bos, *separator]
+
+
+def test_a_target_ends_with_eos_even_when_cut(
+    llama_tokenizer: transformers.PreTrainedTokenizerBase,
+):
+    tokenizer = Tokenizer(llama_tokenizer, "", [])
+    text, eos = tokenizer.ids("small model"), 1
+    assert tokenizer.target("small model", 99).tolist() == [*text, eos]
+    assert tokenizer.target("small model", len(text)).tolist() == [*text[:-1], eos]
+    assert tokenizer.target("small model", 1).tolist() == [eos]
+    assert tokenizer.target("", 9).tolist() == [eos]
+
+
+def test_special_tokens_in_a_users_text_are_plain_text(
+    llama_tokenizer: transformers.PreTrainedTokenizerBase,
+):
+    tokenizer = Tokenizer(llama_tokenizer, "", [])
+    text = "a </s> b <s><pad>"
+    for ids in (tokenizer.prompt(text, 99)[1:], tokenizer.target(text, 99)[:-1]):
+        assert not set(ids) & {0, 1, 2}
+        assert llama_tokenizer.decode(ids) == text
+
+
+def test_a_tokenizer_without_bos_and_eos():
+    class Bare:
+        bos_token_id = eos_token_id = None
+
+        def encode(self, text: str, **options: object) -> list[int]:
+            return [ord(character) for character in text]
+
+    tokenizer = Tokenizer(Bare(), "|", [7, 8])
+    assert tokenizer.prefix_length == 0
+    assert tokenizer.prompt("ab", 9).tolist() == [97, 98, 124]
+    assert tokenizer.target("ab", 9).tolist() == [97, 98, 7]  # the LLM's config names one
+    assert Tokenizer(Bare(), "", []).target("ab", 9).tolist() == [97, 98]
+
+
+def test_tokenize(llama_tokenizer: transformers.PreTrainedTokenizerBase, store: HistoryStore):
+    tokenizer = Tokenizer(llama_tokenizer, " =>", [])
+    profile = tuple(item(i) for i in range(5))
+    input = "Generate a title for the following abstract of a paper: Models."
+    examples = [Example("0", input, "Gold", profile), Example("1", "bare", None, ())]
+    lengths = {"max_input_length": 99, "max_target_length": 9, "max_history": 3}
+    first, second = tokenize(TASK, examples, [profile, ()], tokenizer, store, **lengths)
+    assert first.prompt.tolist() == tokenizer.prompt(input, 99).tolist()
+    assert first.target.tolist() == tokenizer.target("Gold", 9).tolist()
+    assert first.query.tolist() == [1, *map(ord, "Models."), 2]
+    # LaMP's newest come last, and the last are kept.
+    assert (
+        first.rows.tolist() == store.rows([TASK.item_text(each) for each in profile[2:]]).tolist()
+    )
+    assert second.target.tolist() == [1]  # no gold: EOS alone
+    assert second.rows.tolist() == []
+
+    # Another's history in place of the own one, and a prompt in place of the input.
+    swapped = tokenize(
+        TASK, examples, [(), profile], tokenizer, store, prompts=["one", "two"], **lengths
+    )
+    assert [len(each.rows) for each in swapped] == [0, 3]
+    assert swapped[0].prompt.tolist() == tokenizer.prompt("one", 99).tolist()
+    assert swapped[0].query.tolist() == first.query.tolist()
+
+
+# Shapes and order
+
+
+@settings(deadline=None)
+@given(st.integers(1, 60), st.integers(1, 6), st.integers(0, 9))
+def test_every_example_fits_its_bucket_and_all_larger(count: int, buckets: int, seed: int):
+    examples = many(count, seed)
+    made = Buckets(examples, buckets)
+    assert 1 <= len(made.shapes) <= buckets
+    assert len(made.of) == count
+    assert all(side % ROUND == 0 for shape in made.shapes for side in shape)
+    for example, bucket in zip(examples, made.of, strict=True):
+        for prompt, query in made.shapes[bucket:]:
+            assert len(example.prompt) <= prompt
+            assert len(example.query) <= query
+        assert len(example.target) <= made.target
+        assert len(example.rows) <= made.history
+        if bucket:  # and no smaller one would do
+            assert len(example.prompt) > made.shapes[bucket - 1][0]
+
+
+def test_buckets_of_no_history_and_short_texts_have_a_shape():
+    empty = np.zeros(0, np.int32)
+    made = Buckets([Tokenized(np.ones(1, np.int32), empty, empty, empty)], 4)
+    assert made.shapes == [(16, 16)]
+    assert made.target == made.history == 16
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=80), st.integers(1, 9), st.integers(0, 9))
+def test_an_epoch_holds_every_index_once(buckets: list[int], batch_size: int, seed: int):
+    bucket_of = np.array(buckets)
+    order = np.random.default_rng(seed).permutation(len(buckets))
+    batches = plan_batches(order, bucket_of, batch_size)
+    assert len(batches) == -(-len(buckets) // batch_size)
+    assert all(len(indices) == batch_size for _, indices in batches[:-1])
+    assert sorted(np.concatenate([indices for _, indices in batches])) == list(range(len(buckets)))
+    for bucket, indices in batches:
+        assert bucket_of[indices].max() <= bucket
+
+
+def test_a_plan_is_a_function_of_its_seed_and_epochs_differ():
+    bucket_of = Buckets(many(50), 3).of
+
+    def epochs(seed: int) -> list[list[int]]:
+        plan = Plan(bucket_of, 8, 2, seed)
+        assert len(plan) == 14
+        assert [plan[step][0] for step in range(14)] == list(range(14))
+        return [
+            np.concatenate([plan[step][2] for step in steps]).tolist()
+            for steps in (range(7), range(7, 14))
+        ]
+
+    one, two = epochs(seed=1)
+    assert sorted(one) == sorted(two) == list(range(50))
+    assert one != two
+    assert epochs(seed=1) == [one, two]
+    assert epochs(seed=2)[0] not in (one, two)
+
+
+def test_a_plans_step_is_known_without_those_before():
+    bucket_of = Buckets(many(50), 3).of
+    forwards, backwards = Plan(bucket_of, 8, 3, 0), Plan(bucket_of, 8, 3, 0)
+    expected = [forwards[step] for step in range(21)]
+    for step in reversed(range(21)):
+        found = backwards[step]
+        assert found[:2] == expected[step][:2]
+        np.testing.assert_array_equal(found[2], expected[step][2])
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 7), (2.5, 18), (0.5, 4), (0.01, 1)])
+def test_epochs_may_be_fractions(epochs: float, steps: int):
+    plan = Plan(np.zeros(50, int), 8, epochs, 0)
+    assert len(plan) == steps
+    for start in range(0, steps, 7):  # no example twice in an epoch, whole or not
+        epoch = np.concatenate([plan[step][2] for step in range(start, min(start + 7, steps))])
+        assert len(set(epoch)) == len(epoch)
+
+
+# History dropout
+
+
+@given(st.integers(0, 60), st.floats(0, 1), st.integers(0, 99))
+def test_dropout_never_empties_a_history(count: int, rate: float, seed: int):
+    rows = np.arange(100, 100 + count)
+    kept = drop_history(rows, np.random.default_rng(seed), rate)
+    assert set(kept) <= set(rows)
+    assert len(set(kept)) == len(kept)
+    assert len(kept) >= max(min(count, 1), count - 1 - int(count * rate))
+    if count <= 2 or rate == 0:
+        assert kept.tolist() == rows.tolist()
+
+
+def test_dropout_has_the_official_distribution():
+    # n = 10, rate 1/2: whole once in 11, else 1 to 5 items are gone, each number as often.
+    rng, draws = np.random.default_rng(0), 11_000
+    kept = [drop_history(np.arange(10), rng, 0.5) for _ in range(draws)]
+    gone = np.bincount([10 - len(rows) for rows in kept], minlength=11)
+    assert gone[6:].sum() == 0
+    expected = np.array([1 / 11, *[2 / 11] * 5])
+    sigma = np.sqrt(draws * expected * (1 - expected))
+    assert np.all(np.abs(gone[:6] - draws * expected) < 5 * sigma)
+    # And every item is as likely to go.
+    times = np.bincount(np.concatenate(kept), minlength=10)
+    assert np.all(np.abs(times - times.mean()) < 5 * np.sqrt(times.mean()))
+
+
+# Batches
+
+
+@pytest.mark.parametrize("count", [5, 3])
+def test_a_batch_holds_its_examples_and_nothing_else(store: HistoryStore, count: int):
+    examples = many(20)
+    buckets = Buckets(examples, 2)
+    indices = np.argsort(buckets.of, kind="stable")[:count]
+    assert buckets.of[indices].max() == 0
+    batch = Assemble(examples, buckets, store, 5)((0, 0, indices))
+    prompt, query = buckets.shapes[0]
+    assert batch.prompt.shape == (5, prompt)
+    assert batch.query.shape == (5, query)
+    assert batch.target.shape == (5, buckets.target)
+    assert batch.history.shape == (5, buckets.history, 4)
+    assert batch.weight.tolist() == [1] * count + [0] * (5 - count)
+    assert batch.index[:count].tolist() == indices.tolist()
+    for i, index in enumerate(indices):
+        example = examples[index]
+        for name in ("prompt", "target", "query"):
+            ids, mask = getattr(batch, name)[i], getattr(batch, f"{name}_mask")[i]
+            expected = getattr(example, name)
+            assert ids.dtype == np.int32
+            assert ids[: len(expected)].tolist() == expected.tolist()
+            assert not ids[len(expected) :].any()
+            assert mask.tolist() == [k < len(expected) for k in range(len(ids))]
+        n = len(example.rows)
+        np.testing.assert_array_equal(batch.history[i, :n], store.vectors(example.rows))
+        assert not batch.history[i, n:].any()
+        assert batch.history_mask[i].sum() == batch.history_mask[i, :n].sum() == n
+    # A row that fills up has no target and no history, but a token to attend to.
+    for i in range(count, 5):
+        assert not batch.target_mask[i].any()
+        assert not batch.history_mask[i].any()
+        assert batch.prompt_mask[i].sum() == batch.query_mask[i].sum() == 1
+
+
+def full_batch(
+    examples: list[Tokenized], store: HistoryStore, step: int, **options: float
+) -> Batch:
+    buckets = Buckets(examples, 1)
+    assemble = Assemble(examples, buckets, store, len(examples), **options)
+    return assemble((step, 0, np.arange(len(examples))))
+
+
+def same(one: Batch, other: Batch) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_dropout_is_a_function_of_seed_and_step(store: HistoryStore):
+    examples = many(16)
+    options = {"history_dropout": 0.5, "persona_dropout": 0.3}
+    first = full_batch(examples, store, 3, seed=1, **options)
+    assert same(first, full_batch(examples, store, 3, seed=1, **options))
+    for step, seed in ((4, 1), (3, 2)):
+        other = full_batch(examples, store, step, seed=seed, **options)
+        assert not np.array_equal(first.history_mask, other.history_mask)
+        assert np.array_equal(first.prompt, other.prompt)
+    # Without dropout the step means nothing.
+    assert same(full_batch(examples, store, 3), full_batch(examples, store, 4))
+
+
+def test_persona_dropout_leaves_no_history(store: HistoryStore):
+    rng = np.random.default_rng(0)
+    examples = [tokenized(rng, rows=6) for _ in range(200)]
+    none = full_batch(examples, store, 0, persona_dropout=1.0)
+    assert not none.history_mask.any()
+    assert not none.history.any()
+    some = full_batch(examples, store, 0, persona_dropout=0.3).history_mask.any(axis=1)
+    assert 0.5 < some.mean() < 0.9
+
+
+def test_dropped_items_leave_no_gap(store: HistoryStore):
+    rng = np.random.default_rng(0)
+    examples = [tokenized(rng, rows=12) for _ in range(50)]
+    batch = full_batch(examples, store, 0, history_dropout=0.5)
+    counts = batch.history_mask.sum(axis=1)
+    assert counts.min() < 12
+    for i, (example, n) in enumerate(zip(examples, counts, strict=True)):
+        assert batch.history_mask[i, :n].all()
+        own = {vector.tobytes() for vector in store.vectors(example.rows)}
+        assert {vector.tobytes() for vector in batch.history[i, :n]} <= own
+
+
+def iterator(store: HistoryStore) -> grain.DatasetIterator:
+    examples = many(30)
+    buckets = Buckets(examples, 2)
+    assemble = Assemble(examples, buckets, store, 4, seed=5, history_dropout=0.5)
+    return training_batches(Plan(buckets.of, 4, 2, 5), assemble)
+
+
+def test_training_goes_on_from_a_saved_state(store: HistoryStore):
+    whole = list(iterator(store))
+    assert len(whole) == 16
+    for step in (0, 5, 8, 15):  # 8 is the first of the second epoch
+        data = iterator(store)
+        for expected in whole[:step]:
+            assert same(next(data), expected)
+        again = iterator(store)
+        again.set_state(data.get_state())
+        rest = list(again)
+        assert len(rest) == 16 - step
+        assert all(map(same, rest, whole[step:]))
+
+
+# Devices and hosts
+
+
+def test_a_batch_is_sharded_over_its_rows(store: HistoryStore):
+    mesh = make_mesh(2, 2, 2)
+    local = full_batch(many(8), store, 0)
+    placed = place_batch(local, mesh)
+    for name in Batch._fields:
+        array, expected = getattr(placed, name), getattr(local, name)
+        np.testing.assert_array_equal(array, expected)
+        assert array.dtype == expected.dtype
+        assert len(array.addressable_shards) == 8
+        # data x fsdp = 4 parts of 2 rows, each on the 2 devices of `tensor`.
+        starts = sorted(shard.index[0].start or 0 for shard in array.addressable_shards)
+        assert starts == [0, 0, 2, 2, 4, 4, 6, 6]
+        assert all(
+            shard.data.shape == (2, *expected.shape[1:]) for shard in array.addressable_shards
+        )
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_the_hosts_rows_together_are_the_batch(
+    store: HistoryStore, monkeypatch: pytest.MonkeyPatch, hosts: int
+):
+    examples = many(8)
+    whole = full_batch(examples, store, 2, seed=1, history_dropout=0.5)
+    monkeypatch.setattr(jax, "process_count", lambda: hosts)
+    parts = []
+    for host in range(hosts):
+        monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+        parts.append(full_batch(examples, store, 2, seed=1, history_dropout=0.5))
+    assert all(len(part.index) == 8 // hosts for part in parts)
+    together = Batch(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    assert sorted(together.index) == list(range(8))
+    # Row by row the very same, dropout included: the number of hosts changes no example.
+    order = np.argsort(together.index)
+    assert same(Batch(*(array[order] for array in together)), whole)

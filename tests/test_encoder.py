@@ -1,0 +1,283 @@
+"""The text encoder against transformers' BERT, and its batching against one text at a time."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from absl import logging
+from flax import nnx
+
+from pplug_jax.encoder import Encoder, load_encoder
+from pplug_jax.encoder.encode import load_bert
+from pplug_jax.llm.decoder import Frozen
+from pplug_jax.mesh import make_mesh
+
+# Of one to a few hundred tokens, in no order, with what may trip a tokenizer.
+TEXTS = [
+    "A title",
+    "What its user has written, and writes as the user would. " * 2,
+    "",
+    "x",
+    "tweets and scores; " * 20,
+    "Ünïcödé 文字 🙂",
+    "A [SEP] B [CLS] [PAD]",
+    "A small model reads its user.",
+    "needs no training for new users",
+]
+BATCH = 4  # of every test, so that compiled functions are shared
+
+
+def encode(encoder: Encoder, texts: list[str]) -> np.ndarray:
+    return encoder.encode(texts, batch_size=BATCH)
+
+
+def pooled(model: transformers.BertModel, tokens: np.ndarray, mask: np.ndarray, pooling: str):
+    """transformers' last hidden states, and the unit vectors made of them."""
+    mask = torch.tensor(mask)
+    with torch.no_grad():
+        states = model(torch.tensor(tokens).long(), mask.long()).last_hidden_state
+    if pooling == "cls":
+        vectors = states[:, 0]
+    else:
+        vectors = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    return states.numpy(), torch.nn.functional.normalize(vectors, dim=-1).numpy()
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_bert: Path) -> Encoder:
+    return load_encoder(tiny_bert)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_attention_heads": 2, "hidden_size": 20, "intermediate_size": 33},
+        {"num_hidden_layers": 1, "type_vocab_size": 1, "layer_norm_eps": 1e-2},
+    ],
+)
+def test_vectors_are_those_of_transformers(
+    make_bert: Callable[..., Path], settings: dict, pooling: str
+) -> None:
+    path = make_bert(**settings)
+    model = load_bert(
+        path,
+        make_mesh(devices=jax.devices()[:1]),
+        pooling=pooling,
+        variable=Frozen,
+        dtype="float32",
+    )
+    lengths = np.array([19, 2, 7, 1])
+    mask = np.arange(19) < lengths[:, None]
+    tokens = np.random.default_rng(0).integers(0, 320, mask.shape, dtype=np.int32)
+    states, vectors = pooled(
+        transformers.BertModel.from_pretrained(path).eval(), tokens, mask, pooling
+    )
+    ours = jax.jit(lambda model: (model.hidden(tokens, mask), model(tokens, mask)))(model)
+    np.testing.assert_allclose(ours[0][mask], states[mask], atol=1e-5 * np.abs(states).max())
+    np.testing.assert_allclose(ours[1], vectors, atol=1e-5)
+
+
+def test_both_kinds_of_variable(tiny_bert: Path) -> None:
+    mesh = make_mesh(devices=jax.devices()[:1])
+    for variable in (nnx.Param, Frozen):
+        model = load_bert(tiny_bert, mesh, pooling="cls", variable=variable, dtype="float32")
+        leaves = nnx.to_flat_state(nnx.state(model))
+        assert {type(leaf) for _, leaf in leaves} == {variable}
+    assert not nnx.to_flat_state(nnx.state(model, nnx.Param))
+
+
+def test_a_batch_is_its_texts_one_by_one(encoder: Encoder) -> None:
+    done = []
+    vectors = encoder.encode(TEXTS, batch_size=BATCH, on_batch=done.append)
+    assert sum(done) == len(TEXTS)
+    assert (vectors.shape, vectors.dtype) == ((len(TEXTS), encoder.size), np.float32)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    for text, vector in zip(TEXTS, vectors, strict=True):
+        np.testing.assert_allclose(encode(encoder, [text])[0], vector, atol=1e-5)
+    # Unlike texts have unlike vectors, or the comparison would say nothing about the order.
+    similar = vectors @ vectors.T - 2 * np.eye(len(TEXTS))
+    assert similar.max() < 0.999
+
+
+def test_vectors_are_those_of_transformers_from_text(encoder: Encoder, tiny_bert: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_bert)
+    model = transformers.BertModel.from_pretrained(tiny_bert).eval()
+    for text, vector in zip(TEXTS, encode(encoder, TEXTS), strict=True):
+        ids = tokenizer(text, split_special_tokens=True, truncation=True, max_length=128)
+        tokens = np.array([ids["input_ids"]])
+        _, expected = pooled(model, tokens, np.ones(tokens.shape, bool), "cls")
+        np.testing.assert_allclose(vector, expected[0], atol=1e-5)
+
+
+def test_no_texts(encoder: Encoder) -> None:
+    vectors = encode(encoder, [])
+    assert (vectors.shape, vectors.dtype) == ((0, encoder.size), np.float32)
+
+
+def test_special_tokens_in_a_text_are_plain_text(encoder: Encoder) -> None:
+    cls, sep, pad = (
+        encoder.tokenizer.convert_tokens_to_ids(x) for x in ("[CLS]", "[SEP]", "[PAD]")
+    )
+    (ids,) = encoder.tokenize(["A [SEP] B [CLS] [PAD]"])
+    assert (ids[0], ids[-1]) == (cls, sep)
+    assert not {cls, sep, pad} & set(ids[1:-1])
+    assert encoder.tokenizer.decode(ids[1:-1]) == "A [SEP] B [CLS] [PAD]"
+
+
+def test_long_texts_are_cut_and_counted_once(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = load_encoder(tiny_bert, max_length=20)
+    lines: list[str] = []
+    for level in ("info", "warning"):
+        monkeypatch.setattr(logging, level, lambda line, *args: lines.append(line % args))
+    long = "tweets and scores; " * 20
+    vectors = encode(encoder, [long, "short", long + "more", "x", long])
+    assert len(lines) == 1
+    assert lines[0].startswith("3 of 5 texts reach the encoder's 20 tokens")
+    assert len(encoder.tokenize([long])[0]) == 20
+    np.testing.assert_allclose(vectors[0], vectors[2], atol=1e-6)
+    lines.clear()
+    encode(encoder, ["short"])
+    assert not lines
+
+
+def test_fewer_positions_than_the_next_compiled_length(make_bert: Callable[..., Path]) -> None:
+    encoder = load_encoder(make_bert(max_position_embeddings=40))
+    assert encoder.max_length == 40
+    texts = ["x" * 36, "y" * 100]
+    assert [len(ids) for ids in encoder.tokenize(texts)] == [38, 40]
+    vectors = encode(encoder, texts)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+def test_the_fingerprint_tells_encoders_apart(tiny_bert: Path, tmp_path: Path) -> None:
+    def other(name: str, file: str, old: str, new: str) -> Path:
+        path = shutil.copytree(tiny_bert, tmp_path / name)
+        text = (path / file).read_text()
+        assert old in text
+        (path / file).write_text(text.replace(old, new))
+        return path
+
+    weights = shutil.copytree(tiny_bert, tmp_path / "weights")
+    with open(weights / "model.safetensors", "r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"\0\0\0\0")
+    copy = shutil.copytree(tiny_bert, tmp_path / "copy")
+    prints = [
+        load_encoder(tiny_bert).fingerprint,
+        load_encoder(tiny_bert, pooling="mean").fingerprint,
+        load_encoder(tiny_bert, max_length=64).fingerprint,
+        load_encoder(tiny_bert, dtype="bfloat16").fingerprint,
+        load_encoder(weights).fingerprint,
+        load_encoder(other("config", "config.json", "1e-12", "1e-05")).fingerprint,
+        load_encoder(
+            other(
+                "tokenizer", "tokenizer.json", '"normalizer": null', '"normalizer": {"type": "NFC"}'
+            )
+        ).fingerprint,
+    ]
+    assert len(set(prints)) == len(prints)
+    assert load_encoder(copy, pooling="cls").fingerprint == prints[0]
+
+
+@pytest.mark.parametrize(
+    ("modes", "expected"),
+    [
+        ({"cls_token": True, "mean_tokens": False}, "cls"),
+        ({"cls_token": False, "mean_tokens": True, "max_tokens": False}, "mean"),
+        (None, "cls"),
+    ],
+)
+def test_pooling_is_read(
+    tiny_bert: Path, tmp_path: Path, modes: dict[str, bool] | None, expected: str
+) -> None:
+    path = shutil.copytree(tiny_bert, tmp_path / "encoder")
+    if modes is not None:
+        (path / "1_Pooling").mkdir()
+        settings = {f"pooling_mode_{mode}": on for mode, on in modes.items()}
+        (path / "1_Pooling" / "config.json").write_text(json.dumps(settings))
+    assert load_encoder(path).model.pooling == expected
+    assert load_encoder(path, pooling="mean").model.pooling == "mean"  # the argument wins
+
+
+@pytest.mark.parametrize(
+    "modes",
+    [
+        {},
+        {"max_tokens": True},
+        {"cls_token": True, "mean_tokens": True},
+        {"mean_tokens": True, "max_tokens": True},
+    ],
+)
+def test_other_poolings_are_refused(
+    tiny_bert: Path, tmp_path: Path, modes: dict[str, bool]
+) -> None:
+    path = shutil.copytree(tiny_bert, tmp_path / "encoder")
+    (path / "1_Pooling").mkdir()
+    settings = {f"pooling_mode_{mode}": on for mode, on in modes.items()}
+    (path / "1_Pooling" / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"1_Pooling/config\.json: pooling by"):
+        load_encoder(path)
+
+
+def test_an_unknown_pooling_is_refused(tiny_bert: Path) -> None:
+    with pytest.raises(ValueError, match="pooling 'max' is not supported; supported: cls, mean"):
+        load_encoder(tiny_bert, pooling="max")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"model_type": "roberta"}, "model_type 'roberta' is not supported as an encoder"),
+        ({"hidden_act": "relu"}, "hidden_act='relu' is not supported"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
+        ({"is_decoder": True}, "is_decoder=True is not supported"),
+    ],
+)
+def test_settings_that_are_not_implemented_are_refused(
+    tiny_bert: Path, tmp_path: Path, setting: dict, message: str
+) -> None:
+    path = shutil.copytree(tiny_bert, tmp_path / "encoder")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | setting))
+    with pytest.raises(ValueError, match=message):
+        load_encoder(path)
+
+
+def test_a_model_saved_with_a_head(make_bert: Callable[..., Path], tmp_path: Path) -> None:
+    path = make_bert(kind=transformers.BertForMaskedLM)
+    bare = shutil.copytree(path, tmp_path / "bare")
+    transformers.BertForMaskedLM.from_pretrained(path).bert.save_pretrained(bare)
+    np.testing.assert_array_equal(
+        encode(load_encoder(path), TEXTS), encode(load_encoder(bare), TEXTS)
+    )
+
+
+def test_eight_devices_give_the_vectors_of_one(tiny_bert: Path, encoder: Encoder) -> None:
+    eight = load_encoder(tiny_bert, mesh=make_mesh(2, 2, 2))
+    assert len(eight.model.layers.query[...].sharding.device_set) == 8
+    np.testing.assert_allclose(encode(eight, TEXTS), encode(encoder, TEXTS), atol=1e-5)
+    # A batch size that the devices do not divide is rounded up.
+    np.testing.assert_allclose(eight.encode(TEXTS, batch_size=3), encode(encoder, TEXTS), atol=1e-5)
+
+
+def test_a_trained_model(real_models: Path) -> None:
+    path = real_models / "all-MiniLM-L6-v2"
+    encoder = load_encoder(path)
+    assert (encoder.model.pooling, encoder.size) == ("mean", 384)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    model = transformers.BertModel.from_pretrained(path).eval()
+    vectors = encode(encoder, TEXTS[:4])
+    for text, vector in zip(TEXTS, vectors, strict=False):
+        tokens = np.array([tokenizer(text)["input_ids"]])
+        _, expected = pooled(model, tokens, np.ones(tokens.shape, bool), "mean")
+        assert vector @ expected[0] >= 0.99999

@@ -1,0 +1,225 @@
+"""LaMP-format files: what is read, and what is said of files that are not as they should be."""
+
+import copy
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pplug_jax.data.lamp import DataError, read
+from pplug_jax.data.tasks import TASKS
+
+TASK = TASKS["LaMP_5"]
+QUESTIONS = [
+    {
+        "id": "410",
+        "input": "Generate a title for the following abstract of a paper: Über {x} \u2028 naïve 😀",
+        "profile": [
+            {"id": "4100", "title": "Õne", "abstract": " blanks stay ", "date": "2014-03-07"},
+            {"id": "4101", "title": "", "abstract": ""},
+        ],
+    },
+    {"id": "411", "input": "second", "profile": []},
+]
+OUTPUTS = {
+    "task": "LaMP_5",
+    "golds": [{"id": "411", "output": "B"}, {"id": "410", "output": "Ä 😀"}],
+}
+
+
+def write(directory: Path, questions: Any = QUESTIONS, outputs: Any = OUTPUTS, split="dev") -> Path:
+    for name, content in (("questions", questions), ("outputs", outputs)):
+        if content is not None:
+            data = content if isinstance(content, bytes) else json.dumps(content).encode()
+            (directory / f"{split}_{name}.json").write_bytes(data)
+    return directory
+
+
+def error(directory: Path, split: str = "dev") -> str:
+    with pytest.raises(DataError) as caught:
+        read(directory, split, TASK)
+    return str(caught.value)
+
+
+def edited(records: Any, *path_and_value: Any) -> Any:
+    """A copy with the value at the path replaced; the value `...` removes it."""
+    *path, last, value = path_and_value
+    records = inner = copy.deepcopy(records)
+    for key in path:
+        inner = inner[key]
+    if value is ...:
+        del inner[last]
+    else:
+        inner[last] = value
+    return records
+
+
+@pytest.mark.parametrize("ascii", [True, False])
+def test_good_files_are_read_verbatim_in_the_questions_order(tmp_path: Path, ascii: bool):
+    questions = json.dumps(QUESTIONS, ensure_ascii=ascii).encode()
+    examples = read(write(tmp_path, questions), "dev", TASK)
+    assert [(e.id, e.input, e.target) for e in examples] == [
+        ("410", QUESTIONS[0]["input"], "Ä 😀"),
+        ("411", "second", "B"),
+    ]
+    assert examples[0].profile == tuple(QUESTIONS[0]["profile"])
+    assert examples[1].profile == ()
+
+
+def test_the_test_split_may_come_without_outputs(tmp_path: Path):
+    write(tmp_path, outputs=None, split="test")
+    assert [e.target for e in read(tmp_path, "test", TASK)] == [None, None]
+    write(tmp_path, outputs=OUTPUTS, split="test")
+    assert [e.target for e in read(tmp_path, "test", TASK)] == ["Ä 😀", "B"]
+
+
+@pytest.mark.parametrize("name", ["questions", "outputs"])
+def test_a_missing_file_is_named(tmp_path: Path, name: str):
+    write(tmp_path)
+    (tmp_path / f"dev_{name}.json").unlink()
+    assert f"{tmp_path / f'dev_{name}.json'}: no such file" in error(tmp_path)
+
+
+def test_broken_json_is_placed_by_line_and_column(tmp_path: Path):
+    said = error(write(tmp_path, b'[\n  {"id": "1",,}\n]'))
+    assert "dev_questions.json: not JSON" in said
+    assert "line 2, column 14" in said
+
+
+def test_a_cut_file_and_a_web_page_are_not_json(tmp_path: Path):
+    whole = json.dumps(QUESTIONS).encode()
+    assert "cut off" in error(write(tmp_path, whole[:-20]))
+    assert "line 1, column 1" in error(write(tmp_path, b""))
+    # The benchmark's server answers a wrong path with a page and HTTP status 200.
+    assert "line 1, column 1" in error(write(tmp_path, b"<!doctype html><html></html>"))
+
+
+def test_other_encodings_are_refused(tmp_path: Path):
+    latin = json.dumps(QUESTIONS, ensure_ascii=False).encode("utf-16")
+    assert "not UTF-8 at byte 0" in error(write(tmp_path, latin))
+
+
+def test_half_a_surrogate_pair_is_refused_where_it_stands(tmp_path: Path):
+    # JSON can escape what no UTF-8 text can hold; it would end the run much later, in a tokenizer.
+    said = error(write(tmp_path, edited(QUESTIONS, 0, "profile", 1, "title", "cut \ud83d")))
+    assert "dev_questions.json: id '410', profile item 1: the field 'title'" in said
+
+
+@pytest.mark.parametrize(
+    ("questions", "outputs", "expected"),
+    [
+        ({"410": {}}, OUTPUTS, "dev_questions.json: expected a list of questions, found dict"),
+        (["410"], OUTPUTS, "dev_questions.json: question number 0: expected an object, found str"),
+        (QUESTIONS, OUTPUTS["golds"], "dev_outputs.json: the file: expected an object, found list"),
+        (QUESTIONS, {"task": "LaMP_5"}, "dev_outputs.json: the file: the field 'golds' is missing"),
+        (QUESTIONS, {"golds": []}, "dev_outputs.json: the file: the field 'task' is missing"),
+        (QUESTIONS, edited(OUTPUTS, "golds", {}), "'golds' must be list, not dict"),
+        (QUESTIONS, edited(OUTPUTS, "golds", 1, "x"), "gold number 1: expected an object"),
+    ],
+)
+def test_wrong_types_around_the_records(
+    tmp_path: Path, questions: Any, outputs: Any, expected: str
+):
+    assert expected in error(write(tmp_path, questions, outputs))
+
+
+@pytest.mark.parametrize("value", [..., None, 7, ["text"]])
+@pytest.mark.parametrize(
+    ("path", "where"),
+    [
+        ((0, "id"), "question number 0"),
+        ((0, "input"), "id '410'"),
+        ((1, "profile"), "id '411'"),
+        ((0, "profile", 1, "title"), "id '410', profile item 1"),
+        ((0, "profile", 0, "abstract"), "id '410', profile item 0"),
+    ],
+)
+def test_a_bad_field_of_a_question_is_named(tmp_path: Path, path: tuple, where: str, value: Any):
+    if path[-1] == "profile" and isinstance(value, list):
+        where, field = "id '411', profile item 0: expected an object", ""
+    else:
+        field = f"the field {path[-1]!r} {'is missing' if value is ... else 'must be'}"
+    said = error(write(tmp_path, edited(QUESTIONS, *path, value)))
+    assert f"dev_questions.json: {where}" in said
+    assert field in said
+
+
+@pytest.mark.parametrize("value", [..., None, 7])
+@pytest.mark.parametrize(("field", "where"), [("id", "gold number 1"), ("output", "id '410'")])
+def test_a_bad_field_of_an_output_is_named(tmp_path: Path, field: str, where: str, value: Any):
+    said = error(write(tmp_path, outputs=edited(OUTPUTS, "golds", 1, field, value)))
+    assert f"dev_outputs.json: {where}: the field {field!r}" in said
+
+
+def test_ids_stand_once(tmp_path: Path):
+    said = error(write(tmp_path, [*QUESTIONS, QUESTIONS[1]]))
+    assert "dev_questions.json: the id '411' stands there more than once" in said
+    twice = edited(OUTPUTS, "golds", [*OUTPUTS["golds"], OUTPUTS["golds"][0]])
+    assert "dev_outputs.json: the id '411'" in error(write(tmp_path, QUESTIONS, twice))
+
+
+def test_questions_and_outputs_belong_together(tmp_path: Path):
+    said = error(write(tmp_path, outputs=edited(OUTPUTS, "golds", 0, ...)))
+    assert "dev_outputs.json" in said
+    assert "id '411'" in said
+    said = error(write(tmp_path, questions=QUESTIONS[:1], outputs=OUTPUTS))
+    assert "dev_outputs.json: the output of id '411' has no question" in said
+
+
+def test_the_files_of_another_task_are_refused(tmp_path: Path):
+    said = error(write(tmp_path, outputs=edited(OUTPUTS, "task", "LaMP_4")))
+    assert "the task is 'LaMP_4', the config's is 'LaMP_5'" in said
+
+
+def paths(tree: Any, prefix: tuple = ()) -> list[tuple]:
+    """The path of every value inside a JSON tree."""
+    keys = tree if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ()
+    return [path for key in keys for path in ((*prefix, key), *paths(tree[key], (*prefix, key)))]
+
+
+JSON_VALUES = st.sampled_from(
+    [None, True, 3, 1.5, "", "410", "411", [], ["x"], [{}], {}, {"id": 1}]
+)
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> dict[str, Any]:
+    """The two files with one thing wrong in one of them."""
+    files: dict[str, Any] = {"questions": QUESTIONS, "outputs": OUTPUTS}
+    name = draw(st.sampled_from(sorted(files)))
+    kind = draw(st.sampled_from(["drop", "repeat", "retype", "cut", "byte"]))
+    data = json.dumps(files[name], ensure_ascii=False).encode()
+    place = draw(st.integers(0, len(data) - 1))
+    if kind == "cut":
+        return files | {name: data[:place]}
+    if kind == "byte":
+        byte = draw(st.binary(min_size=0, max_size=2))
+        return files | {name: data[:place] + byte + data[place + 1 :]}
+    path = draw(st.sampled_from(paths(files[name])))
+    if kind == "repeat":
+        tree = inner = copy.deepcopy(files[name])
+        for key in path[:-1]:
+            inner = inner[key]
+        if isinstance(inner, list):
+            inner.append(inner[path[-1]])
+        else:
+            inner[f"{path[-1]} again"] = inner[path[-1]]
+        return files | {name: tree}
+    return files | {name: edited(files[name], *path, ... if kind == "drop" else draw(JSON_VALUES))}
+
+
+@settings(max_examples=300, deadline=None)
+@given(mutated())
+def test_a_damaged_file_reads_whole_or_raises_data_error(files: dict[str, Any]):
+    with tempfile.TemporaryDirectory() as directory:
+        write(Path(directory), **files)
+        try:
+            examples = read(directory, "dev", TASK)
+        except DataError as said:
+            assert directory in str(said)
+        else:
+            assert len(examples) == len(QUESTIONS)

@@ -1,0 +1,226 @@
+"""Which items a prompt shows, and the prompt itself."""
+
+import math
+from pathlib import Path
+
+import pytest
+import transformers
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from pplug_jax.data.retrieval import Item, bm25, demonstration_prompt, recency
+from pplug_jax.data.tasks import TASKS
+
+TASK = TASKS["LaMP_5"]
+INSTRUCTION = "Generate a title for the following abstract of a paper: "
+
+
+def item(title: str = "", abstract: str = "", **more: object) -> Item:
+    return {"title": title, "abstract": abstract} | more
+
+
+def bm25_score(query: str, text: str, texts: list[str]) -> float:
+    """BM25 with Lucene's idf, ln(1 + (N - df + 1/2) / (df + 1/2)), as bm25s by default.
+
+    Robertson's idf, without the "1 +", is negative for words in more than half of the texts.
+    """
+    k1, b = 1.5, 0.75
+    words, documents = text.split(), [t.split() for t in texts]
+    mean_length = sum(map(len, documents)) / len(documents)
+    total = 0.0
+    for word in query.split():
+        df = sum(word in document for document in documents)
+        tf = words.count(word)
+        idf = math.log(1 + (len(texts) - df + 0.5) / (df + 0.5))
+        total += idf * tf / (tf + k1 * (1 - b + b * len(words) / mean_length))
+    return total
+
+
+WORDS = st.lists(st.sampled_from("abcdeA"), min_size=1, max_size=8).map(" ".join)
+
+
+@settings(deadline=None)
+@given(WORDS, st.lists(WORDS, min_size=1, max_size=6), st.integers(1, 7))
+def test_bm25_is_the_formulas_order(query: str, texts: list[str], top_k: int):
+    profile = [item(text[:1], text[2:], number=i) for i, text in enumerate(texts)]
+    texts = [TASK.item_text(each) for each in profile]
+    found = bm25(TASK, INSTRUCTION + query, profile, top_k)
+    scores = [bm25_score(query, text, texts) for text in texts]
+    assert [scores[each["number"]] for each in found] == pytest.approx(
+        sorted(scores, reverse=True)[:top_k], abs=1e-5
+    )
+    assert len({each["number"] for each in found}) == len(found)
+    assert all(each is profile[each["number"]] for each in found)
+
+
+def test_bm25_compares_the_users_text_not_the_instruction():
+    profile = [item("following abstract of a paper:"), item("graph kernels")]
+    assert bm25(TASK, f"{INSTRUCTION}graph", profile, 1) == [profile[1]]
+
+
+def test_bm25_keeps_the_profiles_order_among_equals():
+    profile = [item("other", number=0), *(item("same words", number=i) for i in range(1, 40))]
+    found = bm25(TASK, f"{INSTRUCTION}words", profile, 40)
+    assert [each["number"] for each in found] == [*range(1, 40), 0]
+
+
+@pytest.mark.parametrize(
+    ("query", "profile"),
+    [
+        ("graph", []),
+        ("", [item("one"), item("two")]),
+        ("graph", [item("one"), item("two")]),  # no word in common
+        ("graph", [item(), item(" ", "\n")]),
+        ("graph", [item(), item("one")]),
+    ],
+)
+def test_bm25_with_nothing_to_compare_takes_the_first(query: str, profile: list[Item]):
+    assert bm25(TASK, INSTRUCTION + query, profile, 1) == profile[:1]
+    assert bm25(TASK, INSTRUCTION + query, profile, 5) == profile
+
+
+@pytest.mark.parametrize(
+    ("dates", "newest"),
+    [
+        (["2014-03-07", "2009-12-31", "2014-03-10", "2014-02-28"], "203"),
+        (["2014-3-7", "2009-12-31", "2014-3-10", "2014-2-28"], "203"),  # no order of strings
+        ([2014, 1999, 2021, 2001], "203"),
+        (["2014-03", "2013-12", "2014-11", "2014-02"], "203"),
+        (["2014-03", 2013, "2014-03-01", "2014"], "203"),
+        (["2014-03-07T08:00", "2014-03-07 07:59", "2015/01/01", "2014-03-07"], "201"),
+        (["2014", None, "2015", "unknown"], "203"),  # what tells no time is the oldest
+    ],
+)
+def test_recency_goes_by_date(dates: list[object], newest: str):
+    profile = [item(str(i), date=date) for i, date in enumerate(dates)]
+    assert "".join(each["title"] for each in recency(TASK, "", profile, 3)) == newest
+
+
+def test_recency_without_dates_goes_by_place():
+    profile = [item(str(i)) for i in range(4)]
+    assert recency(TASK, "", profile, 2) == [profile[3], profile[2]]
+    assert recency(TASK, "", profile, 9) == profile[::-1]
+    # A date that only some items have orders nothing.
+    profile[0]["date"] = "2030-01-01"
+    assert recency(TASK, "", profile, 2) == [profile[3], profile[2]]
+    assert recency(TASK, "", [], 2) == []
+
+
+class WordTokenizer:
+    """A word is a token, whatever stands between."""
+
+    def encode(self, text: str, **options: object) -> list[str]:
+        return text.split()
+
+    def decode(self, tokens: list[str]) -> str:
+        return " ".join(tokens)
+
+
+def words(n: int, word: str = "w") -> str:
+    return " ".join([word] * n)
+
+
+def test_the_prompt_is_lamps():
+    items = [item("On Cats", "Cats sleep."), item('{x} "quoted" %s', "Braces {abstract} stay \\n.")]
+    prompt = demonstration_prompt(TASK, f"{INSTRUCTION}Dogs {{y}}.", items, WordTokenizer(), 256)
+    assert prompt == (
+        '"On Cats" is a title for "Cats sleep." , and '
+        '"{x} "quoted" %s" is a title for "Braces {abstract} stay \\n." '
+        ". Following the given patterns "
+        "Generate a title for the following abstract of a paper: Dogs {y}."
+    )
+
+
+def test_without_items_the_input_stands_alone():
+    assert demonstration_prompt(TASK, "input", [], WordTokenizer(), 256) == "input"
+
+
+# With one word a title, a demonstration without its abstract is 6 words long ('"t" is a title for
+# ""'), the words behind the demonstrations are 5 ('. Following the given patterns'), and those
+# between two of them 2 (', and').
+
+
+def test_the_shares_are_equal():
+    # 100 - 10 of the input - 5 - 2 = 83: 41 each, 35 of them for the abstract.
+    items = [item("t", words(99, "one")), item("t", words(99, "two"))]
+    prompt = demonstration_prompt(TASK, words(10), items, WordTokenizer(), 100)
+    assert (prompt.count("one"), prompt.count("two")) == (35, 35)
+
+
+def test_what_one_leaves_the_next_may_use():
+    items = [item("t", words(5, "one")), item("t", words(99, "two"))]
+    prompt = demonstration_prompt(TASK, words(10), items, WordTokenizer(), 100)
+    assert (prompt.count("one"), prompt.count("two")) == (5, 65)
+
+
+def test_a_title_too_long_for_its_share_leaves_all_of_it():
+    items = [item(words(50), words(5, "one")), item("t", words(99, "two"))]
+    prompt = demonstration_prompt(TASK, "input", items, WordTokenizer(), 91)
+    # 91 - 1 - 5 - 2 = 83: 41 each, and the second has both.
+    assert (prompt.count("one"), prompt.count("two")) == (0, 76)
+    assert not prompt.startswith(", and")
+
+
+def test_a_long_input_counts_at_most_60_percent():
+    items = [item("t", words(99, "one"))]
+    prompt = demonstration_prompt(TASK, words(500), items, WordTokenizer(), 100)
+    assert prompt.count("one") == 100 - 60 - 5 - 6
+    assert prompt.endswith(words(500))
+
+
+def test_without_room_the_input_stands_alone():
+    items = [item("t", "abstract")] * 3
+    assert demonstration_prompt(TASK, words(10), items, WordTokenizer(), 20) == words(10)
+    assert demonstration_prompt(TASK, words(10), items[:1], WordTokenizer(), 21) != words(10)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_llama: Path) -> transformers.PreTrainedTokenizerBase:
+    return transformers.AutoTokenizer.from_pretrained(tiny_llama)
+
+
+# What a token count may stumble over: characters of several bytes, a special token in a text, quotes
+# and blanks that grow together with those around them.
+PIECES = ["the ", "model", "é", "😀", "</s>", '"', ", and ", "{title}", " ", "\n", "...", "1234"]
+
+
+def text_of(max_size: int) -> st.SearchStrategy[str]:
+    return st.lists(st.sampled_from(PIECES), max_size=max_size).map("".join)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    text_of(12),
+    st.lists(st.builds(item, text_of(5), text_of(30)), max_size=4),
+    st.integers(10, 250),
+)
+def test_the_budget_is_kept(
+    tokenizer: transformers.PreTrainedTokenizerBase, input: str, items: list[Item], max_length: int
+):
+    def count(text: str) -> int:
+        return len(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+    prompt = demonstration_prompt(TASK, input, items, tokenizer, max_length)
+    assert prompt.endswith(input)
+    if prompt != input:
+        assert count(prompt) <= max_length + max(0, count(input) - int(0.6 * max_length))
+
+
+@settings(deadline=None)
+@example("t", "😀" * 30, 100)  # four tokens each: at most one of these two cuts between them
+@example("t", "😀" * 30, 101)
+@example("</s> é", "😀 the {title} </s>" * 9, 400)
+@given(text_of(5), text_of(30), st.integers(10, 400))
+def test_what_is_shown_is_the_items_own_text(
+    tokenizer: transformers.PreTrainedTokenizerBase, title: str, abstract: str, max_length: int
+):
+    each = item(title, abstract)
+    prompt = demonstration_prompt(TASK, "input", [each], tokenizer, max_length)
+    if prompt != "input":
+        start = TASK.demonstration.format(**item(title))[:-2]
+        end = TASK.prompt.format(demonstrations='" ', input="input")
+        assert prompt.startswith(start)
+        assert prompt.endswith(end)
+        assert abstract.startswith(prompt[len(start) : -len(end)])
+    if max_length == 400:
+        assert TASK.demonstration.format(**each) in prompt

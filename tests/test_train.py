@@ -1,0 +1,230 @@
+"""The training step: its loss, what it differentiates, what it costs, and that every mesh gives the same."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from pplug_jax.data.batches import Batch, place_batch
+from pplug_jax.embedder import UserEmbedder
+from pplug_jax.encoder.bert import Bert, BertConfig
+from pplug_jax.llm import load_llm
+from pplug_jax.llm.decoder import Decoder, DecoderConfig, Frozen
+from pplug_jax.mesh import make_mesh, place
+from pplug_jax.methods import inputs_embeds
+from pplug_jax.tools.initialise import initialise
+from pplug_jax.train import loss_fn, make_optimizer, train_step
+
+B, L, T, Q, H, E = 8, 12, 6, 6, 4, 16
+OPTIMIZER = make_optimizer(10, 1e-2, 1e-4, 0.1, 1.0)
+
+
+def make_llm(layers: int = 2, hidden: int = 40, mlp: int = 72, vocab: int = 48) -> Decoder:
+    config = DecoderConfig(vocab, hidden, mlp, layers, 4, 2, 8, 1e-5, 1e4, None, True, 64, (1,), 0)
+    return initialise(Decoder(config, "float32"), jax.random.key(0))
+
+
+def make_plug(llm_size: int, **settings: Any) -> UserEmbedder:
+    config = BertConfig(30, E, 32, 1, 2, 8, 1, 1e-12)
+    encoder = initialise(Bert(config, "mean", nnx.Param), jax.random.key(1))
+    return UserEmbedder(encoder, llm_size, 1.0, **settings, rngs=nnx.Rngs(2))
+
+
+def make_batch(vocab: int = 48, rows: int = B) -> Batch:
+    rng = np.random.default_rng(3)
+
+    def lengths(width: int) -> np.ndarray:
+        return np.arange(width) < rng.integers(1, width + 1, (rows, 1))
+
+    history = rng.normal(size=(rows, H, E)).astype(np.float32)
+    return Batch(
+        prompt=rng.integers(0, vocab, (rows, L), dtype=np.int32),
+        prompt_mask=lengths(L),
+        target=rng.integers(0, vocab, (rows, T), dtype=np.int32),
+        target_mask=lengths(T),
+        query=rng.integers(0, 30, (rows, Q), dtype=np.int32),
+        query_mask=lengths(Q),
+        history=history / np.linalg.norm(history, axis=-1, keepdims=True),
+        history_mask=lengths(H),
+        index=np.arange(rows, dtype=np.int32),
+        weight=np.ones(rows, np.float32),
+    )
+
+
+def step(
+    plug: UserEmbedder, llm: Decoder, batch: Batch, **settings: Any
+) -> tuple[UserEmbedder, dict]:
+    """One update of a copy of `plug`, whose buffers `train_step` would take."""
+    plug = jax.tree.map(jnp.copy, plug)
+    settings = {"optimizer": OPTIMIZER, "prefix_length": 1} | settings
+    plug, _, metrics = train_step(plug, OPTIMIZER.init(plug), llm, batch, **settings)
+    return plug, metrics
+
+
+def test_the_loss_is_that_of_transformers(tiny_llama: Path) -> None:
+    """Soft tokens through `inputs_embeds`, cross entropy over the target tokens, stated plainly in PyTorch."""
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    llm = load_llm(tiny_llama, dtype="float32")
+    plug, batch = make_plug(llm.config.hidden_size), make_batch(llm.config.vocab_size)
+    total, tokens = jax.jit(loss_fn, static_argnums=3)(plug, llm, batch, 1)
+
+    model = transformers.LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    soft = torch.tensor(
+        np.asarray(plug(batch.query, batch.query_mask, batch.history, batch.history_mask))
+    )
+    losses = []
+    for row in range(B):
+        prompt = torch.tensor(batch.prompt[row][batch.prompt_mask[row]]).long()
+        target = torch.tensor(batch.target[row][batch.target_mask[row]]).long()
+        table = model.get_input_embeddings()
+        embeds = torch.cat([table(prompt[:1]), soft[row], table(prompt[1:]), table(target)])[None]
+        labels = torch.full(embeds.shape[:2], -100)
+        labels[0, -len(target) :] = target
+        with torch.no_grad():
+            losses.append(model(inputs_embeds=embeds, labels=labels).loss * len(target))
+    assert tokens == batch.target_mask.sum()
+    np.testing.assert_allclose(total, sum(losses), rtol=1e-5)
+
+
+def test_only_the_plug_is_trained() -> None:
+    llm, batch = make_llm(), make_batch()
+    before = [np.asarray(x).copy() for x in jax.tree.leaves(llm)]
+    plug = make_plug(llm.config.hidden_size)
+    after, _ = step(plug, llm, batch)
+    for a, b in zip(before, jax.tree.leaves(llm), strict=True):
+        np.testing.assert_array_equal(a, b)
+    variables = jax.tree.leaves(nnx.state(llm), is_leaf=lambda x: isinstance(x, nnx.Variable))
+    assert all(type(variable) is Frozen for variable in variables)
+    assert not jax.tree.leaves(nnx.state(llm, nnx.Param))
+    changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), plug, after)
+    unused = {"null_persona"}  # no row of this batch has an empty history
+    for path, was_changed in jax.tree_util.tree_leaves_with_path(changed):
+        # Keys' biases shift all scores alike, and weight decay moves no zero.
+        name = jax.tree_util.keystr(path)
+        assert was_changed or "key_bias" in name or any(u in name for u in unused), name
+
+
+def test_a_step_costs_4_flops_a_parameter_and_token() -> None:
+    """Forward 2, backward through the activations 2; the LLM's weight gradients would make it 6."""
+    llm = make_llm(layers=1, hidden=128, mlp=512, vocab=64)
+    plug, batch = make_plug(128), make_batch(64)
+    parameters = sum(x.size for x in jax.tree.leaves(llm))
+    tokens = B * (L + 2 + T - 1)
+
+    def flops(argnums: int | tuple[int, ...]) -> float:
+        gradient = jax.jit(jax.grad(lambda p, m, b: loss_fn(p, m, b, 1)[0], argnums))
+        return gradient.lower(plug, llm, batch).compile().cost_analysis()["flops"]
+
+    assert flops(0) < 4.4 * parameters * tokens
+    assert flops((0, 1)) > 5 * parameters * tokens  # so the count above would have seen them
+
+
+def dot_shapes(jaxpr: Any) -> Iterator[tuple[int, ...]]:
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation.outvars[0].aval.shape
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from dot_shapes(inner)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_no_matrix_product_makes_a_weight_gradient_of_the_llm(remat: bool) -> None:
+    llm, batch = make_llm(), make_batch()
+    shapes = {x.shape[-2:] for x in jax.tree.leaves(llm) if x.ndim > 1}
+    shapes |= {shape[::-1] for shape in shapes}
+    jaxpr = jax.make_jaxpr(
+        lambda plug, llm: jax.grad(lambda p: loss_fn(p, llm, batch, 1, remat)[0])(plug)
+    )(make_plug(40), llm)
+    found = set(dot_shapes(jaxpr.jaxpr))
+    assert len(found) > 10
+    assert not found & shapes
+
+
+def test_logits_are_computed_at_target_positions_only() -> None:
+    llm, batch = make_llm(vocab=50), make_batch()
+    jaxpr = jax.make_jaxpr(lambda plug: loss_fn(plug, llm, batch, 1))(make_plug(40))
+    assert {shape for shape in dot_shapes(jaxpr.jaxpr) if 50 in shape} == {(B, T, 50)}
+
+
+def test_accumulation_and_remat_change_nothing() -> None:
+    llm, batch = make_llm(), make_batch()
+    plug = make_plug(llm.config.hidden_size)
+    _, metrics = step(plug, llm, batch)
+    for settings in ({"accumulation": 4}, {"remat": True}):
+        _, other_metrics = step(plug, llm, batch, **settings)
+        np.testing.assert_allclose(other_metrics["loss"], metrics["loss"], rtol=1e-5)
+        np.testing.assert_allclose(other_metrics["grad_norm"], metrics["grad_norm"], rtol=1e-4)
+    assert math.isfinite(metrics["loss"])
+
+
+def test_a_row_that_fills_up_the_batch_has_no_weight() -> None:
+    llm, batch = make_llm(), make_batch()
+    plug = make_plug(llm.config.hidden_size)
+    total, tokens = loss_fn(plug, llm, jax.tree.map(lambda x: x[: B // 2], batch), 1)
+    filled = batch._replace(
+        target_mask=batch.target_mask & (np.arange(B) < B // 2)[:, None],
+        history_mask=batch.history_mask & (np.arange(B) < B // 2)[:, None],
+    )
+    filled_total, filled_tokens = loss_fn(plug, llm, filled, 1)
+    assert tokens == filled_tokens
+    np.testing.assert_allclose(filled_total, total, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4)])
+def test_every_mesh_gives_the_same_step(shape: tuple[int, int, int]) -> None:
+    llm, batch = make_llm(hidden=48, mlp=64), make_batch()
+    plug = make_plug(48)
+    one, metrics = step(plug, llm, batch)
+    mesh = make_mesh(*shape)
+    sharded_llm = place(llm, mesh)
+    many, sharded_metrics = step(place(plug, mesh), sharded_llm, place_batch(batch, mesh))
+    np.testing.assert_allclose(sharded_metrics["loss"], metrics["loss"], rtol=1e-5)
+    np.testing.assert_allclose(sharded_metrics["grad_norm"], metrics["grad_norm"], rtol=1e-4)
+    # Adam's first step is the gradient's sign: compare a parameter whose gradients are far from 0.
+    np.testing.assert_allclose(
+        many.instruction_projector.down_bias[...],
+        one.instruction_projector.down_bias[...],
+        atol=1e-5,
+    )
+    if shape == (2, 2, 2):
+        spec = sharded_llm.layers.gate[...].sharding.spec
+        assert tuple(spec) == (None, "fsdp", "tensor")
+        assert (
+            sharded_llm.layers.gate[...].addressable_shards[0].data.size * 4
+            == llm.layers.gate[...].size
+        )
+
+
+def test_the_loss_falls_and_bfloat16_keeps_float32_parameters() -> None:
+    llm, batch = make_llm(), make_batch()
+    plug = make_plug(llm.config.hidden_size, dtype="bfloat16")
+    opt_state = OPTIMIZER.init(plug)
+    losses = []
+    for _ in range(8):
+        plug, opt_state, metrics = train_step(
+            plug, opt_state, llm, batch, optimizer=OPTIMIZER, prefix_length=1
+        )
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+    assert {x.dtype for x in jax.tree.leaves(plug)} == {jnp.dtype("float32")}
+
+
+def test_soft_tokens_stand_behind_the_prefix() -> None:
+    llm = make_llm()
+    prompt = np.arange(6, dtype=np.int32)[None]
+    mask = np.array([[True] * 5 + [False]])
+    soft = jnp.full((1, 2, 40), 7.0)
+    embeds, there = inputs_embeds(llm, soft, prompt, mask, 1)
+    np.testing.assert_array_equal(embeds[0, 1:3], soft[0])
+    np.testing.assert_array_equal(embeds[0, 3:], llm.embed(prompt)[0, 1:])
+    np.testing.assert_array_equal(there[0], [True] * 7 + [False])
