@@ -3,8 +3,9 @@
 The bundled model: `python -m pplug_jax.tools.pretrain_llm --output=pplug_jax/assets/tiny_llama`.
 One for real texts: add `--data=DIR` (LaMP-5 files, of which only the training split is read) and larger sizes.
 
-Every training sequence is a prompt and a title by the same user: the bare input, or the input behind up to four
-demonstrations in LaMP's retrieval form. So the model can title without knowing the user, and use demonstrations.
+Every training sequence is a prompt and a title by the same user: the bare input; the input behind up to four
+demonstrations in LaMP's retrieval form; or, of the generator's users, the input behind notes on the user's style. So the
+model can title without knowing the user, can use demonstrations, and can be steered by what stands in front.
 """
 
 import functools
@@ -31,6 +32,7 @@ from pplug_jax.data.retrieval import demonstration_prompt
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.llm import llama
 from pplug_jax.llm.decoder import Decoder
+from pplug_jax.mesh import make_mesh
 from pplug_jax.tools.initialise import initialise
 from pplug_jax.tools.optimizer import make_optimizer
 
@@ -52,8 +54,8 @@ flags.DEFINE_float("learning_rate", 3e-3, "Adam's peak; see tools/optimizer.py."
 flags.DEFINE_float(
     "prompt_weight", 0.1, "Weight of the prompt's tokens in the loss; the title's have 1."
 )
-flags.DEFINE_float(
-    "demonstrations", 0.75, "Share of the batches whose prompts show demonstrations."
+flags.DEFINE_string(
+    "init", None, "Directory of a model of this tool: go on from its weights and tokenizer."
 )
 flags.DEFINE_integer("seed", 0, "Seed of everything.")
 
@@ -61,8 +63,8 @@ TASK = TASKS["LaMP_5"]
 SEPARATOR = "\n"
 
 
-def examples(rng: random.Random) -> Iterator[Example]:
-    """Endless (input, title, rest of the profile): every paper of a user serves as the question."""
+def examples(rng: random.Random) -> Iterator[tuple[Example, list[str]]]:
+    """Endless (input, title, rest of the profile) and style notes: several papers of a user serve as the question."""
     if FLAGS.data:
         train = [e for e in lamp.read(FLAGS.data, "train", TASK) if e.target is not None]
         users = itertools.chain.from_iterable(
@@ -73,14 +75,11 @@ def examples(rng: random.Random) -> Iterator[Example]:
     for user in users:
         question = {"title": user.target, "abstract": TASK.query(user.input)}
         papers = [question, *user.profile]
+        notes = [] if FLAGS.data else sample.notes(FLAGS.seed, "pretrain", user.id)
         for i in rng.sample(range(len(papers)), min(len(papers), 6)):
             rest = tuple(papers[:i] + papers[i + 1 :])
-            yield Example(
-                user.id,
-                sample.INPUT.format(abstract=papers[i]["abstract"]),
-                papers[i]["title"],
-                rest,
-            )
+            abstract, title = papers[i]["abstract"], papers[i]["title"]
+            yield Example(user.id, sample.INPUT.format(abstract=abstract), title, rest), notes
 
 
 def train_tokenizer(rng: random.Random) -> transformers.PreTrainedTokenizerFast:
@@ -93,7 +92,10 @@ def train_tokenizer(rng: random.Random) -> transformers.PreTrainedTokenizerFast:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (f"{e.input}{SEPARATOR}{e.target}" for e in itertools.islice(examples(rng), 20000))
+    drawn = itertools.islice(examples(rng), 20000)
+    texts = (
+        text for e, notes in drawn for text in (f"{e.input}{SEPARATOR}{e.target}", ", ".join(notes))
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -106,19 +108,25 @@ def train_tokenizer(rng: random.Random) -> transformers.PreTrainedTokenizerFast:
 
 def batches(
     tokenizer: transformers.PreTrainedTokenizerFast, rng: random.Random
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Tokens (B, L) int32 and loss weights (B, L) float32; all rows of a batch show as many demonstrations."""
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """The prompts' form, tokens (B, L) int32 and loss weights (B, L) float32."""
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
     source = examples(rng)
     while True:
-        shown = rng.choice((1, 2, 3, 4)) if rng.random() < FLAGS.demonstrations else 0
+        form = rng.choices(("bare", "demonstrations", "notes"), (1, 1, 0 if FLAGS.data else 2))[0]
+        shown = rng.choice((1, 2, 3, 4))
         rows = []
-        for example in itertools.islice(source, FLAGS.batch_size):
-            items = rng.sample(example.profile, min(shown, len(example.profile)))
-            prompt = demonstration_prompt(TASK, example.input, items, tokenizer, FLAGS.max_length)
+        for example, notes in itertools.islice(source, FLAGS.batch_size):
+            prompt = example.input
+            if form == "demonstrations":
+                items = rng.sample(example.profile, min(shown, len(example.profile)))
+                prompt = demonstration_prompt(TASK, prompt, items, tokenizer, FLAGS.max_length)
+            elif form == "notes":
+                some = rng.sample(notes, rng.randint(len(notes) // 2, len(notes)))
+                prompt = f"{', '.join(some)}. {prompt}"
             prompt_ids = [
                 tokenizer.bos_token_id,
                 *encode(prompt)[: FLAGS.max_length],
@@ -133,7 +141,7 @@ def batches(
             tokens[row, :end] = prompt + title
             weights[row, :end] = FLAGS.prompt_weight
             weights[row, len(prompt) : end] = 1.0
-        yield tokens, weights
+        yield form, tokens, weights
 
 
 def loss_fn(llm: Decoder, tokens: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -151,7 +159,11 @@ def main(_) -> None:
     output = Path(FLAGS.output)
     output.mkdir(parents=True, exist_ok=True)
     rng = random.Random(FLAGS.seed)
-    tokenizer = train_tokenizer(rng)
+    tokenizer = (
+        transformers.AutoTokenizer.from_pretrained(FLAGS.init)
+        if FLAGS.init
+        else train_tokenizer(rng)
+    )
     tokenizer.save_pretrained(output)
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -174,9 +186,11 @@ def main(_) -> None:
     }
     (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
-    llm = initialise(
-        Decoder(llama.config_from_hf(config, ()), "float32"), jax.random.key(FLAGS.seed)
-    )
+    llm = Decoder(llama.config_from_hf(config, ()), "float32")
+    if FLAGS.init:
+        llm = hf.load_weights(llm, FLAGS.init, llama.SOURCES, make_mesh(devices=jax.devices()[:1]))
+    else:
+        llm = initialise(llm, jax.random.key(FLAGS.seed))
     optimizer = make_optimizer(FLAGS.learning_rate, FLAGS.steps)
     opt_state = jax.jit(optimizer.init)(llm)
 
@@ -198,19 +212,19 @@ def main(_) -> None:
             f"{parameters:,} parameters; "
             + " ".join(f"--{f.name}={f.value}" for f in FLAGS.get_key_flags_for_module(__name__))
         )
-        recent: dict[int, list[jax.Array]] = {}
-        for i, (tokens, weights) in enumerate(
+        recent: dict[str, list[jax.Array]] = {}
+        for i, (form, tokens, weights) in enumerate(
             itertools.islice(batches(tokenizer, rng), FLAGS.steps), 1
         ):
             llm, opt_state, loss = step(llm, opt_state, tokens, weights)
-            recent.setdefault(tokens.shape[1], []).append(loss)
+            recent.setdefault(form, []).append(loss)
             tokens_seen += tokens.size
             if i % 50 == 0 or i == FLAGS.steps:
                 losses = "  ".join(
-                    f"length {L}: {np.mean(v):.4f}" for L, v in sorted(recent.items())
+                    f"{form}: {np.mean(v):.4f}" for form, v in sorted(recent.items())
                 )
                 say(
-                    f"step {i}  tokens {tokens_seen:,}  seconds {time.time() - start:.0f}  title loss by prompt  {losses}"
+                    f"step {i}  tokens {tokens_seen:,}  seconds {time.time() - start:.0f}  title loss  {losses}"
                 )
                 recent.clear()
             if i % 500 == 0 or i == FLAGS.steps:
