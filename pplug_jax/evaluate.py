@@ -76,7 +76,7 @@ def predict(
         max_history=config.data.max_history,
         prompts=prompts,
     )
-    buckets = Buckets(tokenized, config.data.buckets)
+    buckets = Buckets(tokenized, config.data.buckets, models.encoder.model.config.max_length)
     assemble = Assemble(tokenized, buckets, models.store, config.eval.batch_size)
     answers = [""] * len(examples)
     with Progress(f"answering with {method.name}", len(examples), "examples") as progress:

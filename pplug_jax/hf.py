@@ -1,7 +1,8 @@
 """Directories in Hugging Face format: config, tokenizer, and weights read straight into their shards."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +49,19 @@ def read_config(directory: str | Path) -> dict[str, Any]:
             f"{path}: no such file; a model directory holds config.json, *.safetensors and a tokenizer"
         )
     return read_json(path)
+
+
+@contextlib.contextmanager
+def naming_missing_fields(directory: str | Path) -> Iterator[None]:
+    """Says which field config.json lacks, where the code inside asks for it.
+
+    Raises:
+        InputError: in place of a KeyError.
+    """
+    try:
+        yield
+    except KeyError as error:
+        raise InputError(f"{directory}/config.json: the field {error} is missing") from error
 
 
 def load_tokenizer(directory: str | Path, vocab_size: int) -> transformers.PreTrainedTokenizerBase:

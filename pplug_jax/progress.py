@@ -21,9 +21,9 @@ def say(text: str) -> None:
 class Progress:
     """`with Progress("training", 100, "steps") as progress: progress.advance(1, loss=...)`."""
 
-    def __init__(self, title: str, total: int, unit: str):
+    def __init__(self, title: str, total: int, unit: str, done: int = 0):
         self.title, self.total, self.unit = title, total, unit
-        self.done = 0
+        self.done = self.before = done  # what an earlier run did says nothing about the time left
         self.start = self.said = time.monotonic()
         self.bar: Bar | None = None
         if console.is_terminal:
@@ -34,7 +34,7 @@ class Progress:
                 TimeRemainingColumn(),
             )
             self.bar = Bar(TextColumn("{task.description}"), *columns, console=console)
-            self.task = self.bar.add_task(title, total=total, info=unit)
+            self.task = self.bar.add_task(title, total=total, completed=done, info=unit)
 
     def __enter__(self) -> Self:
         if self.bar:
@@ -58,7 +58,7 @@ class Progress:
     def _report(self, info: str) -> None:
         self.said = time.monotonic()
         took = self.said - self.start
-        left = took / self.done * (self.total - self.done) if self.done else float("nan")
+        left = took / max(1, self.done - self.before) * (self.total - self.done)
         times = (
             f"{took:.0f} s, {left:.0f} s left"
             if self.done < self.total

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from pplug_jax.checkpoint import Checkpoints
@@ -26,7 +27,7 @@ from pplug_jax.embedder import UserEmbedder
 from pplug_jax.llm.decoder import Decoder
 from pplug_jax.methods import Method, histories, inputs_embeds
 from pplug_jax.models import Models
-from pplug_jax.progress import Progress
+from pplug_jax.progress import Progress, say
 from pplug_jax.writer import Writer
 
 
@@ -108,12 +109,14 @@ class Stop:
     """Notes SIGTERM and Ctrl-C while the loop runs, so that it can save before it ends."""
 
     def __enter__(self) -> Self:
-        self.signal: int | None = None
+        self.signal: signal.Signals | None = None
         self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def _note(self, number: int, frame: object) -> None:
-        self.signal = number
+        if self.signal is not None:  # a second Ctrl-C: at once
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
 
     def __exit__(self, *exception: object) -> None:
         for s, handler in self.before.items():
@@ -138,7 +141,7 @@ def fit(models: Models, examples: Sequence[Example], method: Method) -> UserEmbe
         max_target_length=config.data.max_target_length,
         max_history=config.data.max_history,
     )
-    buckets = Buckets(tokenized, config.data.buckets)
+    buckets = Buckets(tokenized, config.data.buckets, models.encoder.model.config.max_length)
     plan = Plan(buckets.of, config.train.batch_size, config.train.epochs, config.seed)
     assemble = Assemble(
         tokenized,
@@ -166,9 +169,11 @@ def fit(models: Models, examples: Sequence[Example], method: Method) -> UserEmbe
     writer = Writer(models.workdir, method.name, step)
     soft_tokens = 1 + config.plug.num_persona_tokens
     try:
-        with Stop() as stop, Progress(f"training {method.name}", len(plan), "steps") as progress:
-            progress.advance(step)
-            since, tokens, info = time.monotonic(), 0, ""
+        with (
+            Stop() as stop,
+            Progress(f"training {method.name}", len(plan), "steps", step) as progress,
+        ):
+            since, tokens, recent, info = time.monotonic(), 0, [], ""
             while step < len(plan):
                 batch = next(data)
                 tokens += int(
@@ -187,36 +192,32 @@ def fit(models: Models, examples: Sequence[Example], method: Method) -> UserEmbe
                     remat=config.train.remat,
                 )
                 step += 1
+                recent.append(metrics)
                 if step % config.train.log_every == 0 or step == len(plan):
-                    values = {name: float(value) for name, value in metrics.items()}
+                    # The only place where the host waits for the device.
+                    values = {name: float(np.mean([m[name] for m in recent])) for name in metrics}
                     if not math.isfinite(values["loss"]):
                         raise FloatingPointError(
-                            f"the loss is {values['loss']} at step {step}; lower config.train.learning_rate "
-                            f"(the last checkpoint is step {checkpoints.latest})"
+                            f"the loss is {values['loss']} at step {step}; lower "
+                            f"config.train.learning_rate (the last checkpoint is step {checkpoints.latest})"
                         )
-                    now = time.monotonic()
-                    steps = (step - 1) % config.train.log_every + 1
-                    values |= {
-                        "steps_per_second": steps / (now - since),
-                        "tokens_per_second": tokens / (now - since),
-                    }
-                    since, tokens = now, 0
+                    seconds = time.monotonic() - since
+                    values["steps_per_second"] = len(recent) / seconds
+                    values["tokens_per_second"] = tokens / seconds
                     writer.write(step, **values)
-                    info = "loss {loss:.3f}, {steps_per_second:.1f} steps/s, {tokens_per_second:.0f} tokens/s".format(
-                        **values
-                    )
+                    info = (
+                        "loss {loss:.3f}, {steps_per_second:.1f} steps/s, {tokens_per_second:.0f} tokens/s"
+                    ).format(**values)
+                    since, tokens, recent = time.monotonic(), 0, []
                 progress.advance(1, info)
-                if (
-                    step % config.train.checkpoint_every == 0
-                    or step == len(plan)
-                    or stop.signal is not None
-                ):
+                stopped = stop.signal is not None and step < len(plan)
+                if stopped or step % config.train.checkpoint_every == 0 or step == len(plan):
                     checkpoints.save(step, plug, opt_state, data)
-                if stop.signal is not None and step < len(plan):
+                if stopped:
                     checkpoints.wait()
-                    name = signal.Signals(stop.signal).name
-                    print(
-                        f"{name}: saved step {step} of {len(plan)}; run the same command again to go on from there"
+                    say(
+                        f"{stop.signal.name}: saved step {step} of {len(plan)}; "
+                        "run the same command again to go on from there"
                     )
                     raise SystemExit(128 + stop.signal)
             checkpoints.wait()

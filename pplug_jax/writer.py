@@ -15,13 +15,15 @@ class Writer:
     def __init__(self, workdir: str | Path, name: str, start: int):
         path = Path(workdir) / "metrics.jsonl"
         if path.is_file():
-            path.write_text(
+            partial = path.with_suffix(".partial")
+            partial.write_text(
                 "".join(
                     f"{line}\n"
                     for line in path.read_text().splitlines()
                     if self._stays(line, name, start)
                 )
             )
+            partial.rename(path)
         self.file = path.open("a")
         self.events = SummaryWriter(str(Path(workdir) / "tensorboard" / name), purge_step=start + 1)
         self.name = name

@@ -167,7 +167,7 @@ def test_tokenize(llama_tokenizer: transformers.PreTrainedTokenizerBase, store: 
 @given(st.integers(1, 60), st.integers(1, 6), st.integers(0, 9))
 def test_every_example_fits_its_bucket_and_all_larger(count: int, buckets: int, seed: int):
     examples = many(count, seed)
-    made = Buckets(examples, buckets)
+    made = Buckets(examples, buckets, 512)
     assert 1 <= len(made.shapes) <= buckets
     assert len(made.of) == count
     assert all(side % ROUND == 0 for shape in made.shapes for side in shape)
@@ -183,7 +183,7 @@ def test_every_example_fits_its_bucket_and_all_larger(count: int, buckets: int, 
 
 def test_buckets_of_no_history_and_short_texts_have_a_shape():
     empty = np.zeros(0, np.int32)
-    made = Buckets([Tokenized(np.ones(1, np.int32), empty, empty, empty)], 4)
+    made = Buckets([Tokenized(np.ones(1, np.int32), empty, empty, empty)], 4, 512)
     assert made.shapes == [(16, 16)]
     assert made.target == made.history == 16
 
@@ -201,7 +201,7 @@ def test_an_epoch_holds_every_index_once(buckets: list[int], batch_size: int, se
 
 
 def test_a_plan_is_a_function_of_its_seed_and_epochs_differ():
-    bucket_of = Buckets(many(50), 3).of
+    bucket_of = Buckets(many(50), 3, 512).of
 
     def epochs(seed: int) -> list[list[int]]:
         plan = Plan(bucket_of, 8, 2, seed)
@@ -220,7 +220,7 @@ def test_a_plan_is_a_function_of_its_seed_and_epochs_differ():
 
 
 def test_a_plans_step_is_known_without_those_before():
-    bucket_of = Buckets(many(50), 3).of
+    bucket_of = Buckets(many(50), 3, 512).of
     forwards, backwards = Plan(bucket_of, 8, 3, 0), Plan(bucket_of, 8, 3, 0)
     expected = [forwards[step] for step in range(21)]
     for step in reversed(range(21)):
@@ -272,7 +272,7 @@ def test_dropout_has_the_official_distribution():
 @pytest.mark.parametrize("count", [5, 3])
 def test_a_batch_holds_its_examples_and_nothing_else(store: HistoryStore, count: int):
     examples = many(20)
-    buckets = Buckets(examples, 2)
+    buckets = Buckets(examples, 2, 512)
     indices = np.argsort(buckets.of, kind="stable")[:count]
     assert buckets.of[indices].max() == 0
     batch = Assemble(examples, buckets, store, 5)((0, 0, indices))
@@ -306,7 +306,7 @@ def test_a_batch_holds_its_examples_and_nothing_else(store: HistoryStore, count:
 def full_batch(
     examples: list[Tokenized], store: HistoryStore, step: int, **options: float
 ) -> Batch:
-    buckets = Buckets(examples, 1)
+    buckets = Buckets(examples, 1, 512)
     assemble = Assemble(examples, buckets, store, len(examples), **options)
     return assemble((step, 0, np.arange(len(examples))))
 
@@ -352,7 +352,7 @@ def test_dropped_items_leave_no_gap(store: HistoryStore):
 
 def iterator(store: HistoryStore) -> grain.DatasetIterator:
     examples = many(30)
-    buckets = Buckets(examples, 2)
+    buckets = Buckets(examples, 2, 512)
     assemble = Assemble(examples, buckets, store, 4, seed=5, history_dropout=0.5)
     return training_batches(Plan(buckets.of, 4, 2, 5), assemble)
 

@@ -126,10 +126,12 @@ def round_up(length: int) -> int:
 class Buckets:
     """A handful of padded shapes for a list of examples, at the quantiles of their prompts' lengths.
 
+    longest_query: what the input encoder can take.
+
     Every example fits its bucket and all larger ones.
     """
 
-    def __init__(self, examples: Sequence[Tokenized], count: int):
+    def __init__(self, examples: Sequence[Tokenized], count: int, longest_query: int):
         prompts = np.array([len(e.prompt) for e in examples])
         edges = sorted(
             {
@@ -139,8 +141,10 @@ class Buckets:
         )
         self.of = np.searchsorted(edges, prompts)
         queries = np.array([len(e.query) for e in examples])
+        longest = [queries[self.of <= bucket].max(initial=1) for bucket in range(len(edges))]
         self.shapes = [
-            (edge, round_up(queries[self.of <= b].max(initial=1))) for b, edge in enumerate(edges)
+            (edge, min(round_up(int(query)), longest_query))
+            for edge, query in zip(edges, longest, strict=True)
         ]
         self.target = round_up(max(len(e.target) for e in examples))
         self.history = round_up(max(len(e.rows) for e in examples))

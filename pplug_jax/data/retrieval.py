@@ -17,7 +17,11 @@ Item = dict[str, Any]
 
 
 def bm25(task: Task, input: str, profile: Sequence[Item], top_k: int) -> list[Item]:
-    """The items nearest to the input by BM25 (k1 1.5, b 0.75, words split at white space, as LaMP's code), best first."""
+    """The items nearest to the input by BM25, best first; of equals, the first in the profile.
+
+    k1 1.5, b 0.75 and words split at white space are LaMP's; the idf is bm25s' (Lucene's), which never falls below 0,
+    where LaMP's rank_bm25 floors the idf of words that most items have.
+    """
     corpus = [task.item_text(item).split() for item in profile]
     query = task.query(input).split()
     if not any(corpus) or not query:

@@ -46,7 +46,8 @@ def load_bert(
     path: str | Path, mesh: Mesh, *, pooling: str | None, variable: type[nnx.Variable], dtype: str
 ) -> bert.Bert:
     """The directory's model; `variable` says whether it is trained (`nnx.Param`) or frozen."""
-    config = bert.config_from_hf(hf.read_config(path))
+    with hf.naming_missing_fields(path):
+        config = bert.config_from_hf(hf.read_config(path))
     model = bert.Bert(config, pooling or read_pooling(path), variable, dtype)
     return hf.load_weights(
         model,

@@ -33,7 +33,8 @@ def load_llm(path: str | Path, *, mesh: Mesh | None = None, dtype: str = "bfloat
         config |= {x: settings[x] for x in ("eos_token_id", "pad_token_id") if x in settings}
     eos = config.get("eos_token_id")
     eos_ids = tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,))
-    llm = Decoder(family.config_from_hf(config, eos_ids), dtype)
+    with hf.naming_missing_fields(path):
+        llm = Decoder(family.config_from_hf(config, eos_ids), dtype)
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
     return hf.load_weights(
         llm, path, family.SOURCES, mesh, ignore=("rotary_emb.inv_freq", "lm_head.weight")

@@ -3,9 +3,10 @@
 The bundled model: `python -m pplug_jax.tools.pretrain_llm --output=pplug_jax/assets/tiny_llama`.
 One for real texts: add `--data=DIR` (LaMP-5 files, of which only the training split is read) and larger sizes.
 
-Every training sequence is a prompt and a title by the same user: the bare input; the input behind up to four
-demonstrations in LaMP's retrieval form; or, of the generator's users, the input behind notes on the user's style. So the
-model can title without knowing the user, can use demonstrations, and can be steered by what stands in front.
+Every training sequence is by one author, in one of three forms: a bare input and its title; the input behind one to four
+demonstrations in LaMP's retrieval form; or a series of several inputs and titles. So the model can title without knowing
+the user, can use demonstrations, and is steered by what stands in front. The bundled model was made in two runs, the
+second from the weights of the first, with mostly series.
 """
 
 import functools
@@ -27,7 +28,6 @@ from flax import nnx
 
 from pplug_jax import hf
 from pplug_jax.data import lamp, sample
-from pplug_jax.data.lamp import Example
 from pplug_jax.data.retrieval import demonstration_prompt
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.llm import llama
@@ -54,32 +54,28 @@ flags.DEFINE_float("learning_rate", 3e-3, "Adam's peak; see tools/optimizer.py."
 flags.DEFINE_float(
     "prompt_weight", 0.1, "Weight of the prompt's tokens in the loss; the title's have 1."
 )
-flags.DEFINE_string(
-    "init", None, "Directory of a model of this tool: go on from its weights and tokenizer."
-)
+flags.DEFINE_float("demonstrations", 0.75, "Share of the batches in the form of demonstrations.")
+flags.DEFINE_float("series", 0.0, "Share of the batches in the form of series.")
+flags.DEFINE_integer("series_length", 6, "Papers of a series.")
+flags.DEFINE_string("init", None, "Directory of a model of this tool: start from its weights.")
 flags.DEFINE_integer("seed", 0, "Seed of everything.")
 
 TASK = TASKS["LaMP_5"]
 SEPARATOR = "\n"
 
 
-def examples(rng: random.Random) -> Iterator[tuple[Example, list[str]]]:
-    """Endless (input, title, rest of the profile) and style notes: several papers of a user serve as the question."""
+def authors(rng: random.Random) -> Iterator[list[dict[str, str]]]:
+    """Endless lists of one author's papers, in random order."""
     if FLAGS.data:
-        train = [e for e in lamp.read(FLAGS.data, "train", TASK) if e.target is not None]
+        train = lamp.read(FLAGS.data, "train", TASK)
         users = itertools.chain.from_iterable(
             rng.sample(train, len(train)) for _ in itertools.count()
         )
     else:
         users = sample.users(FLAGS.seed, "pretrain")
     for user in users:
-        question = {"title": user.target, "abstract": TASK.query(user.input)}
-        papers = [question, *user.profile]
-        notes = [] if FLAGS.data else sample.notes(FLAGS.seed, "pretrain", user.id)
-        for i in rng.sample(range(len(papers)), min(len(papers), 6)):
-            rest = tuple(papers[:i] + papers[i + 1 :])
-            abstract, title = papers[i]["abstract"], papers[i]["title"]
-            yield Example(user.id, sample.INPUT.format(abstract=abstract), title, rest), notes
+        papers = [{"title": user.target, "abstract": TASK.query(user.input)}, *user.profile]
+        yield rng.sample(papers, len(papers))
 
 
 def train_tokenizer(rng: random.Random) -> transformers.PreTrainedTokenizerFast:
@@ -92,9 +88,10 @@ def train_tokenizer(rng: random.Random) -> transformers.PreTrainedTokenizerFast:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    drawn = itertools.islice(examples(rng), 20000)
+    papers = itertools.chain.from_iterable(authors(rng))
     texts = (
-        text for e, notes in drawn for text in (f"{e.input}{SEPARATOR}{e.target}", ", ".join(notes))
+        f"{sample.INPUT.format(**paper)}{SEPARATOR}{paper['title']}"
+        for paper in itertools.islice(papers, 20000)
     )
     tokenizer.train_from_iterator(texts, trainer)
     return transformers.PreTrainedTokenizerFast(
@@ -109,50 +106,50 @@ def train_tokenizer(rng: random.Random) -> transformers.PreTrainedTokenizerFast:
 def batches(
     tokenizer: transformers.PreTrainedTokenizerFast, rng: random.Random
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """The prompts' form, tokens (B, L) int32 and loss weights (B, L) float32."""
+    """The form, tokens (B, L) int32 and loss weights (B, L) float32; all rows of a batch have one form."""
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
-    source = examples(rng)
+    separator = encode(SEPARATOR)
+    source = authors(rng)
     while True:
-        form = rng.choices(("bare", "demonstrations", "notes"), (1, 1, 0 if FLAGS.data else 2))[0]
-        shown = rng.choice((1, 2, 3, 4))
+        shares = (1 - FLAGS.demonstrations - FLAGS.series, FLAGS.demonstrations, FLAGS.series)
+        form = rng.choices(("bare", "demonstrations", "series"), shares)[0]
+        shown = rng.choice((1, 2, 3, 4)) if form == "demonstrations" else 0
+        asked = FLAGS.series_length if form == "series" else 1
         rows = []
-        for example, notes in itertools.islice(source, FLAGS.batch_size):
-            prompt = example.input
-            if form == "demonstrations":
-                items = rng.sample(example.profile, min(shown, len(example.profile)))
-                prompt = demonstration_prompt(TASK, prompt, items, tokenizer, FLAGS.max_length)
-            elif form == "notes":
-                some = rng.sample(notes, rng.randint(len(notes) // 2, len(notes)))
-                prompt = f"{', '.join(some)}. {prompt}"
-            prompt_ids = [
-                tokenizer.bos_token_id,
-                *encode(prompt)[: FLAGS.max_length],
-                *encode(SEPARATOR),
-            ]
-            rows.append((prompt_ids, [*encode(example.target)[:63], tokenizer.eos_token_id]))
-        width = -(-max(len(prompt) + len(title) for prompt, title in rows) // 32) * 32
+        for papers in itertools.islice(source, max(1, FLAGS.batch_size * 2 // (1 + asked))):
+            ids, weights = [tokenizer.bos_token_id], [0.0]
+            for paper in papers[:asked]:
+                prompt = sample.INPUT.format(**paper)
+                if shown:
+                    items = papers[asked : asked + shown]
+                    prompt = demonstration_prompt(TASK, prompt, items, tokenizer, FLAGS.max_length)
+                prompt_ids = [*encode(prompt)[: FLAGS.max_length], *separator]
+                title = [*encode(paper["title"])[:63], tokenizer.eos_token_id]
+                ids += prompt_ids + title
+                weights += [FLAGS.prompt_weight] * len(prompt_ids) + [1.0] * len(title)
+            rows.append((ids, weights))
+        width = -(-max(len(ids) for ids, _ in rows) // 32) * 32
         tokens = np.full((len(rows), width), tokenizer.pad_token_id, np.int32)
-        weights = np.zeros((len(rows), width), np.float32)
-        for row, (prompt, title) in enumerate(rows):
-            end = len(prompt) + len(title)
-            tokens[row, :end] = prompt + title
-            weights[row, :end] = FLAGS.prompt_weight
-            weights[row, len(prompt) : end] = 1.0
+        weights = np.full((len(rows), width), -1, np.float32)
+        for row, (ids, weight) in enumerate(rows):
+            tokens[row, : len(ids)] = ids
+            weights[row, : len(ids)] = weight
         yield form, tokens, weights
 
 
 def loss_fn(llm: Decoder, tokens: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The weighted mean of all tokens' losses, and the plain mean of the titles'."""
-    mask = weights > 0
+    """The weighted mean of all tokens' losses, and the plain mean of the titles'; padding has weight -1."""
+    mask, weights = weights >= 0, jnp.maximum(weights[:, 1:], 0)
     logits = llm.logits(llm.embed(tokens[:, :-1]), mask[:, :-1])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-    title = weights[:, 1:] == 1.0
-    return jnp.sum(losses * weights[:, 1:]) / jnp.sum(weights[:, 1:]), jnp.sum(
-        losses * title
-    ) / jnp.sum(title)
+    title = weights == 1.0
+    return (
+        jnp.sum(losses * weights) / jnp.sum(weights),
+        jnp.sum(losses * title) / jnp.sum(title),
+    )
 
 
 def main(_) -> None:

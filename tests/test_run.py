@@ -1,0 +1,367 @@
+"""The command as its user meets it: a whole run, a second start, every way to be interrupted, and bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from configs import lamp5
+from pplug_jax import Personalizer, evaluate
+from pplug_jax.checkpoint import CheckpointError, Checkpoints
+from pplug_jax.config import ConfigError
+from pplug_jax.data.lamp import DataError
+from pplug_jax.errors import InputError
+from pplug_jax.main import default_workdir
+from pplug_jax.methods import METHODS
+from pplug_jax.models import Models
+from pplug_jax.run import read_examples, run
+from pplug_jax.train import train_step
+
+ROOT = Path(__file__).parent.parent
+SMALL = {
+    "data.sample_train_users": 24,
+    "data.sample_eval_users": 8,
+    "train.batch_size": 8,
+    "train.epochs": 2.0,
+    "train.log_every": 1,
+    "train.checkpoint_every": 2,
+    "eval.batch_size": 8,
+    "eval.max_new_tokens": 8,
+    "eval.bootstrap_samples": 100,
+}
+
+
+def small_config(**overrides: object) -> ml_collections.ConfigDict:
+    config = lamp5.get_config()
+    config.update_from_flattened_dict(
+        SMALL | {k.replace("__", "."): v for k, v in overrides.items()}
+    )
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of a whole small run."""
+    workdir = tmp_path_factory.mktemp("finished")
+    run(small_config(), workdir, "train_and_evaluate")
+    return workdir
+
+
+def test_a_run_leaves_its_files(finished: Path) -> None:
+    config = small_config()
+    assert json.loads((finished / "config.json").read_text()) == json.loads(config.to_json())
+    results = json.loads((finished / "results.json").read_text())
+    assert results["task"] == "LaMP_5" and results["split"] == "dev" and results["n"] == 8
+    ids = [example.id for example in read_examples(config, "dev", 8)]
+    for method in config.methods:
+        entry = results["methods"][method]
+        for metric in ("rouge1", "rougeL"):
+            value = entry[metric]
+            assert 0 <= value["low"] <= value["value"] <= value["high"] <= 1
+        submission = json.loads((finished / "predictions" / f"dev.{method}.json").read_text())
+        assert submission["task"] == "LaMP_5"
+        assert [gold["id"] for gold in submission["golds"]] == ids
+        assert f"| {method} |" in (finished / "results.md").read_text()
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    for method in ("pplug", "instruction_only"):
+        losses = {line["step"]: line["value"] for line in lines if line["name"] == f"{method}/loss"}
+        assert sorted(losses) == list(range(1, 7))
+        assert Checkpoints(finished / "checkpoints" / method).latest == 6
+        assert list((finished / "tensorboard" / method).iterdir())
+
+
+def test_the_loop_compiles_once_a_bucket(finished: Path) -> None:
+    del finished  # trained two plugs, 6 steps each
+    assert train_step._cache_size() <= small_config().data.buckets
+
+
+def test_a_checkpoint_holds_the_plug_and_never_the_llm(finished: Path) -> None:
+    models = Models(small_config(), finished)
+    size = sum(f.stat().st_size for f in (finished / "checkpoints").rglob("*") if f.is_file())
+    plug = sum(x.nbytes for x in jax.tree.leaves(models.new_plug()))
+    # Two plugs, two checkpoints each, parameters and Adam's two moments.
+    assert size < 1.2 * 2 * 2 * 3 * plug
+
+
+def test_a_second_start_does_nothing_again(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("was run again")
+
+    before = (finished / "results.json").read_text()
+    monkeypatch.setattr(evaluate, "predict", never)
+    monkeypatch.setattr("pplug_jax.train.train_step", never)
+    monkeypatch.setattr("pplug_jax.encoder.Encoder.encode", never)
+    run(small_config(), finished, "train_and_evaluate")
+    assert (finished / "results.json").read_text() == before
+    assert "0 of them new" in capsys.readouterr().out
+
+
+def test_another_config_is_refused_and_the_fields_named(finished: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"config\.train\.learning_rate: 0\.00\d+ there, 0\.5 now"
+    ):
+        run(small_config(train__learning_rate=0.5), finished, "train")
+
+
+def test_the_personalizer_answers_as_the_evaluation(finished: Path) -> None:
+    personalizer = Personalizer.from_checkpoint(finished)
+    golds = json.loads((finished / "predictions" / "dev.pplug.json").read_text())["golds"]
+    for example, gold in list(zip(read_examples(small_config(), "dev", 8), golds, strict=True))[:3]:
+        assert personalizer.generate(example.input, example.profile) == gold["output"]
+    texts = [personalizer.models.task.item_text(item) for item in example.profile]
+    soft = personalizer.soft_prompt(example.input, texts)
+    assert (
+        soft.shape == (1 + small_config().plug.num_persona_tokens, 128) and soft.dtype == np.float32
+    )
+    np.testing.assert_array_equal(soft, personalizer.soft_prompt(example.input, example.profile))
+    null = personalizer.soft_prompt(example.input)
+    assert np.isfinite(null).all() and np.any(null[1:] != soft[1:])
+
+
+def test_modes_stop_where_they_say(tmp_path: Path) -> None:
+    config = small_config(methods=("none", "pplug"))
+    run(config, tmp_path, "encode")
+    assert not (tmp_path / "checkpoints").exists()
+    with pytest.raises(CheckpointError, match="no checkpoint; train first"):
+        run(config, tmp_path, "evaluate")
+    with pytest.raises(InputError, match="no checkpoint"):
+        Personalizer.from_checkpoint(tmp_path)
+    with pytest.raises(InputError, match="not the workdir of a run"):
+        Personalizer.from_checkpoint(tmp_path / "nowhere")
+
+
+def test_the_default_workdir_is_named_after_the_config() -> None:
+    assert default_workdir("configs/lamp5.py:llama3_1b") == Path("runs/lamp5-llama3_1b")
+    assert default_workdir("configs/lamp5.py") == Path("runs/lamp5")
+
+
+ENVIRONMENT = os.environ | {
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "JAX_PLATFORMS": "cpu",
+}
+
+
+def start(workdir: Path, **settings: object) -> subprocess.Popen:
+    flags = [f"--config.{name}={value}" for name, value in (SMALL | settings).items()]
+    command = [
+        sys.executable,
+        "-m",
+        "pplug_jax.main",
+        "--config=configs/lamp5.py",
+        f"--workdir={workdir}",
+    ]
+    return subprocess.Popen(
+        [*command, "--mode=train", *flags],
+        cwd=ROOT,
+        env=ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "jax_cache")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def steps_done(workdir: Path) -> int:
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+def test_killed_interrupted_and_started_again_ends_bit_identical(tmp_path: Path) -> None:
+    settings = {"methods": "('pplug',)", "train.epochs": 16.0, "train.checkpoint_every": 3}
+    undisturbed = start(tmp_path / "a", **settings)
+    output, _ = undisturbed.communicate(timeout=300)
+    assert undisturbed.returncode == 0, output
+
+    for sent, moment in (
+        (signal.SIGKILL, 5),
+        (signal.SIGINT, 14),
+        (signal.SIGTERM, 22),
+        (signal.SIGKILL, 31),
+    ):
+        process = start(tmp_path / "b", **settings)
+        while steps_done(tmp_path / "b") < moment and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(sent)
+        output, _ = process.communicate(timeout=300)
+        if sent == signal.SIGKILL:
+            assert process.returncode == -signal.SIGKILL, output
+        else:
+            assert process.returncode == 128 + sent, output
+            assert f"{sent.name}: saved step" in output
+            assert "Traceback" not in output
+    last = start(tmp_path / "b", **settings)
+    output, _ = last.communicate(timeout=300)
+    assert last.returncode == 0, output
+
+    models = Models(small_config(), tmp_path / "a")
+    plugs = [
+        Checkpoints(tmp_path / name / "checkpoints" / "pplug").restore_plug(models.new_plug())
+        for name in "ab"
+    ]
+    assert plugs[0][1] == plugs[1][1] == 48
+    for a, b in zip(jax.tree.leaves(plugs[0][0]), jax.tree.leaves(plugs[1][0]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    curves = []
+    for name in "ab":
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        curves.append(
+            [(line["step"], line["value"]) for line in lines if line["name"] == "pplug/loss"]
+        )
+    assert len(curves[0]) == 48
+    assert curves[0] == curves[1]
+
+
+LIMITED = (
+    "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536));"
+    "runpy.run_module('pplug_jax.main', run_name='__main__')"
+)
+
+
+def test_a_full_disk_while_checkpointing_is_one_clear_line(tmp_path: Path) -> None:
+    # Files may not grow beyond 64 KiB: as on a full disk, writing the plug fails in the middle.
+    process = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            LIMITED,
+            "--config=configs/lamp5.py",
+            f"--workdir={tmp_path / 'run'}",
+            "--mode=train",
+            *(f"--config.{name}={value}" for name, value in SMALL.items()),
+            "--config.methods=('pplug',)",
+            "--config.data.sample_train_users=8",
+            "--config.data.sample_eval_users=1",
+        ],
+        cwd=ROOT,
+        env=ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert process.returncode == 1
+    assert "error: " in process.stderr and "could not be written" in process.stderr
+    assert "make room" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (
+            {"data__path": "/nowhere"},
+            ConfigError,
+            r"config\.data\.path: there is no directory '/nowhere'",
+        ),
+        (
+            {"llm__path": "/nowhere"},
+            ConfigError,
+            r"config\.llm\.path: there is no directory '/nowhere'",
+        ),
+        (
+            {"encoder__path": "/nowhere"},
+            ConfigError,
+            r"config\.encoder\.path: there is no directory",
+        ),
+        ({"task": "LaMP_99"}, ConfigError, r"config\.task 'LaMP_99' is unknown"),
+        ({"methods": ("none", "magic")}, ConfigError, "'magic' is unknown; known: none, bm25"),
+        (
+            {"methods": ("shuffled_user",)},
+            ConfigError,
+            "uses the plug of 'pplug', which is missing",
+        ),
+        ({"train__batch_size": 6}, ConfigError, r"config\.train\.batch_size .*: 6 rows .* 8 parts"),
+        ({"eval__batch_size": 3}, ConfigError, r"config\.eval\.batch_size: 3 rows .* 8 parts"),
+        (
+            {"train__accumulation": 3},
+            ConfigError,
+            "does not divide into config.train.accumulation 3",
+        ),
+        ({"mesh__tensor": 3}, InputError, "tensor=3 needs"),
+        ({"data__max_input_length": 5000}, ConfigError, "the LLM was made for 2048"),
+        ({"encoder__pooling": "max"}, InputError, "pooling 'max' is not supported"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_named(
+    overrides: dict, error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        run(small_config(**overrides), tmp_path, "encode")
+    assert not (
+        tmp_path / "config.json"
+    ).exists()  # so that the corrected command can use the workdir
+
+
+def test_a_preset_says_what_it_needs(tmp_path: Path) -> None:
+    config = lamp5.get_config("llama3_1b")
+    with pytest.raises(ConfigError, match="questions.json"):
+        run(config, tmp_path, "encode")
+    config.data.path = ""
+    config.data.sample_train_users = config.data.sample_eval_users = 1
+    with pytest.raises(ConfigError, match=r"meta-llama/Llama-3.2-1B.*--config\.llm\.path=DIR"):
+        run(config, tmp_path, "encode")
+    with pytest.raises(ValueError, match="unknown; known are embedded, llama3_1b"):
+        lamp5.get_config("gpt5")
+
+
+def write_split(
+    directory: Path, split: str, questions: list[dict], golds: list[dict] | None
+) -> None:
+    directory.mkdir(exist_ok=True)
+    (directory / f"{split}_questions.json").write_text(json.dumps(questions))
+    if golds is not None:
+        outputs = {"task": "LaMP_5", "golds": golds}
+        (directory / f"{split}_outputs.json").write_text(json.dumps(outputs))
+
+
+def test_files_in_lamps_format_with_empty_profiles_and_withheld_outputs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An empty profile gets the null persona; a test split without outputs is answered and not scored."""
+    prompt = "Generate a title for the following abstract of a paper: We measure {}."
+    item = {"id": "x", "title": "Tides", "abstract": "Tides were measured. " * 200}
+    questions = [
+        {"id": str(i), "input": prompt.format(f"river {i}"), "profile": [item] * (i % 3)}
+        for i in range(8)
+    ]
+    golds = [{"id": str(i), "output": f"River {i}"} for i in range(8)]
+    write_split(tmp_path / "data", "train", questions, golds)
+    write_split(tmp_path / "data", "test", questions, None)
+    config = small_config(data__path=str(tmp_path / "data"), data__eval_split="test")
+    run(config, tmp_path / "run", "train_and_evaluate")
+    submission = json.loads((tmp_path / "run" / "predictions" / "test.pplug.json").read_text())
+    assert [gold["id"] for gold in submission["golds"]] == [str(i) for i in range(8)]
+    assert "nothing is scored" in capsys.readouterr().out
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert all(np.isfinite(line["value"]) for line in lines)
+
+    write_split(tmp_path / "data", "train", questions, golds[:-1])
+    with pytest.raises(
+        DataError, match=r"train_outputs\.json: the question id '7' .* has no output"
+    ):
+        run(config, tmp_path / "other", "encode")
+
+
+def test_the_command_shows_bad_input_as_one_line(tmp_path: Path) -> None:
+    process = start(tmp_path / "run", **{"llm.path": "/nowhere"})
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "error: config.llm.path: there is no directory '/nowhere'" in output
+    assert "Traceback" not in output
+
+
+def test_every_trained_method_is_its_own_plug() -> None:
+    assert [name for name, method in METHODS.items() if method.trained] == [
+        "pplug",
+        "instruction_only",
+    ]
