@@ -9,6 +9,7 @@ combinations no two users share a style, and users unseen in training are new co
 
 import itertools
 import random
+import re
 from collections.abc import Iterator
 
 from pplug_jax.data.lamp import Example
@@ -270,10 +271,30 @@ def abstract(rng: random.Random, content: dict[str, str]) -> str:
     return " ".join(rng.choice(variants).format(**content) for variants in sentences)
 
 
+def style_of(rng: random.Random) -> dict[str, str]:
+    return {factor: rng.choice(options) for factor, options in STYLE.items()}
+
+
+def user_rng(seed: int, split: str, number: int | str) -> random.Random:
+    """The generator that draws a user, their style first."""
+    return random.Random(f"{seed}/{split}/{int(number)}")
+
+
+def notes(seed: int, split: str, number: int | str) -> list[str]:
+    """The user's style in words, which no example shows (an LLM is pretrained to heed such notes)."""
+    said = []
+    for factor, option in style_of(user_rng(seed, split, number)).items():
+        words = re.sub(r"\{\w+\}", "", option).replace("_", " ").split()
+        if words:
+            kind, frame, _ = factor.partition("_frame")
+            said.append(" ".join([kind, *words] if frame else words))
+    return said
+
+
 def user(seed: int, number: int, split: str, history: tuple[int, int]) -> Example:
     """User `number` of `split`: a question, its gold title, and a profile of as many papers as `history` allows."""
-    rng = random.Random(f"{seed}/{split}/{number}")
-    style = {factor: rng.choice(options) for factor, options in STYLE.items()}
+    rng = user_rng(seed, split, number)
+    style = style_of(rng)
     # A user comes back to the same few subjects, so that retrieval has something to find.
     tasks, methods, data = rng.sample(TASKS, 6), rng.sample(METHODS, 6), rng.sample(DATA, 4)
     papers = []

@@ -4,7 +4,8 @@ The bundled model: `python -m pplug_jax.tools.pretrain_llm --output=pplug_jax/as
 One for real texts: add `--data=DIR` (LaMP-5 files, of which only the training split is read) and larger sizes.
 
 Every training sequence is by one author, in one of three forms: a bare input and its title; the input behind one to four
-demonstrations in LaMP's retrieval form; or a series of several inputs and titles. So the model can title without knowing
+demonstrations in LaMP's retrieval form; or a series of several inputs and titles, half of them, where the author is one of the
+generator's, behind notes that name the author's style words. So the model can title without knowing
 the user, can use demonstrations, and is steered by what stands in front. The bundled model was made in two runs, the
 second from the weights of the first, with mostly series.
 """
@@ -64,8 +65,8 @@ TASK = TASKS["LaMP_5"]
 SEPARATOR = "\n"
 
 
-def authors(rng: random.Random) -> Iterator[list[dict[str, str]]]:
-    """Endless lists of one author's papers, in random order."""
+def authors(rng: random.Random) -> Iterator[tuple[list[dict[str, str]], str]]:
+    """Endless authors: their papers in random order, and notes on their style (the generator's authors only)."""
     if FLAGS.data:
         train = lamp.read(FLAGS.data, "train", TASK)
         users = itertools.chain.from_iterable(
@@ -75,7 +76,9 @@ def authors(rng: random.Random) -> Iterator[list[dict[str, str]]]:
         users = sample.users(FLAGS.seed, "pretrain")
     for user in users:
         papers = [{"title": user.target, "abstract": TASK.query(user.input)}, *user.profile]
-        yield rng.sample(papers, len(papers))
+        notes = [] if FLAGS.data else sample.notes(FLAGS.seed, "pretrain", user.id)
+        some = rng.sample(notes, rng.randint(len(notes) // 2, len(notes)))
+        yield rng.sample(papers, len(papers)), "".join(f"{note}, " for note in some)
 
 
 def train_tokenizer(rng: random.Random) -> transformers.PreTrainedTokenizerFast:
@@ -88,7 +91,7 @@ def train_tokenizer(rng: random.Random) -> transformers.PreTrainedTokenizerFast:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    papers = itertools.chain.from_iterable(authors(rng))
+    papers = itertools.chain.from_iterable(papers for papers, _ in authors(rng))
     texts = (
         f"{sample.INPUT.format(**paper)}{SEPARATOR}{paper['title']}"
         for paper in itertools.islice(papers, 20000)
@@ -119,8 +122,11 @@ def batches(
         shown = rng.choice((1, 2, 3, 4)) if form == "demonstrations" else 0
         asked = FLAGS.series_length if form == "series" else 1
         rows = []
-        for papers in itertools.islice(source, max(1, FLAGS.batch_size * 2 // (1 + asked))):
+        for papers, notes in itertools.islice(source, max(1, FLAGS.batch_size * 2 // (1 + asked))):
             ids, weights = [tokenizer.bos_token_id], [0.0]
+            if form == "series" and rng.random() < 0.5:
+                ids += encode(notes)
+                weights += [0.0] * (len(ids) - 1)
             for paper in papers[:asked]:
                 prompt = sample.INPUT.format(**paper)
                 if shown:
@@ -199,7 +205,9 @@ def main(_) -> None:
 
     parameters = sum(x.size for x in jax.tree.leaves(nnx.state(llm)))
     start, tokens_seen = time.time(), 0
+    earlier = (Path(FLAGS.init) / "training_log.txt").read_text() if FLAGS.init else ""
     with open(output / "training_log.txt", "w") as log:
+        log.write(earlier)
 
         def say(text: str) -> None:
             print(text, flush=True)
