@@ -1,4 +1,7 @@
-"""PPlug ("LLMs + Persona-Plug = Personalized LLMs", arXiv 2409.11901) in JAX: frozen LLM, trained user embedder."""
+"""PPlug ("LLMs + Persona-Plug = Personalized LLMs", arXiv 2409.11901) in JAX.
+
+A frozen LLM and a trained user embedder.
+"""
 
 from pplug_jax.encoder import load_encoder
 from pplug_jax.generate import generate

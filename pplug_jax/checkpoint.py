@@ -1,4 +1,7 @@
-"""Orbax checkpoints of a training run: the plug, the optimiser, the data iterator and the step; never the LLM."""
+"""Orbax checkpoints of a training run.
+
+They hold the plug, the optimiser, the data iterator and the step; never the LLM.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -45,7 +48,8 @@ class Checkpoints:
         """Begins to write a checkpoint.
 
         Raises:
-            CheckpointError: this one or the one before could not be written, for instance to a full disk.
+            CheckpointError: this one or the one before could not be written, for instance to a
+                full disk.
         """
         if step == self.latest:
             return
@@ -70,7 +74,7 @@ class Checkpoints:
     def restore(
         self, plug: Any, opt_state: Any, data: grain.DatasetIterator
     ) -> tuple[Any, Any, int]:
-        """The newest checkpoint, its arrays laid out as those of `plug` and `opt_state`; `data` is set to its place."""
+        """The newest checkpoint, laid out as `plug` and `opt_state`; `data` is set to its place."""
         step = self.latest
         restored = self.manager.restore(
             step,
@@ -105,8 +109,9 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> CheckpointError:
         return CheckpointError(
-            f"{self.directory}: a checkpoint could not be written: {error}. The last whole one is step "
-            f"{self.latest}. If the disk is full, make room; then run the same command again to go on from there"
+            f"{self.directory}: a checkpoint could not be written: {error}. "
+            f"The last whole one is step {self.latest}. "
+            "If the disk is full, make room; then run the same command again to go on from there"
         )
 
 

@@ -1,10 +1,12 @@
-"""The paper: a user's history and the input at hand become soft prompt tokens (PPlug, arXiv 2409.11901, section 3).
+"""The paper: a user's history and the input at hand become soft prompt tokens.
 
-q = Enc_inp(x)                                   trained
-w = softmax_i(q . H_i / temperature)             H_i = Enc_his(h_i), frozen, from the history store
-P = W2 (sum_i w_i GELU(W1 H_i + b1)) + b2        the paper's sum_i w_i Proj(H_i): exact, since sum_i w_i = 1
+PPlug, arXiv 2409.11901, section 3:
+
+q = Enc_inp(x)                              trained
+w = softmax_i(q . H_i / temperature)        H_i = Enc_his(h_i), frozen, from the history store
+P = W2 (sum_i w_i GELU(W1 H_i + b1)) + b2   the paper's sum_i w_i Proj(H_i): exact, as sum_i w_i = 1
 I = MLP(v)
-soft prompt = scale * [I ; P]                    scale = mean norm of the LLM's embedding rows
+soft prompt = scale * [I ; P]               scale = mean norm of the LLM's embedding rows
 """
 
 import math
@@ -21,9 +23,10 @@ GELU_POWER = 0.4252
 
 
 class Projector(nnx.Module):
-    """Linear - GELU (exact) - Linear from unit vectors (..., E) to (..., out), of about unit norm at initialisation.
+    """Linear - GELU (exact) - Linear from unit vectors (..., E) to (..., out).
 
-    The layers are called one by one, since the pooler sums between them.
+    The outputs are of about unit norm at initialisation. The layers are called one by one, since
+    the pooler sums between them.
     """
 
     def __init__(self, size: int, hidden: int, out: int, tokens: int, rngs: nnx.Rngs):
@@ -123,7 +126,8 @@ class UserEmbedder(nnx.Module):
 
         Args:
             query, query_mask: (B, Q) int32 and bool, the input as Enc_inp's tokens.
-            history, history_mask: (B, H, E) and (B, H) bool, the encoded history; a row without items gets the null persona.
+            history, history_mask: (B, H, E) and (B, H) bool, the encoded history; a row without
+                items gets the null persona.
             uniform: weigh all items alike instead of by the input.
 
         Returns:

@@ -2,4 +2,7 @@
 
 
 class InputError(ValueError):
-    """What the user gave cannot work: the message names file, record or field, and says what to do."""
+    """What the user gave cannot work.
+
+    The message names file, record or field, and says what to do.
+    """

@@ -22,6 +22,7 @@ from pplug_jax.llm.decoder import Decoder
 from pplug_jax.methods import METHODS, Method, histories, inputs_embeds
 from pplug_jax.metrics import example_scores, interval
 from pplug_jax.models import Models
+from pplug_jax.plots import plot_results
 from pplug_jax.progress import Progress, console, say
 
 
@@ -104,9 +105,10 @@ def predictions_path(workdir: Path, split: str, method: str) -> Path:
 
 
 def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
-    """Runs every method of the config, writes predictions/, results.json and results.md, and prints the table.
+    """Runs every method of the config and prints the table.
 
-    A method whose predictions by the same plug are already there is not run again.
+    Writes predictions/, results.json and results.md. A method whose predictions by the same plug
+    are already there is not run again.
     """
     config, task, workdir = models.config, models.task, models.workdir
     split = config.data.eval_split
@@ -159,6 +161,7 @@ def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
         said = verdicts(scores, task.metrics[0], config.eval.bootstrap_samples)
         lines = [*markdown(results, task.metrics), "", *(f"- {line}" for line in said)]
         show_table(results, task.metrics)
+        plot_results(results, task.metrics[0], workdir / "plots" / "results.png")
     else:
         lines = said = [
             "The split's outputs are withheld: predictions are written, nothing is scored."

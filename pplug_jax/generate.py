@@ -1,6 +1,7 @@
-"""Decoding from `inputs_embeds` with a KV cache: greedy and beam search, each one jitted `while_loop`.
+"""Decoding from `inputs_embeds` with a KV cache: greedy and beam search.
 
-Token for token what `transformers`' `generate` gives (beam search with `early_stopping=False`).
+Each is one jitted `while_loop`. Token for token what `transformers`' `generate` gives (beam search
+with `early_stopping=False`).
 """
 
 import functools
@@ -104,7 +105,8 @@ def _beam(
         done_scores, keep = jax.lax.top_k(all_scores, K)
         done = pick(jnp.concatenate([state["done"], sequences], axis=1), keep)
 
-        # A row is closed once its best running beam, at its present length, is no better than its worst finished one.
+        # A row is closed once its best running beam, at its present length, is no better than its
+        # worst finished one.
         attainable = scores[:, 0] / (t + 1.0) ** length_penalty
         still_open = state["open"] & (attainable > done_scores[:, -1])
 

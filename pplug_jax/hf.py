@@ -1,4 +1,4 @@
-"""Directories in Hugging Face format: config, tokenizer, and weights read straight into their shards."""
+"""Directories in Hugging Face format: config, tokenizer, and weights read into their shards."""
 
 import contextlib
 import json
@@ -21,7 +21,8 @@ from pplug_jax.mesh import shardings
 class Source(NamedTuple):
     """Where one of our variables lies in a checkpoint.
 
-    name: the tensor's name; a `{}` stands for the layer, and the layers are stacked on a new axis 0.
+    name: the tensor's name; a `{}` stands for the layer, and the layers are stacked on a new
+    axis 0.
     transpose: PyTorch's Linear stores (out, in); ours are (in, out).
     """
 
@@ -46,7 +47,8 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         )
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: no such file; a model directory holds config.json, *.safetensors and a tokenizer"
+            f"{path}: no such file; "
+            "a model directory holds config.json, *.safetensors and a tokenizer"
         )
     return read_json(path)
 
@@ -68,7 +70,8 @@ def load_tokenizer(directory: str | Path, vocab_size: int) -> transformers.PreTr
     """The directory's tokenizer.
 
     Raises:
-        InputError: the tokenizer is missing, or can give an id that an embedding table of `vocab_size` rows lacks.
+        InputError: the tokenizer is missing, or can give an id that an embedding table of
+            `vocab_size` rows lacks.
     """
     if not any(
         (Path(directory) / name).is_file()
@@ -78,8 +81,8 @@ def load_tokenizer(directory: str | Path, vocab_size: int) -> transformers.PreTr
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     if len(tokenizer) > vocab_size:
         raise InputError(
-            f"{directory}: the tokenizer has {len(tokenizer)} entries, the embedding table only {vocab_size} rows: "
-            "they do not belong together"
+            f"{directory}: the tokenizer has {len(tokenizer)} entries, "
+            f"the embedding table only {vocab_size} rows: they do not belong together"
         )
     return tokenizer
 
@@ -96,7 +99,10 @@ def weight_files(directory: str | Path) -> list[Path]:
     if missing := [str(file) for file in files if not file.is_file()]:
         hint = ""
         if list(directory.glob("*.bin")):
-            hint = "; .bin files are not read: convert them with transformers' save_pretrained(safe_serialization=True)"
+            hint = (
+                "; .bin files are not read: convert them with transformers' "
+                "save_pretrained(safe_serialization=True)"
+            )
         raise FileNotFoundError(f"{', '.join(missing)}: no such weight file{hint}")
     return files
 
@@ -119,16 +125,19 @@ def load_weights(
     ignore: tuple[str, ...] = (),
     prefix: str = "",
 ) -> nnx.Module:
-    """Fills the abstract `module` with the checkpoint's tensors, each device reading only its slice.
+    """Fills the abstract `module` with the checkpoint's tensors; a device reads only its slice.
 
     Args:
-        module: its variables hold `jax.ShapeDtypeStruct`, whose shapes the checkpoint must have and whose dtypes it is cast to.
+        module: its variables hold `jax.ShapeDtypeStruct`, whose shapes the checkpoint must have and
+            whose dtypes it is cast to.
         sources: variable path, joined with dots -> its tensor.
         ignore: endings of tensor names that the checkpoint may have besides.
-        prefix: what stands before the names of this module's tensors; the others are another module's.
+        prefix: what stands before the names of this module's tensors; the others are another
+            module's.
 
     Raises:
-        InputError: a missing, unexpected or misshapen tensor, or a truncated file; the message names it.
+        InputError: a missing, unexpected or misshapen tensor, or a truncated file; the message
+            names it.
     """
     tensors: dict[str, Any] = {}
     for file in weight_files(directory):
@@ -152,7 +161,8 @@ def load_weights(
         wanted.update(names)
         if missing := [name for name in names if name not in tensors]:
             raise InputError(
-                f"{directory}: the checkpoint lacks the tensor {missing[0]} ({len(missing)} of its kind)"
+                f"{directory}: the checkpoint lacks the tensor {missing[0]} "
+                f"({len(missing)} of its kind)"
             )
         shape = abstract.shape[1:] if "{}" in source.name else abstract.shape
         for name in names:
@@ -160,7 +170,8 @@ def load_weights(
             found = tuple(tensor.get_shape())
             if found != (shape[::-1] if source.transpose else shape):
                 raise InputError(
-                    f"{file}: the tensor {name} has shape {found}, config.json asks for {shape[::-1] if source.transpose else shape}"
+                    f"{file}: the tensor {name} has shape {found}, "
+                    f"config.json asks for {shape[::-1] if source.transpose else shape}"
                 )
 
         def read(
@@ -184,7 +195,8 @@ def load_weights(
     )
     if unexpected:
         raise InputError(
-            f"{directory}: the checkpoint has tensors that this architecture does not: {', '.join(unexpected[:5])}"
+            f"{directory}: the checkpoint has tensors that this architecture does not: "
+            f"{', '.join(unexpected[:5])}"
         )
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
@@ -205,7 +217,7 @@ def save_weights(
 
 
 def common_prefix(directory: str | Path, name: str) -> str:
-    """What stands before `name` in the checkpoint (`bert.` where the model was saved with a head)."""
+    """What stands before `name` in the checkpoint (`bert.` where it was saved with a head)."""
     for file in weight_files(directory):
         with open_weights(file) as handle:
             for found in list(handle.keys()):

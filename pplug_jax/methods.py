@@ -1,4 +1,7 @@
-"""The methods compared: what the same frozen LLM is shown of the user. A new method is one entry here."""
+"""The methods compared: what the same frozen LLM is shown of the user.
+
+A new method is one entry here.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,8 +17,12 @@ from pplug_jax.llm.decoder import Decoder
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """retrieval: the profile items shown as demonstrations. plug: the trained plug whose soft tokens stand in front.
-    history: whose items the plug reads: the user's `own`, `another` user's, or `none`. uniform: weigh the items alike."""
+    """What the LLM is shown of the user.
+
+    retrieval: the profile items shown as demonstrations. plug: the trained plug whose soft tokens
+    stand in front. history: whose items the plug reads: the user's `own`, `another` user's, or
+    `none`. uniform: weigh the items alike.
+    """
 
     name: str
     about: str
@@ -26,7 +33,7 @@ class Method:
 
     @property
     def trained(self) -> bool:
-        """Whether this method has a plug of its own to train; the others borrow one or need none."""
+        """Whether this method has a plug of its own to train; the others borrow or need none."""
         return self.plug == self.name
 
 
@@ -60,8 +67,8 @@ def histories(
         return [() for _ in own]
     if method.history == "own":
         return own
-    # A random cycle over the examples gives everyone another's history; one user may have several examples, so the
-    # cycle is walked on to the next different profile.
+    # A random cycle over the examples gives everyone another's history; one user may have several
+    # examples, so the cycle is walked on to the next different profile.
     cycle = np.random.default_rng(seed).permutation(len(own))
     place = {example: i for i, example in enumerate(cycle)}
     result = []

@@ -12,7 +12,7 @@ from pplug_jax.data.tasks import TASKS
 def example_scores(
     task: str, predictions: Sequence[str], references: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """Each example's score by each of the task's metrics, (n,) float64, as LaMP's evaluation gives them.
+    """Each example's score by each of the task's metrics, (n,) float64, as LaMP's evaluation.
 
     ROUGE is the F-measure of `rouge_score` without stemming, on stripped strings.
 
@@ -34,7 +34,8 @@ def example_scores(
 def score(task: str, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """The task's metrics over all examples, e.g. {"rouge1": .., "rougeL": ..}.
 
-    The plain mean; LaMP's own script prints the median of bootstrap means, which agrees to about the fourth decimal.
+    The plain mean; LaMP's own script prints the median of bootstrap means, which agrees to about
+    the fourth decimal.
     """
     return {
         name: float(values.mean())

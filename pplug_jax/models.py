@@ -1,4 +1,4 @@
-"""The loaded parts that training, evaluation and serving share: mesh, frozen LLM, encoder, store."""
+"""The loaded parts that training, evaluation and serving share: mesh, LLM, encoder, store."""
 
 from pathlib import Path
 
@@ -76,11 +76,15 @@ class Models:
         if prompt + soft + answer > self.llm.config.max_length:
             raise ConfigError(
                 f"config.data.max_input_length: prompt, soft tokens and answer may reach "
-                f"{prompt + soft + answer} tokens, but the LLM was made for {self.llm.config.max_length}"
+                f"{prompt + soft + answer} tokens, "
+                f"but the LLM was made for {self.llm.config.max_length}"
             )
 
     def new_plug(self) -> UserEmbedder:
-        """An untrained plug on the mesh: Enc_inp has the encoder's weights, the rest is drawn from the seed."""
+        """An untrained plug on the mesh.
+
+        Enc_inp has the encoder's weights, the rest is drawn from the seed.
+        """
         config = self.config.plug
         encoder = load_bert(
             self.encoder_path,

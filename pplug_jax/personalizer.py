@@ -51,7 +51,8 @@ class Personalizer:
 
         Args:
             input: the task's input, instruction included.
-            history: the user's texts, or profile items as the task's files have them; none gives the null persona.
+            history: the user's texts, or profile items as the task's files have them; none gives
+                the null persona.
         """
         return np.asarray(self._soft_prompt(input, history)[0], np.float32)
 
@@ -68,7 +69,7 @@ class Personalizer:
         return _soft_prompt(self.plug, query, np.ones(query.shape, bool), vectors, there)
 
     def generate(self, input: str, history: Sequence[str | dict[str, Any]] = ()) -> str:
-        """The LLM's answer to `input` for the user of `history`, decoded as in the run's evaluation."""
+        """The LLM's answer to `input` for the user of `history`, decoded as in the evaluation."""
         models = self.models
         prompt = models.tokenizer.prompt(input, models.config.data.max_input_length)[None]
         embeds, mask = inputs_embeds(

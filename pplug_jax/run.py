@@ -12,6 +12,7 @@ from pplug_jax.data.tasks import TASKS
 from pplug_jax.evaluate import evaluate
 from pplug_jax.methods import METHODS
 from pplug_jax.models import Models, parameter_count
+from pplug_jax.plots import plot_losses
 from pplug_jax.progress import say
 from pplug_jax.train import fit
 
@@ -74,9 +75,15 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
     items = (item for example in (*train, *held_out) for item in example.profile)
     new = models.store.add(map(models.task.item_text, items), config.encoder.batch_size)
     say(f"history store: {len(models.store)} unique texts, {new} of them new")
+    if models.encoder.cut_texts:
+        say(
+            f"{models.encoder.cut_texts} of them reach the encoder's {models.encoder.max_length} "
+            "tokens; what is beyond is not read (config.encoder.max_length)"
+        )
     if mode in ("train", "train_and_evaluate"):
         for name in config.methods:
             if METHODS[name].trained:
                 fit(models, train, METHODS[name])
+                plot_losses(workdir / "metrics.jsonl", workdir / "plots" / "loss.png")
     if mode in ("evaluate", "train_and_evaluate"):
         evaluate(models, held_out)

@@ -37,7 +37,7 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """AdamW behind global-norm clipping, with linear warm-up and linear decay to 0, as the paper.
 
-    Cached, since it is a static argument of `train_step`: the same settings shall not compile twice.
+    Cached, since it is a static argument of `train_step`: equal settings shall not compile twice.
     """
     rising = max(1, round(warmup * steps))
     schedule = optax.join_schedules(
@@ -55,7 +55,7 @@ def make_optimizer(
 def loss_fn(
     plug: UserEmbedder, llm: Decoder, batch: Batch, prefix_length: int = 0, remat: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """The sum over target tokens of -log p(y_t | I, P, x, y_<t), and the number of target tokens; both () float32."""
+    """The sum over target tokens of -log p(y_t | I, P, x, y_<t), and their number; () float32."""
     soft = plug(batch.query, batch.query_mask, batch.history, batch.history_mask)
     embeds, mask = inputs_embeds(llm, soft, batch.prompt, batch.prompt_mask, prefix_length)
     logits = llm.unembed(llm.target_hidden(embeds, mask, batch.target, batch.target_mask, remat))
@@ -81,7 +81,7 @@ def train_step(
 ) -> tuple[UserEmbedder, optax.OptState, dict[str, jax.Array]]:
     """One update of the plug. The LLM is an argument of its own that nothing differentiates.
 
-    With `accumulation` > 1 the batch is worked off in as many parts, one after the other, with the same result.
+    With `accumulation` > 1 the batch is worked off in as many parts, with the same result.
     """
 
     def part_grads(total: Any, part: Batch) -> tuple[Any, None]:
@@ -199,14 +199,16 @@ def fit(models: Models, examples: Sequence[Example], method: Method) -> UserEmbe
                     if not math.isfinite(values["loss"]):
                         raise FloatingPointError(
                             f"the loss is {values['loss']} at step {step}; lower "
-                            f"config.train.learning_rate (the last checkpoint is step {checkpoints.latest})"
+                            "config.train.learning_rate "
+                            f"(the last checkpoint is step {checkpoints.latest})"
                         )
                     seconds = time.monotonic() - since
                     values["steps_per_second"] = len(recent) / seconds
                     values["tokens_per_second"] = tokens / seconds
                     writer.write(step, **values)
                     info = (
-                        "loss {loss:.3f}, {steps_per_second:.1f} steps/s, {tokens_per_second:.0f} tokens/s"
+                        "loss {loss:.3f}, {steps_per_second:.1f} steps/s, "
+                        "{tokens_per_second:.0f} tokens/s"
                     ).format(**values)
                     since, tokens, recent = time.monotonic(), 0, []
                 progress.advance(1, info)

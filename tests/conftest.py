@@ -53,7 +53,7 @@ def byte_tokenizer(
 
 
 def save_random(model: transformers.PreTrainedModel, path: Path) -> None:
-    """Saves `model` with noise on every tensor, for norms and biases start alike: all ones or zeros."""
+    """Saves `model` with noise on every tensor, for norms and biases start as all ones or zeros."""
     import torch
 
     with torch.no_grad():
@@ -94,13 +94,13 @@ def make_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def tiny_llama(make_llama: Callable[..., Path]) -> Path:
-    """A random Llama (D 32, 2 layers, 4 heads, 2 KV heads) with its tokenizer; do not write to it."""
+    """A random Llama (D 32, 2 layers, 4 heads, 2 KV heads) and its tokenizer; don't write to it."""
     return make_llama()
 
 
 @pytest.fixture(scope="session")
 def make_bert(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """make_bert(kind=BertModel, **settings): a directory with a random tiny BERT and its tokenizer."""
+    """make_bert(kind=BertModel, **settings): a directory, a random tiny BERT and its tokenizer."""
     import torch
 
     def make(
@@ -133,7 +133,7 @@ def tiny_bert(make_bert: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def real_models() -> Path:
-    """The trained models outside the repository; tests that need them skip where they are absent."""
+    """The trained models outside the repository; tests that need them skip where absent."""
     path = Path(__file__).resolve().parents[2] / "shared" / "models"
     if not path.is_dir():
         pytest.skip(f"{path} is absent: no trained models to compare with")

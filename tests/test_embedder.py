@@ -1,4 +1,4 @@
-"""The user embedder against a plain PyTorch statement of the paper's equations, and its corner cases."""
+"""The user embedder against a plain PyTorch statement of the paper's equations; corner cases."""
 
 import jax
 import jax.numpy as jnp

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from absl import logging
 from flax import nnx
 
 from pplug_jax.encoder import Encoder, load_encoder
@@ -132,22 +131,15 @@ def test_special_tokens_in_a_text_are_plain_text(encoder: Encoder) -> None:
     assert encoder.tokenizer.decode(ids[1:-1]) == "A [SEP] B [CLS] [PAD]"
 
 
-def test_long_texts_are_cut_and_counted_once(
-    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_texts_are_cut_and_counted(tiny_bert: Path) -> None:
     encoder = load_encoder(tiny_bert, max_length=20)
-    lines: list[str] = []
-    for level in ("info", "warning"):
-        monkeypatch.setattr(logging, level, lambda line, *args: lines.append(line % args))
     long = "tweets and scores; " * 20
     vectors = encode(encoder, [long, "short", long + "more", "x", long])
-    assert len(lines) == 1
-    assert lines[0].startswith("3 of 5 texts reach the encoder's 20 tokens")
+    assert encoder.cut_texts == 3
     assert len(encoder.tokenize([long])[0]) == 20
     np.testing.assert_allclose(vectors[0], vectors[2], atol=1e-6)
-    lines.clear()
     encode(encoder, ["short"])
-    assert not lines
+    assert encoder.cut_texts == 3
 
 
 def test_fewer_positions_than_the_next_compiled_length(make_bert: Callable[..., Path]) -> None:

@@ -179,8 +179,8 @@ def tokenizer(tiny_llama: Path) -> transformers.PreTrainedTokenizerBase:
     return transformers.AutoTokenizer.from_pretrained(tiny_llama)
 
 
-# What a token count may stumble over: characters of several bytes, a special token in a text, quotes
-# and blanks that grow together with those around them.
+# What a token count may stumble over: characters of several bytes, a special token in a text,
+# quotes and blanks that grow together with those around them.
 PIECES = ["the ", "model", "é", "😀", "</s>", '"', ", and ", "{title}", " ", "\n", "...", "1234"]
 
 

@@ -1,4 +1,7 @@
-"""The command as its user meets it: a whole run, a second start, every way to be interrupted, and bad input."""
+"""The command as its user meets it.
+
+A whole run, a second start, every way to be interrupted, and bad input.
+"""
 
 import json
 import os
@@ -76,6 +79,8 @@ def test_a_run_leaves_its_files(finished: Path) -> None:
         assert sorted(losses) == list(range(1, 7))
         assert Checkpoints(finished / "checkpoints" / method).latest == 6
         assert list((finished / "tensorboard" / method).iterdir())
+    for plot in ("results", "loss"):
+        assert (finished / "plots" / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_loop_compiles_once_a_bucket(finished: Path) -> None:
@@ -327,7 +332,7 @@ def write_split(
 def test_files_in_lamps_format_with_empty_profiles_and_withheld_outputs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An empty profile gets the null persona; a test split without outputs is answered and not scored."""
+    """An empty profile gets the null persona; a test split without outputs is only answered."""
     prompt = "Generate a title for the following abstract of a paper: We measure {}."
     item = {"id": "x", "title": "Tides", "abstract": "Tides were measured. " * 200}
     questions = [
@@ -341,7 +346,9 @@ def test_files_in_lamps_format_with_empty_profiles_and_withheld_outputs(
     run(config, tmp_path / "run", "train_and_evaluate")
     submission = json.loads((tmp_path / "run" / "predictions" / "test.pplug.json").read_text())
     assert [gold["id"] for gold in submission["golds"]] == [str(i) for i in range(8)]
-    assert "nothing is scored" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "nothing is scored" in output
+    assert "1 of them reach the encoder's 128 tokens" in output
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert all(np.isfinite(line["value"]) for line in lines)
 

@@ -1,4 +1,4 @@
-"""The training step: its loss, what it differentiates, what it costs, and that every mesh gives the same."""
+"""The training step: its loss, what it differentiates, its cost; every mesh gives the same."""
 
 import math
 from collections.abc import Iterator
@@ -68,7 +68,7 @@ def step(
 
 
 def test_the_loss_is_that_of_transformers(tiny_llama: Path) -> None:
-    """Soft tokens through `inputs_embeds`, cross entropy over the target tokens, stated plainly in PyTorch."""
+    """Soft tokens via `inputs_embeds`, cross entropy over the target tokens, plainly in PyTorch."""
     torch = pytest.importorskip("torch")
     import transformers
 

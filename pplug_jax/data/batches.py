@@ -1,4 +1,7 @@
-"""Examples as batches of fixed shapes: tokenised once, bucketed by length, assembled by Grain, sharded by host."""
+"""Examples as batches of fixed shapes.
+
+Tokenised once, bucketed by length, assembled by Grain, sharded by host.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -103,9 +106,10 @@ def tokenize(
     max_history: int,
     prompts: Sequence[str] | None = None,
 ) -> list[Tokenized]:
-    """Tokenises `examples`, with `histories` in place of their own profiles, and `prompts` in place of their inputs.
+    """Tokenises `examples`, with `histories` in place of their own profiles.
 
-    Of a history longer than `max_history` the last items are kept, LaMP's newest.
+    `prompts`, where given, stand in place of their inputs. Of a history longer than `max_history`
+    the last items are kept, LaMP's newest.
     """
     queries = store.encoder.tokenize([task.query(example.input) for example in examples])
     return [
@@ -124,7 +128,7 @@ def round_up(length: int) -> int:
 
 
 class Buckets:
-    """A handful of padded shapes for a list of examples, at the quantiles of their prompts' lengths.
+    """A handful of padded shapes for examples, at the quantiles of their prompts' lengths.
 
     longest_query: what the input encoder can take.
 
@@ -155,7 +159,8 @@ def plan_batches(
 ) -> list[tuple[int, np.ndarray]]:
     """(bucket, indices) of every batch of an epoch in `order`: ceil(n / batch_size) of them.
 
-    What is left over of a bucket moves to the next larger, so that only the last batch may be short.
+    What is left over of a bucket moves to the next larger, so that only the last batch may be
+    short.
     """
     batches: list[tuple[int, np.ndarray]] = []
     rest = order[:0]
@@ -168,7 +173,10 @@ def plan_batches(
 
 
 class Plan(grain.sources.RandomAccessDataSource):
-    """Batch `step` of training as (step, bucket, indices): each epoch in its own order, known without the ones before."""
+    """Batch `step` of training as (step, bucket, indices).
+
+    Each epoch has its own order, known without the ones before.
+    """
 
     def __init__(self, bucket_of: np.ndarray, batch_size: int, epochs: float, seed: int):
         self.bucket_of, self.batch_size, self.seed = bucket_of, batch_size, seed
@@ -191,8 +199,11 @@ class Plan(grain.sources.RandomAccessDataSource):
 
 
 def drop_history(rows: np.ndarray, rng: np.random.Generator, rate: float) -> np.ndarray:
-    """History dropout as the official code's data has it: with probability 10/11, a history of more than 2 items loses
-    1 + floor(n * u) of them, u uniform in [0, rate)."""
+    """History dropout as the official code's data has it.
+
+    With probability 10/11, a history of more than 2 items loses 1 + floor(n * u) of them,
+    u uniform in [0, rate).
+    """
     if rate == 0 or len(rows) <= 2 or rng.random() < 1 / 11:
         return rows
     dropped = min(len(rows) - 1, 1 + int(len(rows) * rng.uniform(0, rate)))

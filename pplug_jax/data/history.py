@@ -1,8 +1,9 @@
 """The history store: every unique text's vector on disk, computed once per encoder.
 
-A store is a directory named after the encoder's fingerprint, so that no other encoder's vectors are ever read, with two
-append-only files: `keys` (16-byte digests of texts) and `vectors` (float16 rows in the same order). A row counts when
-both files hold all of it, so a process may be killed at any moment and the next one goes on from there.
+A store is a directory named after the encoder's fingerprint, so that no other encoder's vectors
+are ever read, with two append-only files: `keys` (16-byte digests of texts) and `vectors` (float16
+rows in the same order). A row counts when both files hold all of it, so a process may be killed at
+any moment and the next one goes on from there.
 """
 
 import hashlib
@@ -54,7 +55,7 @@ class HistoryStore:
         return len(self._rows)
 
     def add(self, texts: Iterable[str], batch_size: int = 64) -> int:
-        """Encodes the texts that the store lacks, with a progress bar; returns how many those were."""
+        """Encodes the texts that the store lacks, with a progress bar; returns how many."""
         new = [
             text
             for key, text in {text_key(text): text for text in texts}.items()
@@ -62,7 +63,8 @@ class HistoryStore:
         ]
         if not new:
             return 0
-        # Like lengths together, so that little is padded; chunk by chunk, so that a killed run keeps what it had.
+        # Like lengths together, so that little is padded; chunk by chunk, so that a killed run
+        # keeps what it had.
         new.sort(key=len)
         try:
             with (

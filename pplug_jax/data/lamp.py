@@ -14,7 +14,8 @@ from pplug_jax.errors import InputError
 class Example:
     """A question of a user.
 
-    target: None where the outputs are withheld. profile: the user's history items, as LaMP gives them.
+    target: None where the outputs are withheld.
+    profile: the user's history items, as LaMP gives them.
     """
 
     id: str
@@ -24,13 +25,14 @@ class Example:
 
 
 class DataError(InputError):
-    """A file or record that is not as LaMP's format says; the message names file, record and field."""
+    """A file or record that is not as LaMP's format says; the message names where."""
 
 
 def _load(path: Path) -> Any:
     if not path.is_file():
         raise DataError(
-            f"{path}: no such file; a LaMP directory holds {{split}}_questions.json and {{split}}_outputs.json"
+            f"{path}: no such file; "
+            "a LaMP directory holds {split}_questions.json and {split}_outputs.json"
         )
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -50,14 +52,16 @@ def _field(record: Any, field: str, kind: type, path: Path, where: str) -> Any:
         raise DataError(f"{path}: {where}: the field {field!r} is missing")
     if not isinstance(record[field], kind):
         raise DataError(
-            f"{path}: {where}: the field {field!r} must be {kind.__name__}, not {type(record[field]).__name__}"
+            f"{path}: {where}: the field {field!r} must be {kind.__name__}, "
+            f"not {type(record[field]).__name__}"
         )
     if kind is str:
         try:
             record[field].encode()
         except UnicodeEncodeError as error:
             raise DataError(
-                f"{path}: {where}: the field {field!r} holds half of a surrogate pair at character {error.start}, "
+                f"{path}: {where}: the field {field!r} holds half of a surrogate pair "
+                f"at character {error.start}, "
                 "which no tokenizer reads: mend or remove that character"
             ) from error
     return record[field]
@@ -66,18 +70,20 @@ def _field(record: Any, field: str, kind: type, path: Path, where: str) -> Any:
 def _unique(ids: list[str], path: Path) -> None:
     if twice := [id for id, count in collections.Counter(ids).items() if count > 1]:
         raise DataError(
-            f"{path}: the id {twice[0]!r} stands there more than once ({len(twice)} such ids); ids must be unique"
+            f"{path}: the id {twice[0]!r} stands there more than once ({len(twice)} such ids); "
+            "ids must be unique"
         )
 
 
 def read(directory: str | Path, split: str, task: Task) -> list[Example]:
     """The examples of `split`, in the questions' order.
 
-    Without an outputs file (LaMP withholds those of the test split) the targets are None. An empty profile is allowed.
+    Without an outputs file (LaMP withholds those of the test split) the targets are None. An empty
+    profile is allowed.
 
     Raises:
-        DataError: a missing or broken file, a missing or mistyped field, a duplicate id, a question without an output or
-            an output without a question.
+        DataError: a missing or broken file, a missing or mistyped field, a duplicate id, a question
+            without an output or an output without a question.
     """
     questions_path = Path(directory) / f"{split}_questions.json"
     outputs_path = Path(directory) / f"{split}_outputs.json"
@@ -124,6 +130,7 @@ def read(directory: str | Path, split: str, task: Task) -> list[Example]:
     _unique([example.id for example in examples], questions_path)
     if targets is not None and (extra := targets.keys() - {example.id for example in examples}):
         raise DataError(
-            f"{outputs_path}: the output of id {min(extra)!r} has no question in {questions_path.name} ({len(extra)} such)"
+            f"{outputs_path}: the output of id {min(extra)!r} has no question in "
+            f"{questions_path.name} ({len(extra)} such)"
         )
     return examples

@@ -19,8 +19,8 @@ Item = dict[str, Any]
 def bm25(task: Task, input: str, profile: Sequence[Item], top_k: int) -> list[Item]:
     """The items nearest to the input by BM25, best first; of equals, the first in the profile.
 
-    k1 1.5, b 0.75 and words split at white space are LaMP's; the idf is bm25s' (Lucene's), which never falls below 0,
-    where LaMP's rank_bm25 floors the idf of words that most items have.
+    k1 1.5, b 0.75 and words split at white space are LaMP's; the idf is bm25s' (Lucene's), which
+    never falls below 0, where LaMP's rank_bm25 floors the idf of words that most items have.
     """
     corpus = [task.item_text(item).split() for item in profile]
     query = task.query(input).split()
@@ -33,7 +33,10 @@ def bm25(task: Task, input: str, profile: Sequence[Item], top_k: int) -> list[It
 
 
 def recency(task: Task, input: str, profile: Sequence[Item], top_k: int) -> list[Item]:
-    """The newest items, newest first: by `date` where every item has one, else by place (LaMP's lists end with the newest)."""
+    """The newest items, newest first.
+
+    By `date` where every item has one, else by place (LaMP's lists end with the newest).
+    """
     del task, input
     order = list(profile)
     if all("date" in item for item in profile):
@@ -53,8 +56,9 @@ def demonstration_prompt(
 ) -> str:
     """The input behind `items` as demonstrations, in LaMP's form and by its token budget.
 
-    The input may take up to 60% of `max_length` tokens. Each demonstration gets an equal share of the rest; what one
-    leaves unused, the next may use. Where nothing is left for any demonstration, the bare input is returned.
+    The input may take up to 60% of `max_length` tokens. Each demonstration gets an equal share of
+    the rest; what one leaves unused, the next may use. Where nothing is left for any demonstration,
+    the bare input is returned.
     """
 
     def encode(text: str) -> list[int]:

@@ -1,10 +1,11 @@
 """The embedded sample: LaMP-5-shaped users, made up from word lists by a seed.
 
-Every paper is a kind (method, study, resource, system) and a few content words. Its abstract tells them in plain
-sentences that are drawn without regard to the user. Its title tells the same content in the user's own style:
-one option of each of `STYLE`'s factors, fixed for the user and used wherever the paper's kind allows it. So one
-input never reveals the style, one title reveals a part, and a history nearly all of it. With more than 10^15
-combinations no two users share a style, and users unseen in training are new combinations.
+Every paper is a kind (method, study, resource, system) and a few content words. Its abstract tells
+them in plain sentences that are drawn without regard to the user. Its title tells the same content
+in the user's own style: one option of each of `STYLE`'s factors, fixed for the user and used
+wherever the paper's kind allows it. So one input never reveals the style, one title reveals a part,
+and a history nearly all of it. With more than 10^17 combinations no two users share a style, and
+users unseen in training are new combinations.
 """
 
 import itertools
@@ -67,25 +68,28 @@ STYLE: dict[str, tuple[str, ...]] = {
 }
 
 TASKS = (
-    "route planning", "crop forecasting", "image retrieval", "speech cleaning", "fraud screening", "text ranking",
-    "fault diagnosis", "music tagging", "map matching", "demand pricing", "word alignment", "gene clustering",
-    "motion capture", "stock control", "claim checking", "query rewriting", "scene labelling", "load balancing",
-    "table parsing", "tutor matching", "signal tracing", "menu planning", "rumour detection", "shift scheduling",
+    "route planning", "crop forecasting", "image retrieval", "speech cleaning",
+    "fraud screening", "text ranking", "fault diagnosis", "music tagging", "map matching",
+    "demand pricing", "word alignment", "gene clustering", "motion capture", "stock control",
+    "claim checking", "query rewriting", "scene labelling", "load balancing", "table parsing",
+    "tutor matching", "signal tracing", "menu planning", "rumour detection", "shift scheduling",
 )  # fmt: skip
 METHODS = (
-    "graph kernels", "tree transducers", "sparse codes", "random forests", "mixture models", "state machines",
-    "spline filters", "memory networks", "rule grammars", "belief nets", "hash sketches", "tensor trains",
-    "genetic search", "margin losses", "wave filters", "active queries", "logic programs", "prompt tables",
-    "nearest neighbours", "causal graphs", "ensemble votes", "latent maps", "gradient flows", "game solvers",
+    "graph kernels", "tree transducers", "sparse codes", "random forests", "mixture models",
+    "state machines", "spline filters", "memory networks", "rule grammars", "belief nets",
+    "hash sketches", "tensor trains", "genetic search", "margin losses", "wave filters",
+    "active queries", "logic programs", "prompt tables", "nearest neighbours", "causal graphs",
+    "ensemble votes", "latent maps", "gradient flows", "game solvers",
 )  # fmt: skip
 DATA = (
-    "court records", "tide tables", "museum catalogues", "bus logs", "patient notes", "weather charts", "bird calls",
-    "tax forms", "school essays", "power meters", "harbour photos", "chess games", "soil samples", "radio shows",
-    "parish books", "recipe cards",
+    "court records", "tide tables", "museum catalogues", "bus logs", "patient notes",
+    "weather charts", "bird calls", "tax forms", "school essays", "power meters",
+    "harbour photos", "chess games", "soil samples", "radio shows", "parish books",
+    "recipe cards",
 )  # fmt: skip
 TROUBLES = (
-    "label noise", "missing values", "tight budgets", "sudden drift", "rare classes", "slow sensors",
-    "weak supervision", "long delays",
+    "label noise", "missing values", "tight budgets", "sudden drift", "rare classes",
+    "slow sensors", "weak supervision", "long delays",
 )  # fmt: skip
 QUALITIES = ("accuracy", "coverage", "speed", "fairness", "stability", "recall")
 
@@ -281,7 +285,7 @@ def user_rng(seed: int, split: str, number: int | str) -> random.Random:
 
 
 def notes(seed: int, split: str, number: int | str) -> list[str]:
-    """The user's style in words, which no example shows (an LLM is pretrained to heed such notes)."""
+    """The user's style in words, which no example shows; the bundled LLM was pretrained on such."""
     said = []
     for factor, option in style_of(user_rng(seed, split, number)).items():
         words = re.sub(r"\{\w+\}", "", option).replace("_", " ").split()
@@ -292,7 +296,7 @@ def notes(seed: int, split: str, number: int | str) -> list[str]:
 
 
 def user(seed: int, number: int, split: str, history: tuple[int, int]) -> Example:
-    """User `number` of `split`: a question, its gold title, and a profile of as many papers as `history` allows."""
+    """User `number` of `split`: a question, its gold title, and a profile of `history` papers."""
     rng = user_rng(seed, split, number)
     style = style_of(rng)
     # A user comes back to the same few subjects, so that retrieval has something to find.

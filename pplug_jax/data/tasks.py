@@ -1,4 +1,4 @@
-"""The task table: one row a task says what its texts are, how demonstrations look, and what is scored."""
+"""The task table: a row says what a task's texts are, how demonstrations look, what is scored."""
 
 import dataclasses
 from typing import Any
@@ -8,10 +8,11 @@ from typing import Any
 class Task:
     """A LaMP task.
 
-    name: as LaMP's files have it. fields: what a profile item must have. query_after: the mark in the input behind
-    which the user's own text begins. history_text: a profile item as the encoder reads it. demonstration: a profile
-    item in a retrieval prompt; its field `cut` gives way where space is short. prompt: demonstrations and input together.
-    metrics: the keys of its scores, the first the one that runs are compared by.
+    name: as LaMP's files have it. fields: what a profile item must have. query_after: the mark in
+    the input behind which the user's own text begins. history_text: a profile item as the encoder
+    reads it. demonstration: a profile item in a retrieval prompt; its field `cut` gives way where
+    space is short. prompt: demonstrations and input together. metrics: the keys of its scores, the
+    first the one that runs are compared by.
     """
 
     name: str
@@ -24,7 +25,7 @@ class Task:
     metrics: tuple[str, ...]
 
     def query(self, input: str) -> str:
-        """The input without its instruction: what the pooler and retrieval compare with the history."""
+        """The input without its instruction: what pooler and retrieval compare with the history."""
         _, mark, text = input.partition(self.query_after)
         return text.strip() if mark else input.strip()
 

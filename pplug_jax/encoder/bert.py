@@ -58,7 +58,8 @@ def config_from_hf(hf: dict[str, Any]) -> BertConfig:
     """
     if hf.get("model_type") != "bert":
         raise InputError(
-            f"config.json: model_type {hf.get('model_type')!r} is not supported as an encoder; supported: bert"
+            f"config.json: model_type {hf.get('model_type')!r} is not supported as an encoder; "
+            "supported: bert"
         )
     for field, value in {
         "hidden_act": "gelu",
@@ -67,7 +68,8 @@ def config_from_hf(hf: dict[str, Any]) -> BertConfig:
     }.items():
         if hf.get(field, value) != value:
             raise InputError(
-                f"config.json: {field}={hf[field]!r} is not supported for model_type bert (only {value!r})"
+                f"config.json: {field}={hf[field]!r} is not supported for model_type bert "
+                f"(only {value!r})"
             )
     return BertConfig(
         vocab_size=hf["vocab_size"],
@@ -171,7 +173,7 @@ class Bert(nnx.Module):
         return x
 
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """(B, L) int32, (B, L) bool, right-padded -> sentence vectors (B, E) float32 of unit L2 norm."""
+        """(B, L) int32, (B, L) bool, right-padded -> (B, E) float32 vectors of unit L2 norm."""
         x = self.hidden(tokens, mask).astype(jnp.float32)
         if self.pooling == "cls":
             x = x[:, 0]

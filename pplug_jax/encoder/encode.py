@@ -7,7 +7,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -27,7 +26,10 @@ def _forward(model: bert.Bert, tokens: jax.Array, lengths: jax.Array, dtype: str
 
 
 def read_pooling(path: str | Path) -> str:
-    """`cls` or `mean`, from a sentence-transformers directory; `cls`, as BGE and the paper, where it says nothing."""
+    """`cls` or `mean`, from a sentence-transformers directory.
+
+    `cls`, as BGE and the paper, where it says nothing.
+    """
     file = Path(path) / "1_Pooling" / "config.json"
     if not file.is_file():
         return "cls"
@@ -63,7 +65,9 @@ class Encoder:
     """A frozen text encoder with its tokenizer.
 
     size: E, the width of its vectors. max_length: tokens it reads of a text; the rest is cut off.
-    fingerprint: tells apart encoders whose vectors differ (weights, tokenizer, pooling, length, dtype).
+    cut_texts: how many texts so far reached that length.
+    fingerprint: tells apart encoders whose vectors differ (weights, tokenizer, pooling, length,
+    dtype).
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Encoder:
         self.mesh = mesh
         self.size = self.model.config.hidden_size
         self.max_length = min(max_length, self.model.config.max_length, LENGTHS[-1])
+        self.cut_texts = 0
         digest = hashlib.sha256(f"{self.model.pooling} {self.max_length} {dtype}".encode())
         for file in [
             Path(path) / "config.json",
@@ -86,7 +91,10 @@ class Encoder:
         self.fingerprint = digest.hexdigest()[:16]
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids with [CLS] and [SEP], cut to `max_length`; special tokens in the texts are read as plain text."""
+        """Token ids with [CLS] and [SEP], cut to `max_length`.
+
+        Special tokens in the texts are read as plain text.
+        """
         if not texts:
             return []
         return self.tokenizer(
@@ -105,16 +113,11 @@ class Encoder:
     ) -> np.ndarray:
         """The texts' vectors, (N, E) float32, L2-normalised.
 
-        Texts are batched by length, so that little is padded. `on_batch` is told how many texts each batch held.
+        Texts are batched by length, so that little is padded. `on_batch` is told how many texts
+        each batch held.
         """
         tokens = self.tokenize(texts)
-        if cut := sum(len(ids) == self.max_length for ids in tokens):
-            logging.warning(
-                "%d of %d texts reach the encoder's %d tokens; what is beyond is not read",
-                cut,
-                len(texts),
-                self.max_length,
-            )
+        self.cut_texts += sum(len(ids) == self.max_length for ids in tokens)
         parts = batch_parts(self.mesh)
         batch_size = -(-batch_size // parts) * parts
         order = np.argsort([len(ids) for ids in tokens], kind="stable")
@@ -155,6 +158,7 @@ def load_encoder(
 
     Raises:
         FileNotFoundError: no such directory, config, weights or tokenizer.
-        InputError: another architecture, an unsupported setting, or tensors that do not fit config.json.
+        InputError: another architecture, an unsupported setting, or tensors that do not fit
+            config.json.
     """
     return Encoder(path, mesh or make_mesh(devices=jax.devices()[:1]), pooling, max_length, dtype)

@@ -1,6 +1,7 @@
 """One causal decoder for every decoder-only LLM; families differ in `DecoderConfig` alone.
 
-Numerics follow `transformers`: RMSNorm, softmax and RoPE angles in float32, the rest in the weights' dtype.
+Numerics follow `transformers`: RMSNorm, softmax and RoPE angles in float32, the rest in the
+weights' dtype.
 """
 
 import dataclasses
@@ -86,7 +87,10 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """RoPE on x (B, L, heads, head_dim) with angles (B, L, head_dim / 2), halves rotated as in `transformers`."""
+    """RoPE on x (B, L, heads, head_dim) with angles (B, L, head_dim / 2).
+
+    Halves are rotated as in `transformers`.
+    """
     cos, sin = (
         jnp.cos(angles)[:, :, None].astype(x.dtype),
         jnp.sin(angles)[:, :, None].astype(x.dtype),
@@ -96,7 +100,7 @@ def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
 
 
 class Layers(nnx.Module):
-    """All layers, their weights stacked on axis 0; inside `lax.scan` the same object is one layer."""
+    """All layers, their weights stacked on axis 0; inside `lax.scan` the object is one layer."""
 
     def __init__(self, config: DecoderConfig, weight: Callable[..., Frozen]):
         def stacked(*dims: tuple[int, str]) -> Frozen:
@@ -127,7 +131,10 @@ class Layers(nnx.Module):
             value,
         ),
     ) -> jax.Array:
-        """x (B, L, D) -> (B, L, D). `extend` turns this call's keys and values into all that are attended to."""
+        """x (B, L, D) -> (B, L, D).
+
+        `extend` turns this call's keys and values into all that are attended to.
+        """
         config = self.config
 
         def split(x: jax.Array) -> jax.Array:
@@ -144,10 +151,13 @@ class Layers(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A frozen decoder-only LLM. Built abstract (`jax.ShapeDtypeStruct` weights); `load_llm` fills it.
+    """A frozen decoder-only LLM.
 
-    The trainer, the evaluator and the generator use only `embed`, `target_hidden`, `unembed`, `prefill`, `step`,
-    `embedding_norm` and `config.{hidden_size, vocab_size, max_length, eos_ids, pad_id}`.
+    Built abstract (`jax.ShapeDtypeStruct` weights); `load_llm` fills it.
+
+    The trainer, the evaluator and the generator use only `embed`, `target_hidden`, `unembed`,
+    `prefill`, `step`, `embedding_norm` and
+    `config.{hidden_size, vocab_size, max_length, eos_ids, pad_id}`.
     """
 
     def __init__(self, config: DecoderConfig, dtype: str | jnp.dtype = "bfloat16"):
@@ -167,11 +177,11 @@ class Decoder(nnx.Module):
         return jnp.take(self.embedding[...], tokens, axis=0)
 
     def embedding_norm(self) -> jax.Array:
-        """Mean L2 norm of the embedding rows, () float32: the scale that soft tokens should have."""
+        """Mean L2 norm of the embedding rows, () float32: the scale soft tokens should have."""
         return jnp.mean(jnp.linalg.norm(self.embedding[...].astype(jnp.float32), axis=-1))
 
     def hidden(self, inputs_embeds: jax.Array, mask: jax.Array, remat: bool = False) -> jax.Array:
-        """(B, L, D), (B, L) bool -> the last hidden states, (B, L, D); padding may stand anywhere."""
+        """(B, L, D), (B, L) bool -> the last hidden states, (B, L, D); padding may be anywhere."""
         angles = positions(mask)[..., None] * self.config.frequencies()
         visible = causal(mask)
 
@@ -223,7 +233,8 @@ class Decoder(nnx.Module):
         """Reads the prompt.
 
         Returns:
-            the hidden state that predicts the first new token, (B, D), and the cache with room for the new tokens.
+            the hidden state that predicts the first new token, (B, D), and the cache with room for
+            the new tokens.
         """
         config = self.config
         room = ((0, 0), (0, 0), (0, max_new_tokens), (0, 0), (0, 0))
@@ -249,7 +260,10 @@ class Decoder(nnx.Module):
         )
 
     def step(self, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """One new token per row: (B,) int32 -> the hidden state that predicts the next, (B, D), and the longer cache."""
+        """One new token per row.
+
+        (B,) int32 -> the hidden state that predicts the next, (B, D), and the longer cache.
+        """
         angles = jnp.sum(cache.mask, axis=1)[:, None, None] * self.config.frequencies()
         mask = cache.mask.at[:, cache.length].set(True)
 
@@ -280,7 +294,10 @@ class Decoder(nnx.Module):
 
 
 def positions(mask: jax.Array) -> jax.Array:
-    """(B, L) bool -> each token's place among its row's tokens, (B, L) float32; padding counts for nothing."""
+    """(B, L) bool -> each token's place among its row's tokens, (B, L) float32.
+
+    Padding counts for nothing.
+    """
     return jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0).astype(jnp.float32)
 
 

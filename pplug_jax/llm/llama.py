@@ -39,7 +39,8 @@ def config_from_hf(hf: dict[str, Any], eos_ids: tuple[int, ...]) -> DecoderConfi
     for field, values in SUPPORTED.items():
         if hf.get(field, values[0]) not in values:
             raise InputError(
-                f"config.json: {field}={hf[field]!r} is not supported for model_type llama (only {values[0]!r})"
+                f"config.json: {field}={hf[field]!r} is not supported for model_type llama "
+                f"(only {values[0]!r})"
             )
     # transformers 5 writes rope_parameters; earlier versions rope_theta and rope_scaling.
     rope = (
@@ -50,7 +51,8 @@ def config_from_hf(hf: dict[str, Any], eos_ids: tuple[int, ...]) -> DecoderConfi
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise InputError(
-            f"config.json: rope type {kind!r} is not supported for model_type llama (default, llama3)"
+            f"config.json: rope type {kind!r} is not supported for model_type llama "
+            "(default, llama3)"
         )
     return DecoderConfig(
         vocab_size=hf["vocab_size"],

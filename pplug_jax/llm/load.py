@@ -15,7 +15,9 @@ FAMILIES = {"llama": llama}
 
 
 def load_llm(path: str | Path, *, mesh: Mesh | None = None, dtype: str = "bfloat16") -> Decoder:
-    """Loads `path` (config.json, *.safetensors) with weights of `dtype`, each device reading only its shard.
+    """Loads `path` (config.json, *.safetensors), each device reading only its shard.
+
+    The weights have `dtype`.
 
     Raises:
         FileNotFoundError: no such directory, config or weights.
@@ -24,7 +26,8 @@ def load_llm(path: str | Path, *, mesh: Mesh | None = None, dtype: str = "bfloat
     config = hf.read_config(path)
     if config.get("model_type") not in FAMILIES:
         raise InputError(
-            f"{path}/config.json: model_type {config.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}"
+            f"{path}/config.json: model_type {config.get('model_type')!r} is not supported; "
+            f"supported: {', '.join(FAMILIES)}"
         )
     family = FAMILIES[config["model_type"]]
     generation = Path(path) / "generation_config.json"

@@ -6,9 +6,10 @@ from flax import nnx
 
 
 def initialise(module: nnx.Module, key: jax.Array) -> nnx.Module:
-    """Fills the abstract `module`: norms and biases neutral, every other weight normal with variance 1 / fan-in.
+    """Fills the abstract `module`: norms and biases neutral, every other weight normal.
 
-    The fan-in of a (..., in, out) kernel is its second-last dimension, that of an embedding table its width.
+    Its variance is 1 / fan-in. The fan-in of a (..., in, out) kernel is its second-last dimension,
+    that of an embedding table its width.
     """
     graph, state = nnx.split(module)
 

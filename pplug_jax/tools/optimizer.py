@@ -6,12 +6,15 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 
 def kernels(params: optax.Params) -> optax.Params:
-    """Marks the stacked kernels (layers, in, out), which Muon updates; None for all other weights."""
+    """Marks the stacked kernels (layers, in, out), which Muon updates; None for the others."""
     return jax.tree.map(lambda x: MuonDimensionNumbers(1, 2) if x.ndim == 3 else None, params)
 
 
 def make_optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
-    """`learning_rate` is Adam's; Muon's is 5 times that. Both warm up over 2% of the steps and fall linearly."""
+    """`learning_rate` is Adam's; Muon's is 5 times that.
+
+    Both warm up over 2% of the steps and fall linearly.
+    """
 
     def schedule(peak: float) -> optax.Schedule:
         warmup = max(1, steps // 50)

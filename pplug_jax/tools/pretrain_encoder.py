@@ -1,10 +1,12 @@
-"""Pretrains a small BERT sentence encoder on the embedded sample's papers, and writes it in Hugging Face format.
+"""Pretrains a small BERT sentence encoder on the embedded sample's papers.
 
-The bundled model: `python -m pplug_jax.tools.pretrain_encoder --output=pplug_jax/assets/tiny_bert`.
+Writes it in Hugging Face format. The bundled model:
+`python -m pplug_jax.tools.pretrain_encoder --output=pplug_jax/assets/tiny_bert`.
 
-Two goals, as in the making of general-purpose encoders: two papers of one author lie nearer than papers of different
-authors (InfoNCE over the batch), and a paper's vector tells which words it has (a linear bag-of-words decoder, the idea
-of RetroMAE's and DupMAE's weak decoders). The authors are none of those that the plug is trained or tested on.
+Two goals, as in the making of general-purpose encoders: two papers of one author lie nearer than
+papers of different authors (InfoNCE over the batch), and a paper's vector tells which words it has
+(a linear bag-of-words decoder, the idea of RetroMAE's and DupMAE's weak decoders). The authors are
+none of those that the plug is trained or tested on.
 """
 
 import functools
@@ -157,7 +159,8 @@ def main(_) -> None:
             if i % 50 == 0 or i == FLAGS.steps:
                 contrast, words = np.mean(recent, axis=0)
                 say(
-                    f"step {i}  seconds {time.time() - start:.0f}  contrast {contrast:.4f}  words {words:.4f}"
+                    f"step {i}  seconds {time.time() - start:.0f}  "
+                    f"contrast {contrast:.4f}  words {words:.4f}"
                 )
                 recent.clear()
     hf.save_weights(params[0], output, bert.SOURCES, jnp.bfloat16)

@@ -1,13 +1,14 @@
 """Pretrains a small Llama that titles abstracts, and writes it in Hugging Face format.
 
 The bundled model: `python -m pplug_jax.tools.pretrain_llm --output=pplug_jax/assets/tiny_llama`.
-One for real texts: add `--data=DIR` (LaMP-5 files, of which only the training split is read) and larger sizes.
+One for real texts: add `--data=DIR` (LaMP-5 files, of which only the training split is read) and
+larger sizes.
 
-Every training sequence is by one author, in one of three forms: a bare input and its title; the input behind one to four
-demonstrations in LaMP's retrieval form; or a series of several inputs and titles, half of them, where the author is one of the
-generator's, behind notes that name the author's style words. So the model can title without knowing
-the user, can use demonstrations, and is steered by what stands in front. The bundled model was made in two runs, the
-second from the weights of the first, with mostly series.
+Every training sequence is by one author, in one of three forms: a bare input and its title; the
+input behind one to four demonstrations in LaMP's retrieval form; or a series of several inputs and
+titles, half of them, where the author is one of the generator's, behind notes that name the
+author's style words. So the model can title without knowing the user, can use demonstrations, and
+is steered by what stands in front.
 """
 
 import functools
@@ -66,7 +67,7 @@ SEPARATOR = "\n"
 
 
 def authors(rng: random.Random) -> Iterator[tuple[list[dict[str, str]], str]]:
-    """Endless authors: their papers in random order, and notes on their style (the generator's authors only)."""
+    """Endless authors: their papers in random order, and notes on the generator's authors."""
     if FLAGS.data:
         train = lamp.read(FLAGS.data, "train", TASK)
         users = itertools.chain.from_iterable(
@@ -109,7 +110,7 @@ def train_tokenizer(rng: random.Random) -> transformers.PreTrainedTokenizerFast:
 def batches(
     tokenizer: transformers.PreTrainedTokenizerFast, rng: random.Random
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """The form, tokens (B, L) int32 and loss weights (B, L) float32; all rows of a batch have one form."""
+    """The form of a batch, its tokens (B, L) int32 and loss weights (B, L) float32."""
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
@@ -147,7 +148,7 @@ def batches(
 
 
 def loss_fn(llm: Decoder, tokens: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The weighted mean of all tokens' losses, and the plain mean of the titles'; padding has weight -1."""
+    """The weighted mean of all tokens' losses and the mean of the titles'; padding weighs -1."""
     mask, weights = weights >= 0, jnp.maximum(weights[:, 1:], 0)
     logits = llm.logits(llm.embed(tokens[:, :-1]), mask[:, :-1])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
@@ -229,7 +230,8 @@ def main(_) -> None:
                     f"{form}: {np.mean(v):.4f}" for form, v in sorted(recent.items())
                 )
                 say(
-                    f"step {i}  tokens {tokens_seen:,}  seconds {time.time() - start:.0f}  title loss  {losses}"
+                    f"step {i}  tokens {tokens_seen:,}  seconds {time.time() - start:.0f}  "
+                    f"title loss  {losses}"
                 )
                 recent.clear()
             if i % 500 == 0 or i == FLAGS.steps:
