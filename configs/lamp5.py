@@ -35,6 +35,7 @@ def get_config(arg: str = "embedded") -> ml_collections.ConfigDict:
         c.train.learning_rate = 4e-3
         c.eval.num_beams = 1
         c.eval.max_new_tokens = 40
+        c.eval.top_k = 1
     elif arg in PRESETS:
         c.data.path = "data/LaMP_5"
         c.llm.path = f"models/{arg}"
