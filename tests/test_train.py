@@ -21,7 +21,7 @@ from pplug_jax.methods import inputs_embeds
 from pplug_jax.tools.initialise import initialise
 from pplug_jax.train import loss_fn, make_optimizer, train_step
 
-B, L, T, Q, H, E = 8, 12, 6, 6, 4, 16
+B, L, T, Q, H, E = 8, 12, 6, 6, 4, 20
 OPTIMIZER = make_optimizer(10, 1e-2, 1e-4, 0.1, 1.0)
 
 
