@@ -4,13 +4,14 @@ import functools
 import math
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from pplug_jax.checkpoint import Checkpoints
 from pplug_jax.data.batches import (
@@ -25,6 +26,7 @@ from pplug_jax.data.batches import (
 from pplug_jax.data.lamp import Example
 from pplug_jax.embedder import UserEmbedder
 from pplug_jax.llm.decoder import Decoder
+from pplug_jax.mesh import replicated
 from pplug_jax.methods import Method, histories, inputs_embeds
 from pplug_jax.models import Models
 from pplug_jax.progress import Progress, say
@@ -37,7 +39,7 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """AdamW behind global-norm clipping, with linear warm-up and linear decay to 0, as the paper.
 
-    Cached, since it is a static argument of `train_step`: equal settings shall not compile twice.
+    Cached, since it is a static argument of the step: equal settings shall not compile twice.
     """
     rising = max(1, round(warmup * steps))
     schedule = optax.join_schedules(
@@ -52,6 +54,15 @@ def make_optimizer(
     )
 
 
+def init_optimizer(
+    optimizer: optax.GradientTransformation, plug: UserEmbedder, mesh: Mesh
+) -> optax.OptState:
+    """The first state: moments lie as the plug's parameters do, counters on every device."""
+    return jax.tree.map(
+        lambda x: x if x.ndim else jax.device_put(x, replicated(mesh)), optimizer.init(plug)
+    )
+
+
 def loss_fn(
     plug: UserEmbedder, llm: Decoder, batch: Batch, prefix_length: int = 0, remat: bool = False
 ) -> tuple[jax.Array, jax.Array]:
@@ -63,11 +74,6 @@ def loss_fn(
     return jnp.sum(losses * batch.target_mask), jnp.sum(batch.target_mask).astype(jnp.float32)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("optimizer", "prefix_length", "accumulation", "remat"),
-    donate_argnames=("plug", "opt_state"),
-)
 def train_step(
     plug: UserEmbedder,
     opt_state: optax.OptState,
@@ -103,6 +109,21 @@ def train_step(
     updates, opt_state = optimizer.update(grads, opt_state, plug)
     metrics = {"loss": loss / tokens, "grad_norm": optax.tree.norm(grads)}
     return optax.apply_updates(plug, updates), opt_state, metrics
+
+
+def jit_step(plug: UserEmbedder, opt_state: optax.OptState) -> Callable[..., Any]:
+    """`train_step`, to be compiled once a batch shape, for arrays that lie as these do.
+
+    The updated arrays are told to lie where the given ones do. Left to itself the compiler picks
+    other places for some, and the second step would compile again.
+    """
+    layout = jax.tree.map(lambda x: x.sharding, (plug, opt_state))
+    return jax.jit(
+        train_step,
+        static_argnames=("optimizer", "prefix_length", "accumulation", "remat"),
+        donate_argnames=("plug", "opt_state"),
+        out_shardings=(*layout, None),
+    )
 
 
 class Stop:
@@ -161,7 +182,8 @@ def fit(models: Models, examples: Sequence[Example], method: Method) -> UserEmbe
         config.train.warmup,
         config.train.clip_norm,
     )
-    opt_state = optimizer.init(plug)
+    opt_state = init_optimizer(optimizer, plug, mesh)
+    update = jit_step(plug, opt_state)
     step = 0
     checkpoints = Checkpoints(models.workdir / "checkpoints" / method.name, config.train.keep)
     if checkpoints.latest is not None:
@@ -181,7 +203,7 @@ def fit(models: Models, examples: Sequence[Example], method: Method) -> UserEmbe
                     + batch.target_mask.sum()
                     + soft_tokens * batch.weight.sum()
                 )
-                plug, opt_state, metrics = train_step(
+                plug, opt_state, metrics = update(
                     plug,
                     opt_state,
                     llm,

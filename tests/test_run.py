@@ -26,7 +26,6 @@ from pplug_jax.main import default_workdir
 from pplug_jax.methods import METHODS
 from pplug_jax.models import Models
 from pplug_jax.run import read_examples, run
-from pplug_jax.train import train_step
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -83,13 +82,20 @@ def test_a_run_leaves_its_files(finished: Path) -> None:
         assert (finished / "plots" / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="known defect: step 2 compiles again, since step 1 gives its outputs other shardings",
-)
-def test_the_loop_compiles_once_a_bucket(finished: Path) -> None:
-    del finished  # trained two plugs, 6 steps each
-    assert train_step._cache_size() <= small_config().data.buckets
+def test_a_plug_compiles_its_step_once_a_bucket(tmp_path: Path) -> None:
+    compiled = []
+
+    def note(event: str, duration: float, **kwargs: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(kwargs["fun_name"])
+
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        run(small_config(methods=("pplug",)), tmp_path, "train")
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert 0 < compiled.count("jit(train_step)") <= small_config().data.buckets
 
 
 def test_a_checkpoint_holds_the_plug_and_never_the_llm(finished: Path) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh
 
 from pplug_jax.data.batches import Batch, place_batch
 from pplug_jax.embedder import UserEmbedder
@@ -19,9 +20,10 @@ from pplug_jax.llm.decoder import Decoder, DecoderConfig, Frozen
 from pplug_jax.mesh import make_mesh, place
 from pplug_jax.methods import inputs_embeds
 from pplug_jax.tools.initialise import initialise
-from pplug_jax.train import loss_fn, make_optimizer, train_step
+from pplug_jax.train import init_optimizer, jit_step, loss_fn, make_optimizer
 
 B, L, T, Q, H, E = 8, 12, 6, 6, 4, 20
+ONE_DEVICE = make_mesh(1, 1, 1, jax.devices()[:1])
 OPTIMIZER = make_optimizer(10, 1e-2, 1e-4, 0.1, 1.0)
 
 
@@ -58,12 +60,13 @@ def make_batch(vocab: int = 48, rows: int = B) -> Batch:
 
 
 def step(
-    plug: UserEmbedder, llm: Decoder, batch: Batch, **settings: Any
+    plug: UserEmbedder, llm: Decoder, batch: Batch, mesh: Mesh = ONE_DEVICE, **settings: Any
 ) -> tuple[UserEmbedder, dict]:
-    """One update of a copy of `plug`, whose buffers `train_step` would take."""
-    plug = jax.tree.map(jnp.copy, plug)
+    """One update of a copy of `plug`, whose buffers the step would take."""
+    plug = place(jax.tree.map(jnp.copy, plug), mesh)
+    opt_state = init_optimizer(OPTIMIZER, plug, mesh)
     settings = {"optimizer": OPTIMIZER, "prefix_length": 1} | settings
-    plug, _, metrics = train_step(plug, OPTIMIZER.init(plug), llm, batch, **settings)
+    plug, _, metrics = jit_step(plug, opt_state)(plug, opt_state, llm, batch, **settings)
     return plug, metrics
 
 
@@ -187,7 +190,7 @@ def test_every_mesh_gives_the_same_step(shape: tuple[int, int, int]) -> None:
     one, metrics = step(plug, llm, batch)
     mesh = make_mesh(*shape)
     sharded_llm = place(llm, mesh)
-    many, sharded_metrics = step(place(plug, mesh), sharded_llm, place_batch(batch, mesh))
+    many, sharded_metrics = step(plug, sharded_llm, place_batch(batch, mesh), mesh)
     np.testing.assert_allclose(sharded_metrics["loss"], metrics["loss"], rtol=1e-5)
     np.testing.assert_allclose(sharded_metrics["grad_norm"], metrics["grad_norm"], rtol=1e-4)
     # Adam's first step is the gradient's sign: compare a parameter whose gradients are far from 0.
@@ -207,11 +210,11 @@ def test_every_mesh_gives_the_same_step(shape: tuple[int, int, int]) -> None:
 
 def test_the_loss_falls_and_bfloat16_keeps_float32_parameters() -> None:
     llm, batch = make_llm(), make_batch()
-    plug = make_plug(llm.config.hidden_size, dtype="bfloat16")
-    opt_state = OPTIMIZER.init(plug)
-    losses = []
+    plug = place(make_plug(llm.config.hidden_size, dtype="bfloat16"), ONE_DEVICE)
+    opt_state = init_optimizer(OPTIMIZER, plug, ONE_DEVICE)
+    update, losses = jit_step(plug, opt_state), []
     for _ in range(8):
-        plug, opt_state, metrics = train_step(
+        plug, opt_state, metrics = update(
             plug, opt_state, llm, batch, optimizer=OPTIMIZER, prefix_length=1
         )
         losses.append(float(metrics["loss"]))
