@@ -90,8 +90,8 @@ class Checkpoints:
             step,
         )
 
-    def restore_plug(self, plug: Any) -> tuple[Any, int]:
-        """The newest checkpoint's plug alone, laid out as `plug`, and its step.
+    def restore_plug(self, plug: Any) -> Any:
+        """The newest checkpoint's plug alone, laid out as `plug`.
 
         Raises:
             CheckpointError: there is none.
@@ -102,7 +102,7 @@ class Checkpoints:
         restored = self.manager.restore(
             step, args=ocp.args.Composite(plug=ocp.args.StandardRestore(_abstract(plug)))
         )
-        return _restored_like(plug, restored["plug"]), step
+        return _restored_like(plug, restored["plug"])
 
     def close(self) -> None:
         self.manager.close()

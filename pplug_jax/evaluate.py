@@ -13,7 +13,7 @@ from rich.table import Table
 
 from pplug_jax.checkpoint import Checkpoints
 from pplug_jax.config import write_json
-from pplug_jax.data.batches import Assemble, Batch, Buckets, place_batch, plan_batches, tokenize
+from pplug_jax.data.batches import Assemble, Batch, Buckets, place_batch, plan_batches
 from pplug_jax.data.lamp import Example
 from pplug_jax.data.retrieval import RETRIEVERS, demonstration_prompt
 from pplug_jax.embedder import UserEmbedder
@@ -66,16 +66,10 @@ def predict(
             )
             for e in examples
         ]
-    tokenized = tokenize(
-        task,
+    tokenized = models.tokenize(
         examples,
         histories(method, examples, config.seed) if plug else [()] * len(examples),
-        tokenizer,
-        models.store,
-        max_input_length=config.data.max_input_length,
-        max_target_length=config.data.max_target_length,
-        max_history=config.data.max_history,
-        prompts=prompts,
+        prompts,
     )
     buckets = Buckets(tokenized, config.data.buckets, models.encoder.model.config.max_length)
     assemble = Assemble(tokenized, buckets, models.store, config.eval.batch_size)
@@ -125,23 +119,22 @@ def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
         "n": len(examples),
         "methods": {},
     }
-    plugs: dict[str, tuple[UserEmbedder, int]] = {}
+    checkpoints = {
+        name: Checkpoints(workdir / "checkpoints" / name, config.train.keep)
+        for name in {METHODS[name].plug for name in config.methods} - {None}
+    }
+    restored = functools.cache(lambda name: checkpoints[name].restore_plug(models.new_plug()))
     answers: dict[str, list[str]] = {}
     scores: dict[str, dict[str, np.ndarray]] = {}
     for name in config.methods:
         method = METHODS[name]
-        plug, step = None, 0
-        if method.plug:
-            if method.plug not in plugs:
-                checkpoints = Checkpoints(workdir / "checkpoints" / method.plug, config.train.keep)
-                plugs[method.plug] = checkpoints.restore_plug(models.new_plug())
-                checkpoints.close()
-            plug, step = plugs[method.plug]
+        step = checkpoints[method.plug].latest if method.plug else None
         path = predictions_path(workdir, split, name)
-        if path.is_file() and before.get(name, {}).get("step") == step:
+        if path.is_file() and name in before and before[name]["step"] == step:
             answers[name] = [gold["output"] for gold in json.loads(path.read_text())["golds"]]
             entry = before[name]
         else:
+            plug = restored(method.plug) if method.plug else None
             start = time.monotonic()
             answers[name] = predict(models, method, plug, examples)
             entry = {"step": step, "seconds": time.monotonic() - start}
@@ -156,6 +149,8 @@ def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
                 entry[metric] = {"value": float(values.mean()), "low": low, "high": high}
         results["methods"][name] = entry
         write_json(results_path, results)
+    for manager in checkpoints.values():
+        manager.close()
 
     if scored:
         said = verdicts(scores, task.metrics[0], config.eval.bootstrap_samples)

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -30,10 +31,25 @@ def default_workdir(config_file: str) -> Path:
     return Path("runs") / (Path(path).stem + (f"-{argument}" if argument else ""))
 
 
+def _quiet() -> None:
+    """Leaves it to the exception that reaches us to say what failed, once.
+
+    A checkpoint that cannot be written is otherwise also logged by Orbax's threads, and reported
+    by TensorStore's for every array that still waits for the event loop that has ended.
+    """
+    logging.set_verbosity(logging.FATAL)
+
+    def report(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = report
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    logging.set_verbosity(logging.WARNING)
+    _quiet()
     config = _CONFIG.value
     workdir = (
         Path(_WORKDIR.value)

@@ -1,5 +1,6 @@
 """The loaded parts that training, evaluation and serving share: mesh, LLM, encoder, store."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -8,8 +9,9 @@ from flax import nnx
 
 from pplug_jax import hf
 from pplug_jax.config import ConfigError, check_batches
-from pplug_jax.data.batches import Tokenizer
+from pplug_jax.data.batches import Tokenized, Tokenizer, tokenize
 from pplug_jax.data.history import HistoryStore
+from pplug_jax.data.lamp import Example
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.embedder import UserEmbedder
 from pplug_jax.encoder import load_encoder
@@ -65,6 +67,26 @@ class Models:
             max_length=config.encoder.max_length,
         )
         self.store = HistoryStore(config.data.history_store or workdir / "history", self.encoder)
+
+    def tokenize(
+        self,
+        examples: Sequence[Example],
+        histories: Sequence[Sequence[dict]],
+        prompts: Sequence[str] | None = None,
+    ) -> list[Tokenized]:
+        """`data.batches.tokenize` with this task, tokenizer, store and the config's lengths."""
+        data = self.config.data
+        return tokenize(
+            self.task,
+            examples,
+            histories,
+            self.tokenizer,
+            self.store,
+            max_input_length=data.max_input_length,
+            max_target_length=data.max_target_length,
+            max_history=data.max_history,
+            prompts=prompts,
+        )
 
     def _check_length(self) -> None:
         data = self.config.data

@@ -20,7 +20,6 @@ from pplug_jax.data.batches import (
     Buckets,
     Plan,
     place_batch,
-    tokenize,
     training_batches,
 )
 from pplug_jax.data.lamp import Example
@@ -152,16 +151,7 @@ def fit(models: Models, examples: Sequence[Example], method: Method) -> UserEmbe
         FloatingPointError: the loss is no number any more.
     """
     config, llm, mesh = models.config, models.llm, models.mesh
-    tokenized = tokenize(
-        models.task,
-        examples,
-        histories(method, examples, config.seed),
-        models.tokenizer,
-        models.store,
-        max_input_length=config.data.max_input_length,
-        max_target_length=config.data.max_target_length,
-        max_history=config.data.max_history,
-    )
+    tokenized = models.tokenize(examples, histories(method, examples, config.seed))
     buckets = Buckets(tokenized, config.data.buckets, models.encoder.model.config.max_length)
     plan = Plan(buckets.of, config.train.batch_size, config.train.epochs, config.seed)
     assemble = Assemble(

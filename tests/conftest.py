@@ -20,36 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import transformers
+
+from pplug_jax.tools.bpe import train_bpe
 
 VOCABULARY = 320
 TEXT = (
     "A small model reads what its user has written, and writes as the user would: titles, reviews, "
     "tweets and scores. Personalisation of frozen language models needs no training for new users."
 )
-
-
-def byte_tokenizer(
-    special: dict[str, str], template: str | None = None
-) -> transformers.PreTrainedTokenizerFast:
-    """A byte-level BPE; `special`: role -> token, ids in that order; `template`: of one text."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=list(special.values()),
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([TEXT], trainer)
-    if template:
-        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-            single=template,
-            special_tokens=[(token, i) for i, token in enumerate(special.values())],
-        )
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def save_random(model: transformers.PreTrainedModel, path: Path) -> None:
@@ -86,7 +65,7 @@ def make_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         } | settings
         save_random(transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)), path)
         special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-        byte_tokenizer(special).save_pretrained(path)
+        train_bpe([TEXT], VOCABULARY, special).save_pretrained(path)
         return path
 
     return make
@@ -119,7 +98,8 @@ def make_bert(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         } | settings
         save_random(kind(transformers.BertConfig(**config)), path)
         special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-        byte_tokenizer(special, template="[CLS] $A [SEP]").save_pretrained(path)
+        tokenizer = train_bpe([TEXT], VOCABULARY, special, template="[CLS] $A [SEP]")
+        tokenizer.save_pretrained(path)
         return path
 
     return make

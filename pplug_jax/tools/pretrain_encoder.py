@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tokenizers
 import transformers
 from absl import app, flags
 from flax import nnx
@@ -30,6 +29,7 @@ from pplug_jax import hf
 from pplug_jax.data import sample
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.encoder import bert
+from pplug_jax.tools.bpe import train_bpe
 from pplug_jax.tools.initialise import initialise
 from pplug_jax.tools.optimizer import make_optimizer
 
@@ -58,28 +58,10 @@ def pairs() -> Iterator[tuple[dict[str, str], dict[str, str]]]:
 
 
 def train_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=FLAGS.vocab_size,
-        special_tokens=["[PAD]", "[CLS]", "[SEP]"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(
-        map(TASK.item_text, itertools.chain.from_iterable(itertools.islice(pairs(), 10000))),
-        trainer,
-    )
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        clean_up_tokenization_spaces=False,
+    papers = itertools.chain.from_iterable(itertools.islice(pairs(), 10000))
+    special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return train_bpe(
+        map(TASK.item_text, papers), FLAGS.vocab_size, special, template="[CLS] $A [SEP]"
     )
 
 

@@ -4,11 +4,11 @@ The bundled model: `python -m pplug_jax.tools.pretrain_llm --output=pplug_jax/as
 One for real texts: add `--data=DIR` (LaMP-5 files, of which only the training split is read) and
 larger sizes.
 
-Every training sequence is by one author, in one of three forms: a bare input and its title; the
-input behind one to four demonstrations in LaMP's retrieval form; or a series of several inputs and
-titles, half of them, where the author is one of the generator's, behind notes that name the
-author's style words. So the model can title without knowing the user, can use demonstrations, and
-is steered by what stands in front.
+A training sequence has one of four forms: a paper's bare input and its title; the same behind one
+to four other papers of the author as demonstrations, in LaMP's retrieval form; the same behind
+notes that name the author's style; or a list of an author's titles behind such notes. Notes are
+there only on the generator's authors. So the model can title without knowing the user, can use
+demonstrations, and obeys what stands in front.
 """
 
 import functools
@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tokenizers
 import transformers
 from absl import app, flags
 from flax import nnx
@@ -34,7 +33,7 @@ from pplug_jax.data.retrieval import demonstration_prompt
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.llm import llama
 from pplug_jax.llm.decoder import Decoder
-from pplug_jax.mesh import make_mesh
+from pplug_jax.tools.bpe import train_bpe
 from pplug_jax.tools.initialise import initialise
 from pplug_jax.tools.optimizer import make_optimizer
 
@@ -50,16 +49,15 @@ flags.DEFINE_integer("hidden_size", 128, "Width.")
 flags.DEFINE_integer("layers", 4, "Layers.")
 flags.DEFINE_integer("heads", 4, "Query heads; half as many key-value heads.")
 flags.DEFINE_integer("max_length", 160, "Longest prompt, in tokens.")
-flags.DEFINE_integer("steps", 3000, "Optimiser steps.")
-flags.DEFINE_integer("batch_size", 16, "Sequences of a batch.")
+flags.DEFINE_integer("steps", 4000, "Optimiser steps.")
+flags.DEFINE_integer("batch_size", 32, "Sequences of a batch.")
 flags.DEFINE_float("learning_rate", 3e-3, "Adam's peak; see tools/optimizer.py.")
 flags.DEFINE_float(
     "prompt_weight", 0.1, "Weight of the prompt's tokens in the loss; the title's have 1."
 )
-flags.DEFINE_float("demonstrations", 0.75, "Share of the batches in the form of demonstrations.")
-flags.DEFINE_float("series", 0.0, "Share of the batches in the form of series.")
-flags.DEFINE_integer("series_length", 6, "Papers of a series.")
-flags.DEFINE_string("init", None, "Directory of a model of this tool: start from its weights.")
+flags.DEFINE_multi_float(
+    "shares", [0.15, 0.2, 0.4, 0.25], "Of the batches: bare, demonstrations, notes, lists."
+)
 flags.DEFINE_integer("seed", 0, "Seed of everything.")
 
 TASK = TASKS["LaMP_5"]
@@ -78,33 +76,18 @@ def authors(rng: random.Random) -> Iterator[tuple[list[dict[str, str]], str]]:
     for user in users:
         papers = [{"title": user.target, "abstract": TASK.query(user.input)}, *user.profile]
         notes = [] if FLAGS.data else sample.notes(FLAGS.seed, "pretrain", user.id)
-        some = rng.sample(notes, rng.randint(len(notes) // 2, len(notes)))
-        yield rng.sample(papers, len(papers)), "".join(f"{note}, " for note in some)
+        some = rng.sample(notes, round(rng.uniform(0.7, 1) * len(notes)))
+        yield rng.sample(papers, len(papers)), "".join(f" {note}" for note in some)
 
 
 def train_tokenizer(rng: random.Random) -> transformers.PreTrainedTokenizerFast:
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=FLAGS.vocab_size,
-        special_tokens=["<s>", "</s>", "<pad>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    papers = itertools.chain.from_iterable(papers for papers, _ in authors(rng))
     texts = (
-        f"{sample.INPUT.format(**paper)}{SEPARATOR}{paper['title']}"
-        for paper in itertools.islice(papers, 20000)
+        f"{notes} {sample.INPUT.format(**paper)}{SEPARATOR}{paper['title']}"
+        for papers, notes in itertools.islice(authors(rng), 2000)
+        for paper in papers
     )
-    tokenizer.train_from_iterator(texts, trainer)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        clean_up_tokenization_spaces=False,
-    )
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    return train_bpe(texts, FLAGS.vocab_size, special)
 
 
 def batches(
@@ -118,22 +101,18 @@ def batches(
     separator = encode(SEPARATOR)
     source = authors(rng)
     while True:
-        shares = (1 - FLAGS.demonstrations - FLAGS.series, FLAGS.demonstrations, FLAGS.series)
-        form = rng.choices(("bare", "demonstrations", "series"), shares)[0]
-        shown = rng.choice((1, 2, 3, 4)) if form == "demonstrations" else 0
-        asked = FLAGS.series_length if form == "series" else 1
+        form = rng.choices(("bare", "demonstrations", "notes", "list"), FLAGS.shares)[0]
+        shown = rng.randint(1, 4)
         rows = []
-        for papers, notes in itertools.islice(source, max(1, FLAGS.batch_size * 2 // (1 + asked))):
+        for papers, notes in itertools.islice(source, FLAGS.batch_size):
+            prompt = sample.INPUT.format(**papers[0])
+            if form == "demonstrations":
+                items = papers[1 : 1 + shown]
+                prompt = demonstration_prompt(TASK, prompt, items, tokenizer, FLAGS.max_length)
+            prompts = {"notes": [f"{notes} {prompt}"], "list": [notes, "", "", ""]}
             ids, weights = [tokenizer.bos_token_id], [0.0]
-            if form == "series" and rng.random() < 0.5:
-                ids += encode(notes)
-                weights += [0.0] * (len(ids) - 1)
-            for paper in papers[:asked]:
-                prompt = sample.INPUT.format(**paper)
-                if shown:
-                    items = papers[asked : asked + shown]
-                    prompt = demonstration_prompt(TASK, prompt, items, tokenizer, FLAGS.max_length)
-                prompt_ids = [*encode(prompt)[: FLAGS.max_length], *separator]
+            for text, paper in zip(prompts.get(form, [prompt]), papers, strict=False):
+                prompt_ids = [*encode(text)[: FLAGS.max_length], *separator]
                 title = [*encode(paper["title"])[:63], tokenizer.eos_token_id]
                 ids += prompt_ids + title
                 weights += [FLAGS.prompt_weight] * len(prompt_ids) + [1.0] * len(title)
@@ -163,11 +142,7 @@ def main(_) -> None:
     output = Path(FLAGS.output)
     output.mkdir(parents=True, exist_ok=True)
     rng = random.Random(FLAGS.seed)
-    tokenizer = (
-        transformers.AutoTokenizer.from_pretrained(FLAGS.init)
-        if FLAGS.init
-        else train_tokenizer(rng)
-    )
+    tokenizer = train_tokenizer(rng)
     tokenizer.save_pretrained(output)
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -190,11 +165,9 @@ def main(_) -> None:
     }
     (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
-    llm = Decoder(llama.config_from_hf(config, ()), "float32")
-    if FLAGS.init:
-        llm = hf.load_weights(llm, FLAGS.init, llama.SOURCES, make_mesh(devices=jax.devices()[:1]))
-    else:
-        llm = initialise(llm, jax.random.key(FLAGS.seed))
+    llm = initialise(
+        Decoder(llama.config_from_hf(config, ()), "float32"), jax.random.key(FLAGS.seed)
+    )
     optimizer = make_optimizer(FLAGS.learning_rate, FLAGS.steps)
     opt_state = jax.jit(optimizer.init)(llm)
 
@@ -206,9 +179,7 @@ def main(_) -> None:
 
     parameters = sum(x.size for x in jax.tree.leaves(nnx.state(llm)))
     start, tokens_seen = time.time(), 0
-    earlier = (Path(FLAGS.init) / "training_log.txt").read_text() if FLAGS.init else ""
     with open(output / "training_log.txt", "w") as log:
-        log.write(earlier)
 
         def say(text: str) -> None:
             print(text, flush=True)
