@@ -79,7 +79,7 @@ class UserEmbedder(nnx.Module):
     Args of the constructor:
         input_encoder: Enc_inp, its weights `nnx.Param`.
         llm_size: D. scale: the soft tokens' norm at initialisation.
-        num_persona_tokens: k; 1 is the paper.
+        num_persona_tokens: k; 1 is the paper. projector_size: hidden units; 0 is D, the paper.
         temperature: of the attention; 1.0 is the paper. learned_temperature: train it from there.
         dtype: of the computation; parameters stay float32.
     """
@@ -91,6 +91,7 @@ class UserEmbedder(nnx.Module):
         scale: float,
         *,
         num_persona_tokens: int = 1,
+        projector_size: int = 0,
         temperature: float = 1.0,
         learned_temperature: bool = False,
         dtype: str = "float32",
@@ -98,8 +99,9 @@ class UserEmbedder(nnx.Module):
     ):
         size = input_encoder.config.hidden_size
         self.input_encoder = input_encoder
-        self.projector = Projector(size, llm_size, llm_size, num_persona_tokens, rngs)
-        self.instruction_projector = Projector(size, llm_size, llm_size, 1, rngs)
+        hidden = projector_size or llm_size
+        self.projector = Projector(size, hidden, llm_size, num_persona_tokens, rngs)
+        self.instruction_projector = Projector(size, hidden, llm_size, 1, rngs)
         v = jax.random.normal(rngs.params(), (size,))
         self.instruction = nnx.Param(v / jnp.linalg.norm(v), axes=("encoder",))
         null = jax.random.normal(rngs.params(), (num_persona_tokens, llm_size)) / math.sqrt(

@@ -124,6 +124,7 @@ class Models:
                 self.llm.config.hidden_size,
                 scale,
                 num_persona_tokens=config.num_persona_tokens,
+                projector_size=config.projector_size,
                 temperature=config.temperature,
                 learned_temperature=config.learned_temperature,
                 dtype=config.dtype,

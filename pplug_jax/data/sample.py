@@ -95,51 +95,30 @@ ASPECTS = {
     "quality": ("accuracy", "coverage", "speed", "fairness", "stability", "recall"),
 }  # fmt: skip
 
+# Sentences of an abstract. They are the same for all kinds and aspects but for the deed and the
+# term, so that papers alike in words need not be alike in what their titles show.
 OPENINGS = (
     "Many people depend on {task}.",
     "The demand for {task} grows.",
     "Work on {task} has a long history.",
     "Much has been said about {task}.",
 )
-BODIES = {
-    "method": (
-        "We propose to solve it by {method}.",
-        "This paper develops {method} that address it.",
-        "Our solution builds on {method}.",
-    ),
-    "study": (
-        "We ask what {method} contribute here.",
-        "This paper examines {method} in experiments.",
-        "We compare variants of {method} and report results.",
-    ),
-    "resource": (
-        "We release annotated material and test {method} on it.",
-        "This paper publishes annotations that {method} find hard.",
-        "We share examples, which {method} can be tested on.",
-    ),
-    "system": (
-        "We describe deployed software built around {method}.",
-        "This paper presents an installation that uses {method}.",
-        "We report on software in operation, driven by {method}.",
-    ),
+BODIES = (
+    "In this paper we {deed} {method}.",
+    "Here we {deed} {method}.",
+    "We {deed} {method} and discuss the outcome.",
+)
+CLOSINGS = (
+    "The focus is on {term}.",
+    "What matters most is {term}.",
+    "All of it is about {term}.",
+)
+DEEDS = {
+    "method": ("propose", "develop", "design"),
+    "study": ("examine", "compare", "question"),
+    "resource": ("annotate texts for", "gather examples for", "publish data for"),
+    "system": ("deploy", "operate", "install"),
 }
-STRESSES = {
-    "trouble": (
-        "What stands in the way is {trouble}.",
-        "The difficulty lies in {trouble}.",
-        "Earlier work suffers where {trouble} appear.",
-    ),
-    "data": (
-        "All tests were made with {data}.",
-        "Our main example is {data}.",
-        "We show results for {data}.",
-    ),
-    "quality": (
-        "The outcome is better {quality}.",
-        "We mostly care about {quality}.",
-        "Tests show improved {quality}.",
-    ),
-}  # fmt: skip
 
 INPUT = "Generate a title for the following abstract of a paper: {abstract}"
 
@@ -156,8 +135,11 @@ def title(style: dict[str, str], content: dict[str, str]) -> str:
 
 
 def abstract(rng: random.Random, content: dict[str, str]) -> str:
-    sentences = (OPENINGS, BODIES[content["kind"]], STRESSES[content["aspect"]])
-    return " ".join(rng.choice(variants).format(**content) for variants in sentences)
+    deed, term = rng.choice(DEEDS[content["kind"]]), content[content["aspect"]]
+    return " ".join(
+        rng.choice(variants).format(**content, deed=deed, term=term)
+        for variants in (OPENINGS, BODIES, CLOSINGS)
+    )
 
 
 def style_of(rng: random.Random) -> dict[str, str]:
