@@ -45,7 +45,7 @@ def base_config() -> ml_collections.ConfigDict:
 
     c.plug = ml_collections.ConfigDict()
     c.plug.num_persona_tokens = 1
-    c.plug.projector_size = 0  # hidden units; 0: the LLM's width
+    c.plug.projector_size = 0  # the persona projector's hidden units; 0: the LLM's width
     c.plug.temperature = 1.0
     c.plug.learned_temperature = False
     c.plug.history_dropout = 0.5  # largest share of a history that training leaves out

@@ -79,7 +79,8 @@ class UserEmbedder(nnx.Module):
     Args of the constructor:
         input_encoder: Enc_inp, its weights `nnx.Param`.
         llm_size: D. scale: the soft tokens' norm at initialisation.
-        num_persona_tokens: k; 1 is the paper. projector_size: hidden units; 0 is D, the paper.
+        num_persona_tokens: k; 1 is the paper. projector_size: the persona projector's
+            hidden units; 0 is D, the paper.
         temperature: of the attention; 1.0 is the paper. learned_temperature: train it from there.
         dtype: of the computation; parameters stay float32.
     """
@@ -101,7 +102,7 @@ class UserEmbedder(nnx.Module):
         self.input_encoder = input_encoder
         hidden = projector_size or llm_size
         self.projector = Projector(size, hidden, llm_size, num_persona_tokens, rngs)
-        self.instruction_projector = Projector(size, hidden, llm_size, 1, rngs)
+        self.instruction_projector = Projector(size, llm_size, llm_size, 1, rngs)
         v = jax.random.normal(rngs.params(), (size,))
         self.instruction = nnx.Param(v / jnp.linalg.norm(v), axes=("encoder",))
         null = jax.random.normal(rngs.params(), (num_persona_tokens, llm_size)) / math.sqrt(
