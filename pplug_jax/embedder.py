@@ -35,10 +35,13 @@ class Projector(nnx.Module):
 
         self.up = normal((size, hidden), 1.0, "encoder", "embed")
         self.up_bias = nnx.Param(jnp.zeros(hidden), axes=("bias",))
+        # A matrix, not (hidden, tokens, out): so XLA's CPU backend makes its gradient in the
+        # parameter's own layout, which makes a whole training step up to a third shorter.
         self.down = normal(
-            (hidden, tokens, out), (GELU_POWER * hidden * out) ** -0.5, "embed", "tokens", "llm"
+            (hidden, tokens * out), (GELU_POWER * hidden * out) ** -0.5, "embed", "llm"
         )
-        self.down_bias = nnx.Param(jnp.zeros((tokens, out)), axes=("tokens", "bias"))
+        self.down_bias = nnx.Param(jnp.zeros(tokens * out), axes=("bias",))
+        self.tokens = tokens
 
     def first(self, x: jax.Array) -> jax.Array:
         """(..., E) -> (..., hidden)."""
@@ -48,9 +51,8 @@ class Projector(nnx.Module):
 
     def second(self, h: jax.Array) -> jax.Array:
         """(..., hidden) -> (..., tokens, out)."""
-        return jnp.einsum("...h,hkd->...kd", h, self.down[...].astype(h.dtype)) + self.down_bias[
-            ...
-        ].astype(h.dtype)
+        out = h @ self.down[...].astype(h.dtype) + self.down_bias[...].astype(h.dtype)
+        return out.reshape(*h.shape[:-1], self.tokens, -1)
 
 
 def attention_weights(

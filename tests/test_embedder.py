@@ -50,9 +50,8 @@ def test_equals_the_equations_in_pytorch(
 
     def project(projector, x: "torch.Tensor") -> "torch.Tensor":
         hidden = torch.nn.functional.gelu(x @ tensor(projector.up) + tensor(projector.up_bias))
-        return torch.einsum("...h,hkd->...kd", hidden, tensor(projector.down)) + tensor(
-            projector.down_bias
-        )
+        out = hidden @ tensor(projector.down) + tensor(projector.down_bias)
+        return out.unflatten(-1, (-1, D))
 
     for row in range(B):
         items = torch.tensor(inputs[2][row][inputs[3][row]])
