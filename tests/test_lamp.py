@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lamp_files import write_split
 
 from pplug_jax.data.lamp import DataError, read
 from pplug_jax.data.tasks import TASKS
@@ -32,11 +33,7 @@ OUTPUTS = {
 
 
 def write(directory: Path, questions: Any = QUESTIONS, outputs: Any = OUTPUTS, split="dev") -> Path:
-    for name, content in (("questions", questions), ("outputs", outputs)):
-        if content is not None:
-            data = content if isinstance(content, bytes) else json.dumps(content).encode()
-            (directory / f"{split}_{name}.json").write_bytes(data)
-    return directory
+    return write_split(directory, split, questions, outputs)
 
 
 def error(directory: Path, split: str = "dev") -> str:

@@ -15,6 +15,7 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
+from lamp_files import write_split
 
 from configs import lamp5
 from pplug_jax import Personalizer, evaluate
@@ -82,7 +83,7 @@ def test_a_run_leaves_its_files(finished: Path) -> None:
         assert (finished / "plots" / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_plug_compiles_its_step_once_a_bucket(tmp_path: Path) -> None:
+def test_plugs_share_a_step_compiled_once_a_bucket(tmp_path: Path) -> None:
     compiled = []
 
     def note(event: str, duration: float, **kwargs: object) -> None:
@@ -92,7 +93,7 @@ def test_a_plug_compiles_its_step_once_a_bucket(tmp_path: Path) -> None:
     jax.clear_caches()
     jax.monitoring.register_event_duration_secs_listener(note)
     try:
-        run(small_config(methods=("pplug",)), tmp_path, "train")
+        run(small_config(), tmp_path, "train")
     finally:
         jax.monitoring.unregister_event_duration_listener(note)
     assert 0 < compiled.count("jit(train_step)") <= small_config().data.buckets
@@ -326,16 +327,6 @@ def test_a_preset_says_what_it_needs(tmp_path: Path) -> None:
         lamp5.get_config("gpt5")
 
 
-def write_split(
-    directory: Path, split: str, questions: list[dict], golds: list[dict] | None
-) -> None:
-    directory.mkdir(exist_ok=True)
-    (directory / f"{split}_questions.json").write_text(json.dumps(questions))
-    if golds is not None:
-        outputs = {"task": "LaMP_5", "golds": golds}
-        (directory / f"{split}_outputs.json").write_text(json.dumps(outputs))
-
-
 def test_files_in_lamps_format_with_empty_profiles_and_withheld_outputs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -347,7 +338,8 @@ def test_files_in_lamps_format_with_empty_profiles_and_withheld_outputs(
         for i in range(8)
     ]
     golds = [{"id": str(i), "output": f"River {i}"} for i in range(8)]
-    write_split(tmp_path / "data", "train", questions, golds)
+    outputs = {"task": "LaMP_5", "golds": golds}
+    write_split(tmp_path / "data", "train", questions, outputs)
     write_split(tmp_path / "data", "test", questions, None)
     config = small_config(data__path=str(tmp_path / "data"), data__eval_split="test")
     run(config, tmp_path / "run", "train_and_evaluate")
@@ -359,7 +351,7 @@ def test_files_in_lamps_format_with_empty_profiles_and_withheld_outputs(
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert all(np.isfinite(line["value"]) for line in lines)
 
-    write_split(tmp_path / "data", "train", questions, golds[:-1])
+    write_split(tmp_path / "data", "train", questions, outputs | {"golds": golds[:-1]})
     with pytest.raises(
         DataError, match=r"train_outputs\.json: the question id '7' .* has no output"
     ):

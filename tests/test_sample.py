@@ -59,6 +59,10 @@ def test_the_gold_title_is_not_in_the_profile():
         assert user.target.lower() not in user.input.lower()
 
 
+def casing(title: str) -> str:
+    return "lower" if title == title.lower() else "sentence"
+
+
 def test_a_user_keeps_one_style():
     def uses(user: Example, factor: str) -> set[str]:
         texts = [title.lower() for title in titles(user)]
@@ -72,9 +76,17 @@ def test_a_user_keeps_one_style():
         used = [uses(user, factor) for user in USERS]
         assert all(len(options) <= 1 for options in used)
         assert set().union(*used) == set(sample.STYLE[factor])
-    lower = [{title == title.lower() for title in titles(user)} for user in USERS]
-    assert all(len(casing) == 1 for casing in lower)
-    assert len(set().union(*lower)) == 2
+
+    styles = [{casing(title) for title in titles(user)} for user in USERS]
+    assert all(len(style) == 1 for style in styles)
+    assert set().union(*styles) == set(sample.STYLE["casing"])
+
+    separators = [
+        {mark for mark in sample.STYLE["separator"] for title in titles(user) if mark in title}
+        for user in USERS
+    ]
+    assert all(len(marks) <= 1 for marks in separators)
+    assert set().union(*separators) == set(sample.STYLE["separator"])
 
 
 def test_notes_name_every_factor_in_the_users_words():

@@ -1,6 +1,5 @@
 """The tools that make the bundled models: what they write goes through the ordinary loaders."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from lamp_files import write_split
 
 from pplug_jax import hf
 from pplug_jax.data import sample
@@ -51,8 +51,7 @@ def test_a_pretrained_llm_can_be_made_from_files(tmp_path: Path) -> None:
     users = list(sample.users(0, "train", 6))
     questions = [{"id": u.id, "input": u.input, "profile": list(u.profile)} for u in users]
     golds = [{"id": u.id, "output": u.target} for u in users]
-    (tmp_path / "train_questions.json").write_text(json.dumps(questions))
-    (tmp_path / "train_outputs.json").write_text(json.dumps({"task": "LaMP_5", "golds": golds}))
+    write_split(tmp_path, "train", questions, {"task": "LaMP_5", "golds": golds})
     make("pretrain_llm", tmp_path / "llm", data=tmp_path, vocab_size=300)
     assert load_llm(tmp_path / "llm", dtype="float32").config.vocab_size == 300
 

@@ -182,8 +182,8 @@ def user(seed: int, number: int, split: str, history: tuple[int, int]) -> Exampl
     input = INPUT.format(abstract=papers.pop(target))
     id = f"{number:06d}"
     profile = tuple(
-        {"id": f"{id}-{i}", "title": title, "abstract": abstract}
-        for i, (title, abstract) in enumerate(papers.items())
+        {"id": f"{id}-{i}", "title": text, "abstract": papers[text]}
+        for i, text in enumerate(papers)
     )
     return Example(id, input, target, profile)
 

@@ -11,7 +11,6 @@ authors are none of those that the plug is trained or tested on.
 
 import functools
 import itertools
-import json
 import random
 import time
 from collections.abc import Iterable, Iterator
@@ -26,11 +25,13 @@ from absl import app, flags
 from flax import nnx
 
 from pplug_jax import hf
+from pplug_jax.config import write_json
 from pplug_jax.data import sample
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.encoder import bert
 from pplug_jax.tools.bpe import train_bpe
 from pplug_jax.tools.initialise import initialise
+from pplug_jax.tools.log import training_log
 from pplug_jax.tools.optimizer import make_optimizer
 
 FLAGS = flags.FLAGS
@@ -101,10 +102,9 @@ def main(_) -> None:
         "layer_norm_eps": 1e-12,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(output / "config.json", config)
     pooling = {"word_embedding_dimension": FLAGS.hidden_size, "pooling_mode_mean_tokens": True}
-    (output / "1_Pooling").mkdir(exist_ok=True)
-    (output / "1_Pooling" / "config.json").write_text(json.dumps(pooling, indent=2) + "\n")
+    write_json(output / "1_Pooling" / "config.json", pooling)
 
     key, decoder_key = jax.random.split(jax.random.key(FLAGS.seed))
     model = initialise(bert.Bert(bert.config_from_hf(config), "mean", nnx.Param), key)
@@ -124,13 +124,8 @@ def main(_) -> None:
         return np.array(tokenizer(list(texts), **settings)["input_ids"], np.int32)
 
     source, start, recent = pairs(), time.time(), []
-    with open(output / "training_log.txt", "w") as log:
-
-        def say(text: str) -> None:
-            print(text, flush=True)
-            print(text, file=log, flush=True)
-
-        say(" ".join(f"--{f.name}={f.value}" for f in FLAGS.get_key_flags_for_module(__name__)))
+    with training_log(output) as log:
+        log(" ".join(f"--{f.name}={f.value}" for f in FLAGS.get_key_flags_for_module(__name__)))
         for i in range(1, FLAGS.steps + 1):
             batch = list(itertools.islice(source, FLAGS.batch_size))
             papers = [first for first, _ in batch] + [second for _, second in batch]
@@ -140,7 +135,7 @@ def main(_) -> None:
             recent.append(losses)
             if i % 50 == 0 or i == FLAGS.steps:
                 contrast, words = np.mean(recent, axis=0)
-                say(
+                log(
                     f"step {i}  seconds {time.time() - start:.0f}  "
                     f"contrast {contrast:.4f}  words {words:.4f}"
                 )

@@ -13,7 +13,6 @@ demonstrations, and obeys what stands in front.
 
 import functools
 import itertools
-import json
 import random
 import time
 from collections.abc import Iterator
@@ -25,16 +24,19 @@ import numpy as np
 import optax
 import transformers
 from absl import app, flags
-from flax import nnx
 
 from pplug_jax import hf
+from pplug_jax.config import write_json
 from pplug_jax.data import lamp, sample
+from pplug_jax.data.batches import Tokenizer
 from pplug_jax.data.retrieval import demonstration_prompt
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.llm import llama
 from pplug_jax.llm.decoder import Decoder
+from pplug_jax.models import parameter_count
 from pplug_jax.tools.bpe import train_bpe
 from pplug_jax.tools.initialise import initialise
+from pplug_jax.tools.log import training_log
 from pplug_jax.tools.optimizer import make_optimizer
 
 FLAGS = flags.FLAGS
@@ -94,11 +96,7 @@ def batches(
     tokenizer: transformers.PreTrainedTokenizerFast, rng: random.Random
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """The form of a batch, its tokens (B, L) int32 and loss weights (B, L) float32."""
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
-
-    separator = encode(SEPARATOR)
+    parts = Tokenizer(tokenizer, SEPARATOR, ())
     source = authors(rng)
     while True:
         form = rng.choices(("bare", "demonstrations", "notes", "list"), FLAGS.shares)[0]
@@ -110,12 +108,12 @@ def batches(
                 items = papers[1 : 1 + shown]
                 prompt = demonstration_prompt(TASK, prompt, items, tokenizer, FLAGS.max_length)
             prompts = {"notes": [f"{notes} {prompt}"], "list": [notes, "", "", ""]}
-            ids, weights = [tokenizer.bos_token_id], [0.0]
+            ids, weights = [*parts.prefix], [0.0] * parts.prefix_length
             for text, paper in zip(prompts.get(form, [prompt]), papers, strict=False):
-                prompt_ids = [*encode(text)[: FLAGS.max_length], *separator]
-                title = [*encode(paper["title"])[:63], tokenizer.eos_token_id]
-                ids += prompt_ids + title
-                weights += [FLAGS.prompt_weight] * len(prompt_ids) + [1.0] * len(title)
+                before = [*parts.ids(text)[: FLAGS.max_length], *parts.separator]
+                title = parts.target(paper["title"], 64)
+                ids += [*before, *title]
+                weights += [FLAGS.prompt_weight] * len(before) + [1.0] * len(title)
             rows.append((ids, weights))
         width = -(-max(len(ids) for ids, _ in rows) // 32) * 32
         tokens = np.full((len(rows), width), tokenizer.pad_token_id, np.int32)
@@ -163,7 +161,7 @@ def main(_) -> None:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(output / "config.json", config)
 
     llm = initialise(
         Decoder(llama.config_from_hf(config, ()), "float32"), jax.random.key(FLAGS.seed)
@@ -177,16 +175,10 @@ def main(_) -> None:
         updates, opt_state = optimizer.update(grads, opt_state, llm)
         return optax.apply_updates(llm, updates), opt_state, title_loss
 
-    parameters = sum(x.size for x in jax.tree.leaves(nnx.state(llm)))
     start, tokens_seen = time.time(), 0
-    with open(output / "training_log.txt", "w") as log:
-
-        def say(text: str) -> None:
-            print(text, flush=True)
-            print(text, file=log, flush=True)
-
-        say(
-            f"{parameters:,} parameters; "
+    with training_log(output) as log:
+        log(
+            f"{parameter_count(llm):,} parameters; "
             + " ".join(f"--{f.name}={f.value}" for f in FLAGS.get_key_flags_for_module(__name__))
         )
         recent: dict[str, list[jax.Array]] = {}
@@ -200,7 +192,7 @@ def main(_) -> None:
                 losses = "  ".join(
                     f"{form}: {np.mean(v):.4f}" for form, v in sorted(recent.items())
                 )
-                say(
+                log(
                     f"step {i}  tokens {tokens_seen:,}  seconds {time.time() - start:.0f}  "
                     f"title loss  {losses}"
                 )
