@@ -32,6 +32,8 @@ ROOT = Path(__file__).parent.parent
 SMALL = {
     "data.sample_train_users": 24,
     "data.sample_eval_users": 8,
+    "plug.num_persona_tokens": 4,
+    "plug.projector_size": 128,
     "train.batch_size": 8,
     "train.epochs": 2.0,
     "train.log_every": 1,
