@@ -18,7 +18,7 @@ from pplug_jax.data.lamp import Example
 from pplug_jax.data.retrieval import RETRIEVERS, demonstration_prompt
 from pplug_jax.embedder import UserEmbedder
 from pplug_jax.generate import generate
-from pplug_jax.llm.decoder import Decoder
+from pplug_jax.llm import LLM
 from pplug_jax.methods import METHODS, Method, histories, inputs_embeds
 from pplug_jax.metrics import example_scores, interval
 from pplug_jax.models import Models
@@ -32,7 +32,7 @@ from pplug_jax.progress import Progress, console, say
 )
 def _answer(
     plug: UserEmbedder | None,
-    llm: Decoder,
+    llm: LLM,
     batch: Batch,
     *,
     uniform: bool,

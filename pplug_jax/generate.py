@@ -9,14 +9,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pplug_jax.llm.decoder import Decoder
+from pplug_jax.llm import LLM
 
 NEVER = -1.0e9  # a score that no sequence has
 
 
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "num_beams", "length_penalty"))
 def generate(
-    llm: Decoder,
+    llm: LLM,
     inputs_embeds: jax.Array,
     mask: jax.Array,
     *,
@@ -41,11 +41,11 @@ def generate(
     return _beam(llm, hidden, cache, max_new_tokens, num_beams, length_penalty)
 
 
-def _ends(llm: Decoder, tokens: jax.Array) -> jax.Array:
+def _ends(llm: LLM, tokens: jax.Array) -> jax.Array:
     return jnp.isin(tokens, jnp.array(llm.config.eos_ids or (-1,)))
 
 
-def _greedy(llm: Decoder, hidden: jax.Array, cache, T: int) -> jax.Array:
+def _greedy(llm: LLM, hidden: jax.Array, cache, T: int) -> jax.Array:
     B = hidden.shape[0]
 
     def go_on(state):
@@ -66,9 +66,7 @@ def _greedy(llm: Decoder, hidden: jax.Array, cache, T: int) -> jax.Array:
     return jax.lax.while_loop(go_on, body, (hidden, cache, tokens, jnp.zeros(B, bool), 0))[2]
 
 
-def _beam(
-    llm: Decoder, hidden: jax.Array, cache, T: int, K: int, length_penalty: float
-) -> jax.Array:
+def _beam(llm: LLM, hidden: jax.Array, cache, T: int, K: int, length_penalty: float) -> jax.Array:
     """Beam search over K beams a row; the rows' beams lie next to each other, (B * K, ...)."""
     B, V = hidden.shape[0], llm.config.vocab_size
     # Enough candidates that K of them go on even where the best ones all end.

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,7 +123,7 @@ def load_weights(
     sources: Mapping[str, Source],
     mesh: Mesh,
     *,
-    ignore: tuple[str, ...] = (),
+    ignore: str = "",
     prefix: str = "",
 ) -> nnx.Module:
     """Fills the abstract `module` with the checkpoint's tensors; a device reads only its slice.
@@ -131,7 +132,7 @@ def load_weights(
         module: its variables hold `jax.ShapeDtypeStruct`, whose shapes the checkpoint must have and
             whose dtypes it is cast to.
         sources: variable path, joined with dots -> its tensor.
-        ignore: endings of tensor names that the checkpoint may have besides.
+        ignore: pattern of the tensor names that the checkpoint may have besides.
         prefix: what stands before the names of this module's tensors; the others are another
             module's.
 
@@ -191,7 +192,7 @@ def load_weights(
         filled.append((path, variable.replace(array)))
 
     unexpected = sorted(
-        name for name in tensors if name not in wanted and not name.endswith(ignore)
+        name for name in tensors if name not in wanted and not re.fullmatch(ignore, name)
     )
     if unexpected:
         raise InputError(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pplug_jax.data.lamp import Example
-from pplug_jax.llm.decoder import Decoder
+from pplug_jax.llm import LLM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ def histories(
 
 
 def inputs_embeds(
-    llm: Decoder, soft: jax.Array | None, prompt: jax.Array, mask: jax.Array, prefix_length: int
+    llm: LLM, soft: jax.Array | None, prompt: jax.Array, mask: jax.Array, prefix_length: int
 ) -> tuple[jax.Array, jax.Array]:
     """The prompt as embeddings, the soft tokens behind its first `prefix_length` tokens.
 

@@ -57,7 +57,9 @@ class Models:
         self.encoder_path = model_path(config.encoder, "encoder")
         self.llm = load_llm(llm_path, mesh=self.mesh, dtype=config.llm.dtype)
         tokenizer = hf.load_tokenizer(llm_path, self.llm.config.vocab_size)
-        self.tokenizer = Tokenizer(tokenizer, config.llm.separator, self.llm.config.eos_ids)
+        self.tokenizer = Tokenizer(
+            tokenizer, config.llm.separator, self.llm.config.eos_ids, self.llm.prompt_end
+        )
         self._check_length()
         self.encoder = load_encoder(
             self.encoder_path,

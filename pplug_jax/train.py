@@ -24,7 +24,7 @@ from pplug_jax.data.batches import (
 )
 from pplug_jax.data.lamp import Example
 from pplug_jax.embedder import UserEmbedder
-from pplug_jax.llm.decoder import Decoder
+from pplug_jax.llm import LLM
 from pplug_jax.mesh import replicated
 from pplug_jax.methods import Method, histories, inputs_embeds
 from pplug_jax.models import Models
@@ -63,7 +63,7 @@ def init_optimizer(
 
 
 def loss_fn(
-    plug: UserEmbedder, llm: Decoder, batch: Batch, prefix_length: int = 0, remat: bool = False
+    plug: UserEmbedder, llm: LLM, batch: Batch, prefix_length: int = 0, remat: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """The sum over target tokens of -log p(y_t | I, P, x, y_<t), and their number; () float32."""
     soft = plug(batch.query, batch.query_mask, batch.history, batch.history_mask)
@@ -76,7 +76,7 @@ def loss_fn(
 def train_step(
     plug: UserEmbedder,
     opt_state: optax.OptState,
-    llm: Decoder,
+    llm: LLM,
     batch: Batch,
     *,
     optimizer: optax.GradientTransformation,

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import transformers
+from parity import save_random
 
 from pplug_jax.tools.bpe import train_bpe
 
@@ -29,16 +30,6 @@ TEXT = (
     "A small model reads what its user has written, and writes as the user would: titles, reviews, "
     "tweets and scores. Personalisation of frozen language models needs no training for new users."
 )
-
-
-def save_random(model: transformers.PreTrainedModel, path: Path) -> None:
-    """Saves `model` with noise on every tensor, for norms and biases start as all ones or zeros."""
-    import torch
-
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(path)
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,12 @@ import pytest
 import torch
 import transformers
 from flax import nnx
+from parity import assert_close
 from safetensors.numpy import load_file
 
 from pplug_jax.generate import generate
 from pplug_jax.llm import load_llm
-from pplug_jax.llm.decoder import Decoder, Frozen, Llama3Rope
+from pplug_jax.llm.decoder import Decoder, DecoderConfig, Frozen, Rope, SlowStretch
 from pplug_jax.llm.llama import config_from_hf
 from pplug_jax.mesh import make_mesh
 
@@ -29,6 +30,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,  # less than the rows' 37 tokens
 }
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 VARIANTS = {
     "gqa": {},
     "mha tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
@@ -44,6 +46,7 @@ VARIANTS = {
         "rms_norm_eps": 1e-3,
         "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
     },
+    "linear": {"rope_parameters": LINEAR, "head_dim": 16},
     "llama3": {"rope_parameters": LLAMA3, "head_dim": 16},
     "llama3 tied": {
         "rope_parameters": LLAMA3 | {"factor": 32.0, "high_freq_factor": 2.0},
@@ -82,13 +85,6 @@ def torch_logits(model: transformers.LlamaForCausalLM, mask: np.ndarray, **input
             **{name: torch.tensor(np.asarray(value)) for name, value in inputs.items()},
         )
     return output.logits.float().numpy()
-
-
-def assert_close(ours: jax.Array, theirs: np.ndarray, tolerance: float) -> None:
-    """The largest difference, relative to the scale of the values."""
-    assert ours.shape == theirs.shape
-    error = np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
-    assert error <= tolerance, error
 
 
 @pytest.fixture(scope="module")
@@ -219,8 +215,11 @@ def test_embedding_norm(tiny_llama: Path, llm: Decoder) -> None:
         ({"mlp_bias": True}, "mlp_bias=True is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         ({"pretraining_tp": 2}, "pretraining_tp=2 is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope type 'yarn' is not supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+            "rope type 'yarn' is not supported",
+        ),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: llama"),
         ({"model_type": None}, "model_type None is not supported"),
     ],
@@ -245,16 +244,17 @@ def test_config_written_before_transformers_5() -> None:
         "num_hidden_layers": 1,
         "num_attention_heads": 3,
     }
-    old = config_from_hf(base, ())
-    assert (old.num_kv_heads, old.head_dim, old.rope_theta) == (3, 4, 10000.0)
-    assert old.rope_scaling is None
+
+    def config(**settings: object) -> DecoderConfig:
+        return config_from_hf(transformers.LlamaConfig(**(base | settings)), ())
+
+    old = config()
+    assert (old.num_kv_heads, old.head_dim, old.rope) == (3, 4, Rope(10000.0))
     assert not old.tied_head
     scaling = {name: value for name, value in LLAMA3.items() if name != "rope_theta"}
-    old = config_from_hf(base | {"rope_theta": 5e5, "rope_scaling": scaling}, ())
-    new = config_from_hf(base | {"rope_parameters": scaling | {"rope_theta": 5e5}}, ())
-    assert old == new
-    assert old.rope_theta == 5e5
-    assert old.rope_scaling == Llama3Rope(8.0, 1.0, 4.0, 16)
+    old = config(rope_theta=5e5, rope_scaling=scaling)
+    assert old == config(rope_parameters=scaling | {"rope_theta": 5e5})
+    assert old.rope == Rope(5e5, 8.0, SlowStretch(1.0, 4.0, 16))
 
 
 @pytest.mark.parametrize(

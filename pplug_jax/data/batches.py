@@ -53,9 +53,10 @@ class Tokenized(NamedTuple):
 
 
 class Tokenizer:
-    """The LLM's tokenizer with the prompt's fixed parts: [BOS] input separator | target EOS.
+    """The LLM's tokenizer with the prompt's fixed parts: [BOS] input separator end | target EOS.
 
-    The soft tokens stand behind `prefix_length` tokens: after BOS, where the tokenizer has one.
+    end: the tokens that close a prompt; most LLMs have none. The soft tokens stand behind
+    `prefix_length` tokens: after BOS, where the tokenizer has one.
     """
 
     def __init__(
@@ -63,11 +64,12 @@ class Tokenizer:
         tokenizer: transformers.PreTrainedTokenizerBase,
         separator: str,
         eos_ids: Sequence[int],
+        end: Sequence[int] = (),
     ):
         self.tokenizer = tokenizer
         self.prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self.prefix_length = len(self.prefix)
-        self.separator = self.ids(separator)
+        self.separator = [*self.ids(separator), *end]
         eos = (
             tokenizer.eos_token_id
             if tokenizer.eos_token_id is not None

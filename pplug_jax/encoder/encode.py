@@ -56,7 +56,7 @@ def load_bert(
         path,
         bert.SOURCES,
         mesh,
-        ignore=("position_ids", "pooler.dense.weight", "pooler.dense.bias"),
+        ignore=r"embeddings\.position_ids|pooler\.dense\.(weight|bias)",
         prefix=hf.common_prefix(path, "embeddings.word_embeddings.weight"),
     )
 

@@ -1,10 +1,11 @@
 """One causal decoder for every decoder-only LLM; families differ in `DecoderConfig` alone.
 
-Numerics follow `transformers`: RMSNorm, softmax and RoPE angles in float32, the rest in the
-weights' dtype.
+Numerics follow `transformers`: norms, softmax and RoPE angles in float32, the rest in the weights'
+dtype.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,17 +22,53 @@ class Frozen(nnx.Variable):
 
 
 @dataclasses.dataclass(frozen=True)
-class Llama3Rope:
-    """Llama 3.1's stretching of the slow RoPE frequencies (`rope_type: llama3`)."""
+class SlowStretch:
+    """Llama 3.1's choice of the frequencies that `Rope.factor` divides (`rope_type: llama3`)."""
 
-    factor: float
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
 
 
 @dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary position embeddings: angles are position * frequency.
+
+    factor: what the frequencies are divided by, all of them or, with `only_slow`, the slow ones.
+    """
+
+    theta: float
+    factor: float = 1.0
+    only_slow: SlowStretch | None = None
+
+    def frequencies(self, head_dim: int) -> jax.Array:
+        """(head_dim / 2,) float32."""
+        inverse = self.theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+        if self.only_slow is None:
+            return inverse / self.factor
+        slow = self.only_slow
+        turns = slow.original_max_position_embeddings * inverse / (2 * math.pi)
+        smooth = (turns - slow.low_freq_factor) / (slow.high_freq_factor - slow.low_freq_factor)
+        smooth = jnp.clip(smooth, 0.0, 1.0)
+        return (1 - smooth) * inverse / self.factor + smooth * inverse
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
+    """The defaults are Llama's; other families differ in these fields alone.
+
+    activation: a key of ACTIVATIONS.
+    embedding_scale: what `embed` multiplies by.
+    norm_offset: norms scale by 1 + weight instead of by weight.
+    qkv_bias: query, key and value projections have biases.
+    qk_norm: each head's queries and keys are normalised before RoPE.
+    post_norms: attention and MLP are normalised again before they are added.
+    attention_scale: of the scores; None is head_dim ** -0.5.
+    attention_cap, logit_cap: scores and logits x become cap * tanh(x / cap).
+    sliding: the layers that see only the `window` newest tokens, the own one included, and use
+        `sliding_rope`; empty: none.
+    """
+
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -40,27 +77,29 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     norm_eps: float
-    rope_theta: float
-    rope_scaling: Llama3Rope | None
+    rope: Rope
     tied_head: bool
     max_length: int
     eos_ids: tuple[int, ...]
     pad_id: int
+    activation: str = "silu"
+    embedding_scale: float = 1.0
+    norm_offset: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    attention_scale: float | None = None
+    attention_cap: float | None = None
+    logit_cap: float | None = None
+    sliding: tuple[bool, ...] = ()
+    window: int | None = None
+    sliding_rope: Rope | None = None
 
-    def frequencies(self) -> jax.Array:
-        """RoPE's angle per position, (head_dim / 2,) float32."""
-        inverse = self.rope_theta ** (
-            -jnp.arange(0, self.head_dim, 2, dtype=jnp.float32) / self.head_dim
-        )
-        if self.rope_scaling is None:
-            return inverse
-        scaling = self.rope_scaling
-        turns = scaling.original_max_position_embeddings * inverse / (2 * math.pi)
-        smooth = (turns - scaling.low_freq_factor) / (
-            scaling.high_freq_factor - scaling.low_freq_factor
-        )
-        smooth = jnp.clip(smooth, 0.0, 1.0)
-        return (1 - smooth) * inverse / scaling.factor + smooth * inverse
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 class KVCache(NamedTuple):
@@ -80,10 +119,16 @@ class KVCache(NamedTuple):
         return KVCache(self.keys[:, rows], self.values[:, rows], self.mask[rows], self.length)
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: bool = False) -> jax.Array:
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    if offset:
+        return (y * (1 + weight.astype(jnp.float32))).astype(x.dtype)
     return weight * y.astype(x.dtype)
+
+
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
@@ -110,15 +155,23 @@ class Layers(nnx.Module):
         heads = (config.num_heads * config.head_dim, "heads")
         kv_heads = (config.num_kv_heads * config.head_dim, "kv_heads")
         mlp = (config.intermediate_size, "mlp")
-        self.attention_norm = stacked((config.hidden_size, "norm"))
+        norm = (config.hidden_size, "norm")
+        self.attention_norm = stacked(norm)
         self.query = stacked(embed, heads)
         self.key = stacked(embed, kv_heads)
         self.value = stacked(embed, kv_heads)
         self.output = stacked(heads, embed)
-        self.mlp_norm = stacked((config.hidden_size, "norm"))
+        self.mlp_norm = stacked(norm)
         self.gate = stacked(embed, mlp)
         self.up = stacked(embed, mlp)
         self.down = stacked(mlp, embed)
+        self.query_bias = stacked(heads) if config.qkv_bias else None
+        self.key_bias = stacked(kv_heads) if config.qkv_bias else None
+        self.value_bias = stacked(kv_heads) if config.qkv_bias else None
+        self.query_norm = stacked((config.head_dim, "norm")) if config.qk_norm else None
+        self.key_norm = stacked((config.head_dim, "norm")) if config.qk_norm else None
+        self.attention_post_norm = stacked(norm) if config.post_norms else None
+        self.mlp_post_norm = stacked(norm) if config.post_norms else None
         self.config = config
 
     def __call__(
@@ -137,17 +190,26 @@ class Layers(nnx.Module):
         """
         config = self.config
 
-        def split(x: jax.Array) -> jax.Array:
+        def norm(x: jax.Array, weight: Frozen | None) -> jax.Array:
+            if weight is None:
+                return x
+            return rms_norm(x, weight[...], config.norm_eps, config.norm_offset)
+
+        def heads(x: jax.Array, kernel: Frozen, bias: Frozen | None) -> jax.Array:
+            x = x @ kernel[...]
+            x = x if bias is None else x + bias[...]
             return x.reshape(*x.shape[:2], -1, config.head_dim)
 
-        h = rms_norm(x, self.attention_norm[...], config.norm_eps)
-        query = rotate(split(h @ self.query[...]), angles)
-        key = rotate(split(h @ self.key[...]), angles)
-        key, value = extend(key, split(h @ self.value[...]))
-        h = attend(query, key, value, mask)
-        x = x + h.reshape(*x.shape[:2], -1) @ self.output[...]
-        h = rms_norm(x, self.mlp_norm[...], config.norm_eps)
-        return x + (jax.nn.silu(h @ self.gate[...]) * (h @ self.up[...])) @ self.down[...]
+        h = norm(x, self.attention_norm)
+        query = rotate(norm(heads(h, self.query, self.query_bias), self.query_norm), angles)
+        key = rotate(norm(heads(h, self.key, self.key_bias), self.key_norm), angles)
+        key, value = extend(key, heads(h, self.value, self.value_bias))
+        h = attend(query, key, value, mask, config.attention_scale, config.attention_cap)
+        h = h.reshape(*x.shape[:2], -1) @ self.output[...]
+        x = x + norm(h, self.attention_post_norm)
+        h = norm(x, self.mlp_norm)
+        h = ACTIVATIONS[config.activation](h @ self.gate[...]) * (h @ self.up[...])
+        return x + norm(h @ self.down[...], self.mlp_post_norm)
 
 
 class Decoder(nnx.Module):
@@ -156,9 +218,11 @@ class Decoder(nnx.Module):
     Built abstract (`jax.ShapeDtypeStruct` weights); `load_llm` fills it.
 
     The trainer, the evaluator and the generator use only `embed`, `target_hidden`, `unembed`,
-    `prefill`, `step`, `embedding_norm` and
+    `prefill`, `step`, `embedding_norm`, `prompt_end` and
     `config.{hidden_size, vocab_size, max_length, eos_ids, pad_id}`.
     """
+
+    prompt_end: tuple[int, ...] = ()  # the tokens that close a prompt
 
     def __init__(self, config: DecoderConfig, dtype: str | jnp.dtype = "bfloat16"):
         def weight(*dims: tuple[int, str]) -> Frozen:
@@ -174,23 +238,52 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """(B, L) int32 -> (B, L, D), scaled as the model expects its `inputs_embeds`."""
-        return jnp.take(self.embedding[...], tokens, axis=0)
+        embeds = jnp.take(self.embedding[...], tokens, axis=0)
+        return embeds * jnp.asarray(self.config.embedding_scale, embeds.dtype)
 
     def embedding_norm(self) -> jax.Array:
-        """Mean L2 norm of the embedding rows, () float32: the scale soft tokens should have."""
-        return jnp.mean(jnp.linalg.norm(self.embedding[...].astype(jnp.float32), axis=-1))
+        """Mean L2 norm of all embedded tokens, () float32: the scale soft tokens should have."""
+        norms = jnp.linalg.norm(self.embedding[...].astype(jnp.float32), axis=-1)
+        return self.config.embedding_scale * jnp.mean(norms)
+
+    def _views(
+        self, at: jax.Array, slots: jax.Array, visible: jax.Array
+    ) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+        """What a layer sees, as a function of whether it slides: RoPE's angles and the mask.
+
+        Args:
+            at: (B, L) float32, the queries' positions. slots: (B, S) float32, the keys'.
+            visible: (B, L or 1, S) bool, what a layer with an endless window sees.
+        """
+        config = self.config
+        full = at[..., None] * config.rope.frequencies(config.head_dim), visible
+        if config.window is None:
+            return lambda slides: full
+        rope = config.sliding_rope or config.rope
+        near = at[:, :, None] - slots[:, None] < config.window
+        local = at[..., None] * rope.frequencies(config.head_dim), visible & near
+        return lambda slides: jax.tree.map(functools.partial(jnp.where, slides), local, full)
+
+    def _scanned(self) -> tuple[Layers, jax.Array]:
+        """The layers, and which of them slide."""
+        config = self.config
+        return self.layers, jnp.array(config.sliding or (False,) * config.num_layers)
 
     def hidden(self, inputs_embeds: jax.Array, mask: jax.Array, remat: bool = False) -> jax.Array:
         """(B, L, D), (B, L) bool -> the last hidden states, (B, L, D); padding may be anywhere."""
-        angles = positions(mask)[..., None] * self.config.frequencies()
-        visible = causal(mask)
+        at = positions(mask)
+        view = self._views(at, at, causal(mask))
 
-        def layer(x: jax.Array, weights: Layers) -> tuple[jax.Array, None]:
-            return weights(x, angles, visible), None
+        def layer(x: jax.Array, scanned: tuple[Layers, jax.Array]) -> tuple[jax.Array, None]:
+            weights, slides = scanned
+            return weights(x, *view(slides)), None
 
         x = inputs_embeds.astype(self.embedding.dtype)
-        x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, self.layers)
-        return rms_norm(x, self.norm[...], self.config.norm_eps)
+        x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, self._scanned())
+        return self._final_norm(x)
+
+    def _final_norm(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.norm[...], self.config.norm_eps, self.config.norm_offset)
 
     def target_hidden(
         self,
@@ -221,11 +314,28 @@ class Decoder(nnx.Module):
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """(..., D) -> logits (..., V) float32."""
         table = self.embedding if self.head is None else self.head
-        return jnp.einsum("...d,vd->...v", hidden, table[...], preferred_element_type=jnp.float32)
+        logits = jnp.einsum("...d,vd->...v", hidden, table[...], preferred_element_type=jnp.float32)
+        return soft_cap(logits, self.config.logit_cap)
 
-    def logits(self, inputs_embeds: jax.Array, mask: jax.Array) -> jax.Array:
-        """(B, L, D), (B, L) bool -> next-token logits (B, L, V) float32."""
-        return self.unembed(self.hidden(inputs_embeds, mask))
+    def logits(
+        self, inputs_embeds: jax.Array, mask: jax.Array, targets: jax.Array | None = None
+    ) -> jax.Array:
+        """Next-token logits, float32.
+
+        Args:
+            inputs_embeds, mask: (B, L, D) and (B, L) bool.
+            targets: (B, T) int32, tokens behind the prompt.
+
+        Returns:
+            (B, L, V) at the prompt's tokens, or (B, T, V) at the targets where they are given.
+        """
+        if targets is None:
+            return self.unembed(self.hidden(inputs_embeds, mask))
+        embeds = jnp.concatenate(
+            [inputs_embeds.astype(self.embedding.dtype), self.embed(targets)], axis=1
+        )
+        there = jnp.concatenate([mask, jnp.ones(targets.shape, bool)], axis=1)
+        return self.unembed(self.hidden(embeds, there)[:, mask.shape[1] :])
 
     def prefill(
         self, inputs_embeds: jax.Array, mask: jax.Array, max_new_tokens: int
@@ -236,24 +346,26 @@ class Decoder(nnx.Module):
             the hidden state that predicts the first new token, (B, D), and the cache with room for
             the new tokens.
         """
-        config = self.config
         room = ((0, 0), (0, 0), (0, max_new_tokens), (0, 0), (0, 0))
-        angles = positions(mask)[..., None] * config.frequencies()
-        visible = causal(mask)
+        at = positions(mask)
+        view = self._views(at, at, causal(mask))
 
-        def layer(x: jax.Array, weights: Layers) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        def layer(
+            x: jax.Array, scanned: tuple[Layers, jax.Array]
+        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            weights, slides = scanned
             made = []
 
             def keep(key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
                 made.append((key, value))
                 return key, value
 
-            return weights(x, angles, visible, keep), made[0]
+            return weights(x, *view(slides), keep), made[0]
 
         x, (keys, values) = jax.lax.scan(
-            layer, inputs_embeds.astype(self.embedding.dtype), self.layers
+            layer, inputs_embeds.astype(self.embedding.dtype), self._scanned()
         )
-        x = rms_norm(last(x, mask), self.norm[...], config.norm_eps)
+        x = self._final_norm(last(x, mask))
         cache_mask = jnp.pad(mask, ((0, 0), (0, max_new_tokens)))
         return x, KVCache(
             jnp.pad(keys, room), jnp.pad(values, room), cache_mask, jnp.int32(mask.shape[1])
@@ -264,13 +376,14 @@ class Decoder(nnx.Module):
 
         (B,) int32 -> the hidden state that predicts the next, (B, D), and the longer cache.
         """
-        angles = jnp.sum(cache.mask, axis=1)[:, None, None] * self.config.frequencies()
         mask = cache.mask.at[:, cache.length].set(True)
+        slots = positions(mask)
+        view = self._views(slots[:, cache.length][:, None], slots, mask[:, None])
 
         # The cache is carried, not scanned over, so that XLA writes the new slot in place.
-        def layer(carry: tuple, indexed: tuple[Layers, jax.Array]) -> tuple[tuple, None]:
+        def layer(carry: tuple, scanned: tuple) -> tuple[tuple, None]:
             x, keys, values = carry
-            weights, i = indexed
+            (weights, slides), i = scanned
             after = []
 
             def extend(key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -282,14 +395,14 @@ class Decoder(nnx.Module):
                 )
                 return after[0][i], after[1][i]
 
-            x = weights(x, angles, mask[:, None], extend)
+            x = weights(x, *view(slides), extend)
             return (x, *after), None
 
         carry = (self.embed(tokens[:, None]), cache.keys, cache.values)
         (x, keys, values), _ = jax.lax.scan(
-            layer, carry, (self.layers, jnp.arange(self.config.num_layers))
+            layer, carry, (self._scanned(), jnp.arange(self.config.num_layers))
         )
-        x = rms_norm(x[:, 0], self.norm[...], self.config.norm_eps)
+        x = self._final_norm(x[:, 0])
         return x, KVCache(keys, values, mask, cache.length + 1)
 
 

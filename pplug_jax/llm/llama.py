@@ -1,10 +1,13 @@
-"""The Llama family: its config.json and its tensor names."""
+"""The Llama family, the base of the others: its settings and its tensors' names."""
 
+from collections.abc import Mapping
 from typing import Any
+
+import transformers
 
 from pplug_jax.errors import InputError
 from pplug_jax.hf import Source
-from pplug_jax.llm.decoder import DecoderConfig, Llama3Rope
+from pplug_jax.llm.decoder import DecoderConfig, Rope, SlowStretch
 
 SOURCES = {
     "embedding": Source("model.embed_tokens.weight"),
@@ -21,59 +24,77 @@ SOURCES = {
     "head": Source("lm_head.weight"),
 }
 
-# Settings that would change the arithmetic: the values that this code implements.
-SUPPORTED = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "pretraining_tp": (1,),
-}
+
+def config_from_hf(hf: transformers.PreTrainedConfig, eos_ids: tuple[int, ...]) -> DecoderConfig:
+    """Raises InputError for a setting that this code does not implement."""
+    check(hf, hidden_act="silu", attention_bias=False, mlp_bias=False, pretraining_tp=1)
+    return decoder_config(hf, eos_ids)
 
 
-def config_from_hf(hf: dict[str, Any], eos_ids: tuple[int, ...]) -> DecoderConfig:
-    """A Llama config.json as our config.
+def check(hf: transformers.PreTrainedConfig, **supported: Any) -> None:
+    """Refuses what would change the arithmetic: a setting that has another value than `supported`.
 
     Raises:
-        InputError: a setting that this code does not implement.
+        InputError: names the setting.
     """
-    for field, values in SUPPORTED.items():
-        if hf.get(field, values[0]) not in values:
+    for field, value in supported.items():
+        found = getattr(hf, field, None)
+        if found is not None and found != value:
             raise InputError(
-                f"config.json: {field}={hf[field]!r} is not supported for model_type llama "
-                f"(only {values[0]!r})"
+                f"config.json: {field}={found!r} is not supported for model_type {hf.model_type} "
+                f"(only {value!r})"
             )
-    # transformers 5 writes rope_parameters; earlier versions rope_theta and rope_scaling.
-    rope = (
-        {"rope_theta": hf.get("rope_theta", 10000.0)}
-        | (hf.get("rope_scaling") or {})
-        | (hf.get("rope_parameters") or {})
-    )
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise InputError(
-            f"config.json: rope type {kind!r} is not supported for model_type llama "
-            "(default, llama3)"
-        )
+
+
+def decoder_config(
+    hf: transformers.PreTrainedConfig, eos_ids: tuple[int, ...], **differences: Any
+) -> DecoderConfig:
+    """What all families have in common, with `differences` from Llama."""
+    kinds = getattr(hf, "layer_types", None) or ["full_attention"] * hf.num_hidden_layers
+    if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
+        raise InputError(f"config.json: layer_types {sorted(unknown)} are not supported")
+    sliding = tuple(kind == "sliding_attention" for kind in kinds)
+    if any(sliding):
+        differences = {"sliding": sliding, "window": hf.sliding_window} | differences
+    if "rope" not in differences:
+        differences["rope"] = rope(hf.rope_parameters, hf.model_type)
+    pad_id = getattr(hf, "pad_token_id", None)
     return DecoderConfig(
-        vocab_size=hf["vocab_size"],
-        hidden_size=hf["hidden_size"],
-        intermediate_size=hf["intermediate_size"],
-        num_layers=hf["num_hidden_layers"],
-        num_heads=hf["num_attention_heads"],
-        num_kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
-        rope_theta=rope["rope_theta"],
-        rope_scaling=None
-        if kind == "default"
-        else Llama3Rope(
-            rope["factor"],
-            rope["low_freq_factor"],
-            rope["high_freq_factor"],
-            rope["original_max_position_embeddings"],
-        ),
-        tied_head=hf.get("tie_word_embeddings", False),
-        max_length=hf.get("max_position_embeddings", 2048),
+        vocab_size=hf.vocab_size,
+        hidden_size=hf.hidden_size,
+        intermediate_size=hf.intermediate_size,
+        num_layers=hf.num_hidden_layers,
+        num_heads=hf.num_attention_heads,
+        num_kv_heads=hf.num_key_value_heads,
+        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+        norm_eps=hf.rms_norm_eps,
+        tied_head=hf.tie_word_embeddings,
+        max_length=hf.max_position_embeddings,
         eos_ids=eos_ids,
-        pad_id=(*(i for i in [hf.get("pad_token_id")] if i is not None), *eos_ids, 0)[0],
+        pad_id=pad_id if pad_id is not None else (*eos_ids, 0)[0],
+        **differences,
+    )
+
+
+def rope(parameters: Mapping[str, Any], model_type: str) -> Rope:
+    """`rope_parameters`, as transformers 5 makes them of any older form, as ours.
+
+    Raises:
+        InputError: a kind of scaling that this code does not implement.
+    """
+    parameters = dict(parameters)
+    kind, theta = parameters.pop("rope_type", "default"), parameters.pop("rope_theta")
+    if parameters.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise InputError(
+            f"config.json: partial_rotary_factor is not supported for model_type {model_type}"
+        )
+    if kind == "default":
+        return Rope(theta)
+    if kind == "linear":
+        return Rope(theta, parameters["factor"])
+    if kind == "llama3":
+        return Rope(theta, parameters.pop("factor"), SlowStretch(**parameters))
+    raise InputError(
+        f"config.json: rope type {kind!r} is not supported for model_type {model_type} "
+        "(default, linear, llama3)"
     )

@@ -1,20 +1,53 @@
 """A Hugging Face directory as a frozen LLM on the mesh."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+import transformers
+from huggingface_hub.errors import StrictDataclassError
 from jax.sharding import Mesh
 
 from pplug_jax import hf
 from pplug_jax.errors import InputError
-from pplug_jax.llm import llama
+from pplug_jax.llm import gemma, llama, qwen, t5
 from pplug_jax.llm.decoder import Decoder
 from pplug_jax.mesh import make_mesh
 
-FAMILIES = {"llama": llama}
+
+class Family(NamedTuple):
+    """How the checkpoints of a model_type are read.
+
+    config_from_hf: (transformers' config, eos_ids) -> the config of `module`.
+    """
+
+    config_from_hf: Callable[[Any, tuple[int, ...]], Any]
+    sources: Mapping[str, hf.Source]
+    module: type[Decoder] | type[t5.T5] = Decoder
 
 
-def load_llm(path: str | Path, *, mesh: Mesh | None = None, dtype: str = "bfloat16") -> Decoder:
+FAMILIES = {
+    "llama": Family(llama.config_from_hf, llama.SOURCES),
+    "gemma": Family(gemma.config_from_hf, llama.SOURCES),
+    "gemma2": Family(gemma.config_from_hf, gemma.SOURCES),
+    "gemma3_text": Family(gemma.config_from_hf, gemma.SOURCES),
+    "gemma3": Family(gemma.config_from_hf, gemma.SOURCES),  # its vision tower is left out
+    "qwen2": Family(qwen.config_from_hf, qwen.SOURCES),
+    "qwen3": Family(qwen.config_from_hf, qwen.SOURCES),
+    "t5": Family(t5.config_from_hf, t5.SOURCES, t5.T5),
+}
+
+# What a checkpoint may have besides: buffers, tied copies, the vision part of a multimodal model.
+IGNORED = (
+    r".*rotary_emb\.inv_freq|lm_head\.weight|(en|de)coder\.embed_tokens\.weight|"
+    r".*(vision_tower|multi_modal_projector)\..*"
+)
+
+
+def load_llm(
+    path: str | Path, *, mesh: Mesh | None = None, dtype: str = "bfloat16"
+) -> Decoder | t5.T5:
     """Loads `path` (config.json, *.safetensors), each device reading only its shard.
 
     The weights have `dtype`.
@@ -23,22 +56,37 @@ def load_llm(path: str | Path, *, mesh: Mesh | None = None, dtype: str = "bfloat
         FileNotFoundError: no such directory, config or weights.
         InputError: an unknown architecture or setting, or tensors that do not fit config.json.
     """
-    config = hf.read_config(path)
-    if config.get("model_type") not in FAMILIES:
+    settings = hf.read_config(path)
+    model_type = settings.get("model_type")
+    if model_type not in FAMILIES:
         raise InputError(
-            f"{path}/config.json: model_type {config.get('model_type')!r} is not supported; "
+            f"{path}/config.json: model_type {model_type!r} is not supported; "
             f"supported: {', '.join(FAMILIES)}"
         )
-    family = FAMILIES[config["model_type"]]
+    if "quantization_config" in settings:
+        raise InputError(
+            f"{path}/config.json: quantization_config: quantised checkpoints are not supported; "
+            "name the original one"
+        )
+    try:
+        # It knows every family's defaults and the older forms of its fields.
+        config = transformers.AutoConfig.from_pretrained(path).get_text_config()
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path}/config.json: {error}") from error
     generation = Path(path) / "generation_config.json"
     if generation.is_file():  # as in transformers, it has the last word
-        settings = hf.read_json(generation)
-        config |= {x: settings[x] for x in ("eos_token_id", "pad_token_id") if x in settings}
-    eos = config.get("eos_token_id")
+        for field, value in hf.read_json(generation).items():
+            if field in ("eos_token_id", "pad_token_id"):
+                setattr(config, field, value)
+    eos = config.eos_token_id
     eos_ids = tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,))
-    with hf.naming_missing_fields(path):
-        llm = Decoder(family.config_from_hf(config, eos_ids), dtype)
+    family = FAMILIES[model_type]
+    llm = family.module(family.config_from_hf(config, eos_ids), dtype)
+    # A multimodal checkpoint's text tensors stand behind one prefix or another, by its age.
+    prefix = hf.common_prefix(path, "embed_tokens.weight") or "model."
+    sources = {
+        name: source._replace(name=source.name.replace("model.", prefix, 1))
+        for name, source in family.sources.items()
+    }
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
-    return hf.load_weights(
-        llm, path, family.SOURCES, mesh, ignore=("rotary_emb.inv_freq", "lm_head.weight")
-    )
+    return hf.load_weights(llm, path, sources, mesh, ignore=IGNORED)

@@ -164,7 +164,8 @@ def main(_) -> None:
     write_json(output / "config.json", config)
 
     llm = initialise(
-        Decoder(llama.config_from_hf(config, ()), "float32"), jax.random.key(FLAGS.seed)
+        Decoder(llama.config_from_hf(transformers.LlamaConfig(**config), ()), "float32"),
+        jax.random.key(FLAGS.seed),
     )
     optimizer = make_optimizer(FLAGS.learning_rate, FLAGS.steps)
     opt_state = jax.jit(optimizer.init)(llm)

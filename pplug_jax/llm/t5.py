@@ -1,0 +1,351 @@
+"""T5 v1.1 and FlanT5, the paper's LLM, behind the decoder's interface.
+
+The prompt, soft tokens in front, is the encoder's input; the answer is the decoder's.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import transformers
+from flax import nnx
+
+from pplug_jax.hf import Source
+from pplug_jax.llm.attention import attend
+from pplug_jax.llm.decoder import ACTIVATIONS, Frozen, positions, rms_norm
+from pplug_jax.llm.llama import check
+
+ATTENTION = {"query": "q", "key": "k", "value": "v", "output": "o"}
+MLP = {"gate": "wi_0", "up": "wi_1", "down": "wo"}
+
+
+def _layer_sources(stack: str, parts: dict[str, tuple[str, dict[str, str]]]) -> dict[str, Source]:
+    """parts: ours -> (theirs, its kernels); their order in a block is that of `parts`."""
+    sources = {}
+    for i, (ours, (theirs, kernels)) in enumerate(parts.items()):
+        block = f"{stack}.block.{{}}.layer.{i}"
+        sources[f"{stack}.{ours}.norm"] = Source(f"{block}.layer_norm.weight")
+        for kernel, name in kernels.items():
+            sources[f"{stack}.{ours}.{kernel}"] = Source(f"{block}.{theirs}.{name}.weight", True)
+    return sources
+
+
+SOURCES = {
+    "embedding": Source("shared.weight"),
+    "encoder_norm": Source("encoder.final_layer_norm.weight"),
+    "decoder_norm": Source("decoder.final_layer_norm.weight"),
+    "head": Source("lm_head.weight"),
+}
+for _stack, _parts in {
+    "encoder": {"attention": ("SelfAttention", ATTENTION), "mlp": ("DenseReluDense", MLP)},
+    "decoder": {
+        "attention": ("SelfAttention", ATTENTION),
+        "cross": ("EncDecAttention", ATTENTION),
+        "mlp": ("DenseReluDense", MLP),
+    },
+}.items():
+    SOURCES |= _layer_sources(_stack, _parts)
+    # Every layer uses the first one's table.
+    SOURCES[f"{_stack}_bias"] = Source(
+        f"{_stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """buckets, max_distance: of the relative positions; distances beyond share the last bucket."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_encoder_layers: int
+    num_decoder_layers: int
+    num_heads: int
+    head_dim: int
+    norm_eps: float
+    buckets: int
+    max_distance: int
+    start_id: int
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    max_length: int = sys.maxsize  # relative positions have no end
+
+
+def config_from_hf(hf: transformers.T5Config, eos_ids: tuple[int, ...]) -> T5Config:
+    """Raises InputError for a setting that this code does not implement."""
+    check(hf, feed_forward_proj="gated-gelu", scale_decoder_outputs=False)
+    return T5Config(
+        vocab_size=hf.vocab_size,
+        hidden_size=hf.d_model,
+        intermediate_size=hf.d_ff,
+        num_encoder_layers=hf.num_layers,
+        num_decoder_layers=hf.num_decoder_layers,
+        num_heads=hf.num_heads,
+        head_dim=hf.d_kv,
+        norm_eps=hf.layer_norm_epsilon,
+        buckets=hf.relative_attention_num_buckets,
+        max_distance=hf.relative_attention_max_distance,
+        start_id=hf.decoder_start_token_id,
+        eos_ids=eos_ids,
+        pad_id=hf.pad_token_id,
+    )
+
+
+class Attention(nnx.Module):
+    """Normalises, attends and adds; inside `lax.scan` the object is one layer's."""
+
+    def __init__(self, config: T5Config, weight: Callable[..., Frozen]):
+        embed = (config.hidden_size, "embed")
+        heads = (config.num_heads * config.head_dim, "heads")
+        self.norm = weight((config.hidden_size, "norm"))
+        self.query, self.key, self.value = (weight(embed, heads) for _ in range(3))
+        self.output = weight(heads, embed)
+        self.config = config
+
+    def _split(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim)
+
+    def normed(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.norm[...], self.config.norm_eps)
+
+    def keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(B, S, D) -> two of (B, S, heads, head_dim)."""
+        return self._split(x @ self.key[...]), self._split(x @ self.value[...])
+
+    def __call__(
+        self,
+        x: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        mask: jax.Array,
+        bias: jax.Array | None = None,
+    ) -> jax.Array:
+        """x (B, L, D) attends to keys and values where mask (B, L or 1, S) allows."""
+        query = self._split(self.normed(x) @ self.query[...])
+        h = attend(query, key, value, mask, scale=1.0, bias=bias)
+        return x + h.reshape(*x.shape[:2], -1) @ self.output[...]
+
+
+class Mlp(nnx.Module):
+    def __init__(self, config: T5Config, weight: Callable[..., Frozen]):
+        embed, mlp = (config.hidden_size, "embed"), (config.intermediate_size, "mlp")
+        self.norm = weight((config.hidden_size, "norm"))
+        self.gate, self.up, self.down = weight(embed, mlp), weight(embed, mlp), weight(mlp, embed)
+        self.eps = config.norm_eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = rms_norm(x, self.norm[...], self.eps)
+        h = ACTIVATIONS["gelu_tanh"](h @ self.gate[...]) * (h @ self.up[...])
+        return x + h @ self.down[...]
+
+
+class EncoderLayers(nnx.Module):
+    """All layers, their weights stacked on axis 0."""
+
+    def __init__(self, config: T5Config, weight: Callable[..., Frozen]):
+        self.attention = Attention(config, weight)
+        self.mlp = Mlp(config, weight)
+
+
+class DecoderLayers(EncoderLayers):
+    def __init__(self, config: T5Config, weight: Callable[..., Frozen]):
+        super().__init__(config, weight)
+        self.cross = Attention(config, weight)
+
+
+class T5Cache(NamedTuple):
+    """What the decoder attends to.
+
+    keys, values: (layers, B, T, heads, head_dim), its own tokens, of which `length` () int32 are
+    there; cross_keys, cross_values: (layers, B, L, heads, head_dim), the prompt; mask: (B, L) bool.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    length: jax.Array
+    cross_keys: jax.Array
+    cross_values: jax.Array
+    mask: jax.Array
+
+    def take(self, rows: jax.Array) -> "T5Cache":
+        """The cache with batch rows `rows` (B',) int32."""
+        return T5Cache(
+            self.keys[:, rows],
+            self.values[:, rows],
+            self.length,
+            self.cross_keys[:, rows],
+            self.cross_values[:, rows],
+            self.mask[rows],
+        )
+
+
+def relative_buckets(
+    distance: jax.Array, buckets: int, max_distance: int, bidirectional: bool
+) -> jax.Array:
+    """T5's buckets of key position minus query position; any shape, int32.
+
+    Half of a direction's buckets are for exact distances, half logarithmic up to `max_distance`.
+    """
+    offset = jnp.zeros_like(distance)
+    if bidirectional:
+        buckets //= 2
+        offset = jnp.where(distance > 0, buckets, 0)
+        distance = jnp.abs(distance)
+    else:
+        distance = jnp.maximum(-distance, 0)
+    exact = buckets // 2
+    log = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact)
+    far = exact + (log / math.log(max_distance / exact) * (buckets - exact)).astype(jnp.int32)
+    return offset + jnp.where(distance < exact, distance, jnp.minimum(far, buckets - 1))
+
+
+class T5(nnx.Module):
+    """A frozen T5; built abstract (`jax.ShapeDtypeStruct` weights), filled by `load_llm`."""
+
+    def __init__(self, config: T5Config, dtype: str | jnp.dtype = "bfloat16"):
+        def weight(*dims: tuple[int, str]) -> Frozen:
+            shape, axes = zip(*dims, strict=True)
+            return Frozen(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), axes=axes)
+
+        def stacked(layers: int) -> Callable[..., Frozen]:
+            return lambda *dims: weight((layers, "layers"), *dims)
+
+        vocab, embed = (config.vocab_size, "vocab"), (config.hidden_size, "embed")
+        table = (config.buckets, "buckets"), (config.num_heads, "bias_heads")
+        self.embedding, self.head = weight(vocab, embed), weight(vocab, embed)
+        self.encoder = EncoderLayers(config, stacked(config.num_encoder_layers))
+        self.decoder = DecoderLayers(config, stacked(config.num_decoder_layers))
+        self.encoder_bias, self.decoder_bias = weight(*table), weight(*table)
+        self.encoder_norm = weight((config.hidden_size, "norm"))
+        self.decoder_norm = weight((config.hidden_size, "norm"))
+        self.config = config
+
+    @property
+    def prompt_end(self) -> tuple[int, ...]:
+        """The tokens that close a prompt: T5 was trained to find its end-of-sequence there."""
+        return self.config.eos_ids[:1]
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """(B, L) int32 -> (B, L, D)."""
+        return jnp.take(self.embedding[...], tokens, axis=0)
+
+    def embedding_norm(self) -> jax.Array:
+        """Mean L2 norm of all embedded tokens, () float32: the scale soft tokens should have."""
+        return jnp.mean(jnp.linalg.norm(self.embedding[...].astype(jnp.float32), axis=-1))
+
+    def _bias(
+        self, table: Frozen, at: jax.Array, slots: jax.Array, bidirectional: bool
+    ) -> jax.Array:
+        """Queries at positions `at` (B, L), keys at `slots` (B, S) -> (B, heads, L, S)."""
+        config = self.config
+        distance = (slots[:, None] - at[:, :, None]).astype(jnp.int32)
+        index = relative_buckets(distance, config.buckets, config.max_distance, bidirectional)
+        return jnp.moveaxis(table[...][index], -1, 1)
+
+    def encode(self, inputs_embeds: jax.Array, mask: jax.Array, remat: bool = False) -> jax.Array:
+        """(B, L, D), (B, L) bool -> (B, L, D); padding may be anywhere."""
+        at = positions(mask)
+        bias = self._bias(self.encoder_bias, at, at, bidirectional=True)
+
+        def layer(x: jax.Array, weights: EncoderLayers) -> tuple[jax.Array, None]:
+            attention = weights.attention
+            keys_values = attention.keys_values(attention.normed(x))
+            return weights.mlp(attention(x, *keys_values, mask[:, None], bias)), None
+
+        x = inputs_embeds.astype(self.embedding.dtype)
+        x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, self.encoder)
+        return rms_norm(x, self.encoder_norm[...], self.config.norm_eps)
+
+    def decode(
+        self, tokens: jax.Array, encoded: jax.Array, mask: jax.Array, remat: bool = False
+    ) -> jax.Array:
+        """The decoder's inputs (B, T) int32, the encoded prompt and its mask -> (B, T, D)."""
+        T = tokens.shape[1]
+        at = jnp.broadcast_to(jnp.arange(T), tokens.shape)
+        bias = self._bias(self.decoder_bias, at, at, bidirectional=False)
+        causal = jnp.tril(jnp.ones((1, T, T), bool))
+
+        def layer(x: jax.Array, weights: DecoderLayers) -> tuple[jax.Array, None]:
+            attention, cross = weights.attention, weights.cross
+            x = attention(x, *attention.keys_values(attention.normed(x)), causal, bias)
+            x = cross(x, *cross.keys_values(encoded), mask[:, None])
+            return weights.mlp(x), None
+
+        x, _ = jax.lax.scan(
+            jax.checkpoint(layer) if remat else layer, self.embed(tokens), self.decoder
+        )
+        return rms_norm(x, self.decoder_norm[...], self.config.norm_eps)
+
+    def target_hidden(
+        self,
+        inputs_embeds: jax.Array,
+        mask: jax.Array,
+        targets: jax.Array,
+        target_mask: jax.Array,
+        remat: bool = False,
+    ) -> jax.Array:
+        """The hidden state that predicts each target token, as `Decoder.target_hidden`.
+
+        The targets' padding stands behind them, where no token sees it.
+        """
+        start = jnp.full_like(targets[:, :1], self.config.start_id)
+        tokens = jnp.concatenate([start, targets[:, :-1]], axis=1)
+        return self.decode(tokens, self.encode(inputs_embeds, mask, remat), mask, remat)
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """(..., D) -> logits (..., V) float32."""
+        return jnp.einsum(
+            "...d,vd->...v", hidden, self.head[...], preferred_element_type=jnp.float32
+        )
+
+    def logits(self, inputs_embeds: jax.Array, mask: jax.Array, targets: jax.Array) -> jax.Array:
+        """The prompt (B, L, D), (B, L) and the decoder's inputs (B, T) -> (B, T, V) float32."""
+        return self.unembed(self.decode(targets, self.encode(inputs_embeds, mask), mask))
+
+    def prefill(
+        self, inputs_embeds: jax.Array, mask: jax.Array, max_new_tokens: int
+    ) -> tuple[jax.Array, T5Cache]:
+        """Reads the prompt; as `Decoder.prefill`."""
+        config, B = self.config, mask.shape[0]
+        encoded = self.encode(inputs_embeds, mask)
+        _, cross = jax.lax.scan(
+            lambda _, weights: (None, weights.cross.keys_values(encoded)), None, self.decoder
+        )
+        room = (config.num_decoder_layers, B, max_new_tokens + 1, config.num_heads, config.head_dim)
+        empty = jnp.zeros(room, self.embedding.dtype)
+        cache = T5Cache(empty, empty, jnp.int32(0), *cross, mask)
+        return self.step(jnp.full(B, config.start_id, jnp.int32), cache)
+
+    def step(self, tokens: jax.Array, cache: T5Cache) -> tuple[jax.Array, T5Cache]:
+        """One new token per row; as `Decoder.step`."""
+        B, T = tokens.shape[0], cache.keys.shape[2]
+        at = jnp.full((B, 1), cache.length)
+        slots = jnp.broadcast_to(jnp.arange(T), (B, T))
+        bias = self._bias(self.decoder_bias, at, slots, bidirectional=False)
+        seen = slots[:, None] <= cache.length
+
+        # The own tokens' cache is carried, so that XLA writes the new slot in place.
+        def layer(carry: tuple, scanned: tuple) -> tuple[tuple, None]:
+            x, keys, values = carry
+            weights, cross, i = scanned
+            new = weights.attention.keys_values(weights.attention.normed(x))
+            keys, values = (
+                jax.lax.dynamic_update_slice(cached, added[None], (i, 0, cache.length, 0, 0))
+                for cached, added in zip((keys, values), new, strict=True)
+            )
+            x = weights.attention(x, keys[i], values[i], seen, bias)
+            x = weights.cross(x, *cross, cache.mask[:, None])
+            return (weights.mlp(x), keys, values), None
+
+        cross = cache.cross_keys, cache.cross_values
+        (x, keys, values), _ = jax.lax.scan(
+            layer,
+            (self.embed(tokens[:, None]), cache.keys, cache.values),
+            (self.decoder, cross, jnp.arange(self.config.num_decoder_layers)),
+        )
+        x = rms_norm(x[:, 0], self.decoder_norm[...], self.config.norm_eps)
+        return x, cache._replace(keys=keys, values=values, length=cache.length + 1)

@@ -1,0 +1,23 @@
+"""What the comparisons with transformers share."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import torch
+import transformers
+
+
+def assert_close(ours: jax.Array, theirs: np.ndarray, tolerance: float = 1e-4) -> None:
+    """The largest difference, relative to the scale of the values."""
+    assert ours.shape == theirs.shape
+    error = np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
+    assert error <= tolerance, error
+
+
+def save_random(model: transformers.PreTrainedModel, path: Path) -> None:
+    """Saves `model` with noise on every tensor, for norms and biases start as all ones or zeros."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(path)
