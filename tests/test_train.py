@@ -16,7 +16,7 @@ from pplug_jax.data.batches import Batch, place_batch
 from pplug_jax.embedder import UserEmbedder
 from pplug_jax.encoder.bert import Bert, BertConfig
 from pplug_jax.llm import load_llm
-from pplug_jax.llm.decoder import Decoder, DecoderConfig, Frozen
+from pplug_jax.llm.decoder import Decoder, DecoderConfig, Frozen, Rope
 from pplug_jax.mesh import make_mesh, place
 from pplug_jax.methods import inputs_embeds
 from pplug_jax.tools.initialise import initialise
@@ -28,7 +28,7 @@ OPTIMIZER = make_optimizer(10, 1e-2, 1e-4, 0.1, 1.0)
 
 
 def make_llm(layers: int = 2, hidden: int = 40, mlp: int = 72, vocab: int = 48) -> Decoder:
-    config = DecoderConfig(vocab, hidden, mlp, layers, 4, 2, 8, 1e-5, 1e4, None, True, 64, (1,), 0)
+    config = DecoderConfig(vocab, hidden, mlp, layers, 4, 2, 8, 1e-5, Rope(1e4), True, 64, (1,), 0)
     return initialise(Decoder(config, "float32"), jax.random.key(0))
 
 
