@@ -33,6 +33,7 @@ def base_config() -> ml_collections.ConfigDict:
     c.llm.path = ""  # Hugging Face directory, or assets/NAME for a bundled model
     c.llm.source = ""  # where that directory can be had, for the error message
     c.llm.dtype = "bfloat16"
+    c.llm.quantize = ""  # int8 or int4: how the frozen kernels are stored
     c.llm.separator = "\n"  # between input and answer
 
     c.encoder = ml_collections.ConfigDict()

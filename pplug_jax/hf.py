@@ -3,7 +3,7 @@
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,6 +125,7 @@ def load_weights(
     *,
     ignore: str = "",
     prefix: str = "",
+    store: Callable[[jax.Array], Any] = lambda array: array,
 ) -> nnx.Module:
     """Fills the abstract `module` with the checkpoint's tensors; a device reads only its slice.
 
@@ -135,6 +136,7 @@ def load_weights(
         ignore: pattern of the tensor names that the checkpoint may have besides.
         prefix: what stands before the names of this module's tensors; the others are another
             module's.
+        store: what a variable holds, given its array.
 
     Raises:
         InputError: a missing, unexpected or misshapen tensor, or a truncated file; the message
@@ -189,7 +191,7 @@ def load_weights(
             )
 
         array = jax.make_array_from_callback(abstract.shape, target.get_value(), read)
-        filled.append((path, variable.replace(array)))
+        filled.append((path, variable.replace(store(array))))
 
     unexpected = sorted(
         name for name in tensors if name not in wanted and not re.fullmatch(ignore, name)

@@ -1,5 +1,6 @@
 """The loaded parts that training, evaluation and serving share: mesh, LLM, encoder, store."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,7 +56,9 @@ class Models:
         check_batches(config, batch_parts(self.mesh))
         llm_path = model_path(config.llm, "llm")
         self.encoder_path = model_path(config.encoder, "encoder")
-        self.llm = load_llm(llm_path, mesh=self.mesh, dtype=config.llm.dtype)
+        self.llm = load_llm(
+            llm_path, mesh=self.mesh, dtype=config.llm.dtype, quantize=config.llm.quantize or None
+        )
         tokenizer = hf.load_tokenizer(llm_path, self.llm.config.vocab_size)
         self.tokenizer = Tokenizer(
             tokenizer, config.llm.separator, self.llm.config.eos_ids, self.llm.prompt_end
@@ -137,4 +140,5 @@ class Models:
 
 
 def parameter_count(module: nnx.Module) -> int:
-    return sum(x.size for x in jax.tree.leaves(nnx.state(module)))
+    variables = nnx.to_flat_state(nnx.state(module))
+    return sum(math.prod(variable.get_value().shape) for _, variable in variables)

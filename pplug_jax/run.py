@@ -53,7 +53,8 @@ def describe(models: Models, train: list[Example], held_out: list[Example]) -> N
         "data": data,
         "examples": f"{len(train)} to train on ({config.data.train_split}), "
         f"{len(held_out)} held out ({config.data.eval_split})",
-        "frozen LLM": f"{config.llm.path}, {frozen:,} parameters, {config.llm.dtype}",
+        "frozen LLM": f"{config.llm.path}, {frozen:,} parameters, "
+        + (config.llm.quantize or config.llm.dtype),
         "encoder": f"{config.encoder.path}, width {models.encoder.size}, "
         f"{models.encoder.model.pooling} pooling",
         "trainable": f"{trainable:,} parameters, {trainable / (trainable + frozen):.1%} of all",

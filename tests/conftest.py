@@ -1,6 +1,7 @@
 """Eight CPU devices, no network, and random tiny models in Hugging Face format."""
 
 import os
+from pathlib import Path
 
 # Before JAX is imported: eight devices to shard over, and compile time instead of run time.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -12,11 +13,14 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 ).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Much is compiled more than once, by the workers and by the commands that tests start.
+CACHE = Path(__file__).parent.parent / ".pytest_cache" / "jax"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,6 +104,37 @@ def make_bert(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def tiny_bert(make_bert: Callable[..., Path]) -> Path:
     """A random BERT (E 32, 2 layers, 128 positions) with its tokenizer; do not write to it."""
     return make_bert()
+
+
+@pytest.fixture(scope="session")
+def make_t5(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """make_t5(**settings): a directory with a random tiny T5 with a head of its own."""
+    import torch
+
+    def make(**settings: Any) -> Path:
+        path = tmp_path_factory.mktemp("t5")
+        torch.manual_seed(0)
+        config = {
+            "vocab_size": 24,
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_layers": 3,
+            "num_decoder_layers": 2,
+            "num_heads": 4,
+            "relative_attention_num_buckets": 8,
+            "relative_attention_max_distance": 16,
+            "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": False,
+            "decoder_start_token_id": 0,
+        } | settings
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**config))
+        # transformers 5 ties a new T5's head, but not the head that a checkpoint brings.
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(model.shared.weight.shape))
+        save_random(model, path)
+        return path
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from parity import assert_close, save_random
+from parity import assert_close
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from configs import lamp5
@@ -32,34 +32,6 @@ VARIANTS = {
     "wide heads, deep encoder": {"d_kv": 24, "num_layers": 4, "num_decoder_layers": 1},
     "few buckets": {"relative_attention_num_buckets": 4, "relative_attention_max_distance": 7},
 }
-
-
-@pytest.fixture(scope="module")
-def make_t5(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    def make(**settings: Any) -> Path:
-        path = tmp_path_factory.mktemp("t5")
-        torch.manual_seed(0)
-        config = {
-            "vocab_size": V,
-            "d_model": 32,
-            "d_kv": 8,
-            "d_ff": 48,
-            "num_layers": 3,
-            "num_decoder_layers": 2,
-            "num_heads": 4,
-            "relative_attention_num_buckets": 8,
-            "relative_attention_max_distance": 16,
-            "feed_forward_proj": "gated-gelu",
-            "tie_word_embeddings": False,
-            "decoder_start_token_id": 0,
-        } | settings
-        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**config))
-        # transformers 5 ties a new T5's head, but not the head that a checkpoint brings.
-        model.lm_head.weight = torch.nn.Parameter(torch.randn(model.shared.weight.shape))
-        save_random(model, path)
-        return path
-
-    return make
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

@@ -1,5 +1,6 @@
 """The training step: its loss, what it differentiates, its cost; every mesh gives the same."""
 
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,11 +28,13 @@ ONE_DEVICE = make_mesh(1, 1, 1, jax.devices()[:1])
 OPTIMIZER = make_optimizer(10, 1e-2, 1e-4, 0.1, 1.0)
 
 
+@functools.cache
 def make_llm(layers: int = 2, hidden: int = 40, mlp: int = 72, vocab: int = 48) -> Decoder:
     config = DecoderConfig(vocab, hidden, mlp, layers, 4, 2, 8, 1e-5, Rope(1e4), True, 64, (1,), 0)
     return initialise(Decoder(config, "float32"), jax.random.key(0))
 
 
+@functools.cache
 def make_plug(llm_size: int, **settings: Any) -> UserEmbedder:
     config = BertConfig(30, E, 32, 1, 2, 8, 1, 1e-12)
     encoder = initialise(Bert(config, "mean", nnx.Param), jax.random.key(1))

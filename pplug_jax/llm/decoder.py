@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pplug_jax.llm.attention import attend
+from pplug_jax.llm.quantize import kernel
 
 
 class Frozen(nnx.Variable):
@@ -195,8 +196,8 @@ class Layers(nnx.Module):
                 return x
             return rms_norm(x, weight[...], config.norm_eps, config.norm_offset)
 
-        def heads(x: jax.Array, kernel: Frozen, bias: Frozen | None) -> jax.Array:
-            x = x @ kernel[...]
+        def heads(x: jax.Array, weight: Frozen, bias: Frozen | None) -> jax.Array:
+            x = x @ kernel(weight)
             x = x if bias is None else x + bias[...]
             return x.reshape(*x.shape[:2], -1, config.head_dim)
 
@@ -205,11 +206,11 @@ class Layers(nnx.Module):
         key = rotate(norm(heads(h, self.key, self.key_bias), self.key_norm), angles)
         key, value = extend(key, heads(h, self.value, self.value_bias))
         h = attend(query, key, value, mask, config.attention_scale, config.attention_cap)
-        h = h.reshape(*x.shape[:2], -1) @ self.output[...]
+        h = h.reshape(*x.shape[:2], -1) @ kernel(self.output)
         x = x + norm(h, self.attention_post_norm)
         h = norm(x, self.mlp_norm)
-        h = ACTIVATIONS[config.activation](h @ self.gate[...]) * (h @ self.up[...])
-        return x + norm(h @ self.down[...], self.mlp_post_norm)
+        h = ACTIVATIONS[config.activation](h @ kernel(self.gate)) * (h @ kernel(self.up))
+        return x + norm(h @ kernel(self.down), self.mlp_post_norm)
 
 
 class Decoder(nnx.Module):

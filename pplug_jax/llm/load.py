@@ -13,6 +13,8 @@ from pplug_jax import hf
 from pplug_jax.errors import InputError
 from pplug_jax.llm import gemma, llama, qwen, t5
 from pplug_jax.llm.decoder import Decoder
+from pplug_jax.llm.quantize import KINDS
+from pplug_jax.llm.quantize import quantize as quantized
 from pplug_jax.mesh import make_mesh
 
 
@@ -46,16 +48,24 @@ IGNORED = (
 
 
 def load_llm(
-    path: str | Path, *, mesh: Mesh | None = None, dtype: str = "bfloat16"
+    path: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    dtype: str = "bfloat16",
+    quantize: str | None = None,
 ) -> Decoder | t5.T5:
     """Loads `path` (config.json, *.safetensors), each device reading only its shard.
 
-    The weights have `dtype`.
+    The weights have `dtype`; with `quantize` (int8, int4) the layers' kernels are stored so, each
+    converted as soon as it is read.
 
     Raises:
         FileNotFoundError: no such directory, config or weights.
-        InputError: an unknown architecture or setting, or tensors that do not fit config.json.
+        InputError: an unknown quantisation, architecture or setting, or tensors that do not fit
+            config.json.
     """
+    if quantize and quantize not in KINDS:
+        raise InputError(f"quantize={quantize!r} is unknown; known: {', '.join(KINDS)}")
     settings = hf.read_config(path)
     model_type = settings.get("model_type")
     if model_type not in FAMILIES:
@@ -89,4 +99,9 @@ def load_llm(
         for name, source in family.sources.items()
     }
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
-    return hf.load_weights(llm, path, sources, mesh, ignore=IGNORED)
+
+    def store(array: jax.Array) -> Any:
+        """Only the layers' kernels are stacks of matrices."""
+        return quantized(array, quantize) if quantize and array.ndim == 3 else array
+
+    return hf.load_weights(llm, path, sources, mesh, ignore=IGNORED, store=store)

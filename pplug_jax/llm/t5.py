@@ -18,6 +18,7 @@ from pplug_jax.hf import Source
 from pplug_jax.llm.attention import attend
 from pplug_jax.llm.decoder import ACTIVATIONS, Frozen, positions, rms_norm
 from pplug_jax.llm.llama import check
+from pplug_jax.llm.quantize import kernel
 
 ATTENTION = {"query": "q", "key": "k", "value": "v", "output": "o"}
 MLP = {"gate": "wi_0", "up": "wi_1", "down": "wo"}
@@ -29,8 +30,8 @@ def _layer_sources(stack: str, parts: dict[str, tuple[str, dict[str, str]]]) -> 
     for i, (ours, (theirs, kernels)) in enumerate(parts.items()):
         block = f"{stack}.block.{{}}.layer.{i}"
         sources[f"{stack}.{ours}.norm"] = Source(f"{block}.layer_norm.weight")
-        for kernel, name in kernels.items():
-            sources[f"{stack}.{ours}.{kernel}"] = Source(f"{block}.{theirs}.{name}.weight", True)
+        for part, name in kernels.items():
+            sources[f"{stack}.{ours}.{part}"] = Source(f"{block}.{theirs}.{name}.weight", True)
     return sources
 
 
@@ -114,7 +115,7 @@ class Attention(nnx.Module):
 
     def keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(B, S, D) -> two of (B, S, heads, head_dim)."""
-        return self._split(x @ self.key[...]), self._split(x @ self.value[...])
+        return self._split(x @ kernel(self.key)), self._split(x @ kernel(self.value))
 
     def __call__(
         self,
@@ -125,9 +126,9 @@ class Attention(nnx.Module):
         bias: jax.Array | None = None,
     ) -> jax.Array:
         """x (B, L, D) attends to keys and values where mask (B, L or 1, S) allows."""
-        query = self._split(self.normed(x) @ self.query[...])
+        query = self._split(self.normed(x) @ kernel(self.query))
         h = attend(query, key, value, mask, scale=1.0, bias=bias)
-        return x + h.reshape(*x.shape[:2], -1) @ self.output[...]
+        return x + h.reshape(*x.shape[:2], -1) @ kernel(self.output)
 
 
 class Mlp(nnx.Module):
@@ -139,8 +140,8 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         h = rms_norm(x, self.norm[...], self.eps)
-        h = ACTIVATIONS["gelu_tanh"](h @ self.gate[...]) * (h @ self.up[...])
-        return x + h @ self.down[...]
+        h = ACTIVATIONS["gelu_tanh"](h @ kernel(self.gate)) * (h @ kernel(self.up))
+        return x + h @ kernel(self.down)
 
 
 class EncoderLayers(nnx.Module):

@@ -1,0 +1,31 @@
+"""Frozen kernels stored as integers: a half or a quarter of bfloat16's bytes.
+
+The arithmetic stays in the model's dtype: a kernel is expanded where it is used, one layer at a
+time, and gradients pass through it to the activations.
+"""
+
+import functools
+import math
+
+import jax
+import qwix
+from flax import nnx
+
+KINDS = ("int8", "int4")
+GROUP = 128  # inputs that share a scale in int4, where they divide so
+
+
+@functools.partial(jax.jit, static_argnames="kind")
+def quantize(kernels: jax.Array, kind: str) -> qwix.QArray:
+    """(layers, in, out) in `kind`, symmetric; scales in the kernels' dtype.
+
+    int8 has a scale per output channel, int4 one per output channel and group of inputs.
+    """
+    groups = {1: math.gcd(kernels.shape[1], GROUP)} if kind == "int4" else None
+    return qwix.quantize(kernels, kind, channelwise_axes=(0, 2), tiled_axes=groups)
+
+
+def kernel(weight: nnx.Variable) -> jax.Array:
+    """The variable's array, expanded where it is quantised."""
+    value = weight.get_value()
+    return qwix.dequantize(value) if isinstance(value, qwix.QArray) else value
