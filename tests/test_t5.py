@@ -202,7 +202,7 @@ def test_a_whole_run(make_t5: Callable[..., Path], tmp_path: Path) -> None:
     config.data.sample_train_users, config.data.sample_eval_users = 16, 8
     config.plug.num_persona_tokens, config.plug.projector_size = 2, 16
     config.train.batch_size = config.eval.batch_size = 8
-    config.eval.num_beams, config.eval.max_new_tokens = 2, 8
+    config.eval.max_new_tokens = 8
     config.eval.bootstrap_samples = 100
     run(config, tmp_path, "train_and_evaluate")
     results = json.loads((tmp_path / "results.json").read_text())
