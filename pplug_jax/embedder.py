@@ -36,7 +36,7 @@ class Projector(nnx.Module):
         self.up = normal((size, hidden), 1.0, "encoder", "embed")
         self.up_bias = nnx.Param(jnp.zeros(hidden), axes=("bias",))
         # A matrix, not (hidden, tokens, out): so XLA's CPU backend makes its gradient in the
-        # parameter's own layout, which makes a whole training step up to a third shorter.
+        # parameter's own layout (the layer alone 23 ms instead of 104 at 2048 x 16 x 128).
         self.down = normal(
             (hidden, tokens * out), (GELU_POWER * hidden * out) ** -0.5, "embed", "llm"
         )

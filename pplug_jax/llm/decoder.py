@@ -22,6 +22,16 @@ class Frozen(nnx.Variable):
     """A weight that nothing trains: no `nnx.Param` filter sees it."""
 
 
+def abstract_weights(dtype: str | jnp.dtype) -> Callable[..., Frozen]:
+    """weight((size, axis), ...): an abstract variable of that shape and those logical axes."""
+
+    def weight(*dims: tuple[int, str]) -> Frozen:
+        shape, axes = zip(*dims, strict=True)
+        return Frozen(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), axes=axes)
+
+    return weight
+
+
 @dataclasses.dataclass(frozen=True)
 class SlowStretch:
     """Llama 3.1's choice of the frequencies that `Rope.factor` divides (`rope_type: llama3`)."""
@@ -226,10 +236,7 @@ class Decoder(nnx.Module):
     prompt_end: tuple[int, ...] = ()  # the tokens that close a prompt
 
     def __init__(self, config: DecoderConfig, dtype: str | jnp.dtype = "bfloat16"):
-        def weight(*dims: tuple[int, str]) -> Frozen:
-            shape, axes = zip(*dims, strict=True)
-            return Frozen(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), axes=axes)
-
+        weight = abstract_weights(dtype)
         vocab, embed = (config.vocab_size, "vocab"), (config.hidden_size, "embed")
         self.embedding = weight(vocab, embed)
         self.layers = Layers(config, weight)

@@ -16,7 +16,7 @@ from flax import nnx
 
 from pplug_jax.hf import Source
 from pplug_jax.llm.attention import attend
-from pplug_jax.llm.decoder import ACTIVATIONS, Frozen, positions, rms_norm
+from pplug_jax.llm.decoder import ACTIVATIONS, Frozen, abstract_weights, positions, rms_norm
 from pplug_jax.llm.llama import check
 from pplug_jax.llm.quantize import kernel
 
@@ -208,9 +208,7 @@ class T5(nnx.Module):
     """A frozen T5; built abstract (`jax.ShapeDtypeStruct` weights), filled by `load_llm`."""
 
     def __init__(self, config: T5Config, dtype: str | jnp.dtype = "bfloat16"):
-        def weight(*dims: tuple[int, str]) -> Frozen:
-            shape, axes = zip(*dims, strict=True)
-            return Frozen(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), axes=axes)
+        weight = abstract_weights(dtype)
 
         def stacked(layers: int) -> Callable[..., Frozen]:
             return lambda *dims: weight((layers, "layers"), *dims)
