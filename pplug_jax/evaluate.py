@@ -123,7 +123,7 @@ def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
         name: Checkpoints(workdir / "checkpoints" / name, config.train.keep)
         for name in {METHODS[name].plug for name in config.methods} - {None}
     }
-    restored = functools.cache(lambda name: checkpoints[name].restore_plug(models.new_plug()))
+    restored = functools.cache(lambda name: checkpoints[name].restore_plug(models.abstract_plug))
     answers: dict[str, list[str]] = {}
     scores: dict[str, dict[str, np.ndarray]] = {}
     for name in config.methods:

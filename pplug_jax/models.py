@@ -1,8 +1,10 @@
 """The loaded parts that training, evaluation and serving share: mesh, LLM, encoder, store."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
@@ -16,9 +18,10 @@ from pplug_jax.data.lamp import Example
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.embedder import UserEmbedder
 from pplug_jax.encoder import load_encoder
-from pplug_jax.encoder.encode import load_bert
+from pplug_jax.encoder.bert import Bert
+from pplug_jax.encoder.encode import abstract_bert, load_bert
 from pplug_jax.llm import load_llm
-from pplug_jax.mesh import batch_parts, make_mesh, place
+from pplug_jax.mesh import batch_parts, make_mesh, place, shardings
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -107,23 +110,14 @@ class Models:
                 f"but the LLM was made for {self.llm.config.max_length}"
             )
 
-    def new_plug(self) -> UserEmbedder:
-        """An untrained plug on the mesh.
-
-        Enc_inp has the encoder's weights, the rest is drawn from the seed.
-        """
+    @functools.cached_property
+    def _build_plug(self) -> Callable[[Bert, jax.Array], UserEmbedder]:
+        """(Enc_inp, key) -> a plug whose other parts are drawn from the key."""
         config = self.config.plug
-        encoder = load_bert(
-            self.encoder_path,
-            self.mesh,
-            pooling=self.config.encoder.pooling or None,
-            variable=nnx.Param,
-            dtype=config.dtype,
-        )
         scale = float(jax.jit(lambda llm: llm.embedding_norm())(self.llm))
 
         @jax.jit
-        def build(encoder: nnx.Module, key: jax.Array) -> UserEmbedder:
+        def build(encoder: Bert, key: jax.Array) -> UserEmbedder:
             return UserEmbedder(
                 encoder,
                 self.llm.config.hidden_size,
@@ -136,7 +130,36 @@ class Models:
                 rngs=nnx.Rngs(key),
             )
 
-        return place(build(encoder, jax.random.key(self.config.seed)), self.mesh)
+        return build
+
+    @property
+    def _input_encoder(self) -> dict[str, Any]:
+        return {
+            "pooling": self.config.encoder.pooling or None,
+            "variable": nnx.Param,
+            "dtype": self.config.plug.dtype,
+        }
+
+    @functools.cached_property
+    def abstract_plug(self) -> UserEmbedder:
+        """A plug's shapes, dtypes and places on the mesh, to restore one into."""
+        encoder = abstract_bert(self.encoder_path, **self._input_encoder)
+        key = jax.random.key(self.config.seed)
+        graph, state = nnx.split(jax.eval_shape(self._build_plug, encoder, key))
+        placed = jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            state,
+            shardings(state, self.mesh),
+        )
+        return nnx.merge(graph, placed)
+
+    def new_plug(self) -> UserEmbedder:
+        """An untrained plug on the mesh.
+
+        Enc_inp has the encoder's weights, the rest is drawn from the seed.
+        """
+        encoder = load_bert(self.encoder_path, self.mesh, **self._input_encoder)
+        return place(self._build_plug(encoder, jax.random.key(self.config.seed)), self.mesh)
 
 
 def parameter_count(module: nnx.Module) -> int:

@@ -42,7 +42,7 @@ class Personalizer:
             raise InputError(f"{path}: no such file; {workdir} is not the workdir of a run")
         models = Models(ml_collections.ConfigDict(json.loads(path.read_text())), workdir)
         checkpoints = Checkpoints(workdir / "checkpoints" / "pplug")
-        plug = checkpoints.restore_plug(models.new_plug())
+        plug = checkpoints.restore_plug(models.abstract_plug)
         checkpoints.close()
         return cls(models, plug)
 

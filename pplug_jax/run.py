@@ -42,7 +42,7 @@ def read_examples(
 def describe(models: Models, train: list[Example], held_out: list[Example]) -> None:
     """Prints what is about to be done."""
     config = models.config
-    trainable, frozen = parameter_count(models.new_plug()), parameter_count(models.llm)
+    trainable, frozen = parameter_count(models.abstract_plug), parameter_count(models.llm)
     data = config.data.path or (
         "the embedded sample, made up by a generator "
         "(for real data: --config.data.path=DIR with LaMP's files)"

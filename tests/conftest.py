@@ -10,6 +10,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_use_fusion_emitters=false",
     ]
 ).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -113,8 +114,9 @@ def make_t5(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         config = {
             "vocab_size": 24,
             "d_model": 32,
-            "d_kv": 8,
+            "d_kv": 12,  # not D / heads
             "d_ff": 48,
+            # transformers cannot generate with a decoder that is deeper than the encoder.
             "num_layers": 3,
             "num_decoder_layers": 2,
             "num_heads": 4,

@@ -240,7 +240,7 @@ def configs(draw: st.DrawFn) -> transformers.PreTrainedConfig:
 
 
 @settings(
-    max_examples=12,
+    max_examples=8,
     deadline=None,
     derandomize=True,
     database=None,

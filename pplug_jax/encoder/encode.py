@@ -4,6 +4,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,15 +45,22 @@ def read_pooling(path: str | Path) -> str:
     return names[modes[0]]
 
 
-def load_bert(
-    path: str | Path, mesh: Mesh, *, pooling: str | None, variable: type[nnx.Variable], dtype: str
+def abstract_bert(
+    path: str | Path, *, pooling: str | None, variable: type[nnx.Variable], dtype: str
 ) -> bert.Bert:
-    """The directory's model; `variable` says whether it is trained (`nnx.Param`) or frozen."""
+    """The directory's model without its weights.
+
+    pooling: None is what the directory says. variable: trained (`nnx.Param`) or `Frozen`.
+    """
     with hf.naming_missing_fields(path):
         config = bert.config_from_hf(hf.read_config(path))
-    model = bert.Bert(config, pooling or read_pooling(path), variable, dtype)
+    return bert.Bert(config, pooling or read_pooling(path), variable, dtype)
+
+
+def load_bert(path: str | Path, mesh: Mesh, **settings: Any) -> bert.Bert:
+    """The directory's model; settings as `abstract_bert`'s."""
     return hf.load_weights(
-        model,
+        abstract_bert(path, **settings),
         path,
         bert.SOURCES,
         mesh,
