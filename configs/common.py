@@ -34,7 +34,8 @@ def base_config() -> ml_collections.ConfigDict:
     c.llm.source = ""  # where that directory can be had, for the error message
     c.llm.dtype = "bfloat16"
     c.llm.quantize = ""  # int8 or int4: how the frozen kernels are stored
-    c.llm.separator = "\n"  # between input and answer
+    c.llm.chat = False  # use the tokenizer's chat template
+    c.llm.separator = "\n"  # between input and answer, without a chat template
 
     c.encoder = ml_collections.ConfigDict()
     c.encoder.path = ""

@@ -12,9 +12,10 @@ from flax import nnx
 
 from pplug_jax import hf
 from pplug_jax.config import ConfigError, check_batches
-from pplug_jax.data.batches import Tokenized, Tokenizer, tokenize
+from pplug_jax.data.batches import Tokenized, tokenize
 from pplug_jax.data.history import HistoryStore
 from pplug_jax.data.lamp import Example
+from pplug_jax.data.prompts import Tokenizer
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.embedder import UserEmbedder
 from pplug_jax.encoder import load_encoder
@@ -64,7 +65,11 @@ class Models:
         )
         tokenizer = hf.load_tokenizer(llm_path, self.llm.config.vocab_size)
         self.tokenizer = Tokenizer(
-            tokenizer, config.llm.separator, self.llm.config.eos_ids, self.llm.prompt_end
+            tokenizer,
+            self.llm.config.eos_ids,
+            separator=config.llm.separator,
+            prompt_end=self.llm.prompt_end,
+            chat=config.llm.chat,
         )
         self._check_length()
         self.encoder = load_encoder(
@@ -99,9 +104,7 @@ class Models:
     def _check_length(self) -> None:
         data = self.config.data
         soft = 1 + self.config.plug.num_persona_tokens
-        prompt = (
-            self.tokenizer.prefix_length + data.max_input_length + len(self.tokenizer.separator)
-        )
+        prompt = self.tokenizer.prefix_length + data.max_input_length + len(self.tokenizer.suffix)
         answer = max(data.max_target_length, self.config.eval.max_new_tokens)
         if prompt + soft + answer > self.llm.config.max_length:
             raise ConfigError(

@@ -55,6 +55,7 @@ def describe(models: Models, train: list[Example], held_out: list[Example]) -> N
         f"{len(held_out)} held out ({config.data.eval_split})",
         "frozen LLM": f"{config.llm.path}, {frozen:,} parameters, "
         + (config.llm.quantize or config.llm.dtype),
+        "prompt": models.tokenizer.layout(1 + config.plug.num_persona_tokens),
         "encoder": f"{config.encoder.path}, width {models.encoder.size}, "
         f"{models.encoder.model.pooling} pooling",
         "trainable": f"{trainable:,} parameters, {trainable / (trainable + frozen):.1%} of all",

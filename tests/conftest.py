@@ -70,6 +70,11 @@ def tiny_llama(make_llama: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def llama_tokenizer(tiny_llama: Path) -> transformers.PreTrainedTokenizerBase:
+    return transformers.AutoTokenizer.from_pretrained(tiny_llama)
+
+
+@pytest.fixture(scope="session")
 def make_bert(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """make_bert(kind=BertModel, **settings): a directory, a random tiny BERT and its tokenizer."""
     import torch

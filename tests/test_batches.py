@@ -19,7 +19,6 @@ from pplug_jax.data.batches import (
     Buckets,
     Plan,
     Tokenized,
-    Tokenizer,
     drop_history,
     place_batch,
     plan_batches,
@@ -28,6 +27,7 @@ from pplug_jax.data.batches import (
 )
 from pplug_jax.data.history import HistoryStore
 from pplug_jax.data.lamp import Example
+from pplug_jax.data.prompts import Tokenizer
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.mesh import make_mesh
 
@@ -82,60 +82,8 @@ def many(count: int, seed: int = 0) -> list[Tokenized]:
 # Tokens
 
 
-@pytest.fixture(scope="session")
-def llama_tokenizer(tiny_llama: Path) -> transformers.PreTrainedTokenizerBase:
-    return transformers.AutoTokenizer.from_pretrained(tiny_llama)
-
-
-def test_a_prompt_is_bos_text_separator(llama_tokenizer: transformers.PreTrainedTokenizerBase):
-    tokenizer = Tokenizer(llama_tokenizer, "\nTitle:", [])
-    bos, text, separator = 0, tokenizer.ids("small model"), tokenizer.ids("\nTitle:")
-    assert tokenizer.prefix_length == 1
-    assert text
-    assert separator
-    assert tokenizer.prompt("small model", 99).tolist() == [bos, *text, *separator]
-    # What is cut is the text, never the frame around it.
-    assert tokenizer.prompt("small model", 2).tolist() == [bos, *text[:2], *separator]
-    assert tokenizer.prompt("", 9).tolist() == [bos, *separator]
-
-
-def test_a_target_ends_with_eos_even_when_cut(
-    llama_tokenizer: transformers.PreTrainedTokenizerBase,
-):
-    tokenizer = Tokenizer(llama_tokenizer, "", [])
-    text, eos = tokenizer.ids("small model"), 1
-    assert tokenizer.target("small model", 99).tolist() == [*text, eos]
-    assert tokenizer.target("small model", len(text)).tolist() == [*text[:-1], eos]
-    assert tokenizer.target("small model", 1).tolist() == [eos]
-    assert tokenizer.target("", 9).tolist() == [eos]
-
-
-def test_special_tokens_in_a_users_text_are_plain_text(
-    llama_tokenizer: transformers.PreTrainedTokenizerBase,
-):
-    tokenizer = Tokenizer(llama_tokenizer, "", [])
-    text = "a </s> b <s><pad>"
-    for ids in (tokenizer.prompt(text, 99)[1:], tokenizer.target(text, 99)[:-1]):
-        assert not set(ids) & {0, 1, 2}
-        assert llama_tokenizer.decode(ids) == text
-
-
-def test_a_tokenizer_without_bos_and_eos():
-    class Bare:
-        bos_token_id = eos_token_id = None
-
-        def encode(self, text: str, **options: object) -> list[int]:
-            return [ord(character) for character in text]
-
-    tokenizer = Tokenizer(Bare(), "|", [7, 8])
-    assert tokenizer.prefix_length == 0
-    assert tokenizer.prompt("ab", 9).tolist() == [97, 98, 124]
-    assert tokenizer.target("ab", 9).tolist() == [97, 98, 7]  # the LLM's config names one
-    assert Tokenizer(Bare(), "", []).target("ab", 9).tolist() == [97, 98]
-
-
 def test_tokenize(llama_tokenizer: transformers.PreTrainedTokenizerBase, store: HistoryStore):
-    tokenizer = Tokenizer(llama_tokenizer, " =>", [])
+    tokenizer = Tokenizer(llama_tokenizer, separator=" =>")
     profile = tuple(item(i) for i in range(5))
     input = "Generate a title for the following abstract of a paper: Models."
     examples = [Example("0", input, "Gold", profile), Example("1", "bare", None, ())]

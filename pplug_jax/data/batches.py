@@ -10,11 +10,11 @@ from typing import NamedTuple
 import grain
 import jax
 import numpy as np
-import transformers
 from jax.sharding import Mesh
 
 from pplug_jax.data.history import HistoryStore
 from pplug_jax.data.lamp import Example
+from pplug_jax.data.prompts import Tokenizer
 from pplug_jax.data.tasks import Task
 from pplug_jax.mesh import sharding
 
@@ -50,50 +50,6 @@ class Tokenized(NamedTuple):
     target: np.ndarray
     query: np.ndarray
     rows: np.ndarray
-
-
-class Tokenizer:
-    """The LLM's tokenizer with the prompt's fixed parts: [BOS] input separator end | target EOS.
-
-    end: the tokens that close a prompt; most LLMs have none. The soft tokens stand behind
-    `prefix_length` tokens: after BOS, where the tokenizer has one.
-    """
-
-    def __init__(
-        self,
-        tokenizer: transformers.PreTrainedTokenizerBase,
-        separator: str,
-        eos_ids: Sequence[int],
-        end: Sequence[int] = (),
-    ):
-        self.tokenizer = tokenizer
-        self.prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        self.prefix_length = len(self.prefix)
-        self.separator = [*self.ids(separator), *end]
-        eos = (
-            tokenizer.eos_token_id
-            if tokenizer.eos_token_id is not None
-            else next(iter(eos_ids), None)
-        )
-        self.eos = [] if eos is None else [eos]
-
-    def ids(self, text: str) -> list[int]:
-        """The text's tokens; special tokens that a user writes are read as plain text."""
-        return self.tokenizer.encode(
-            text, add_special_tokens=False, split_special_tokens=True, verbose=False
-        )
-
-    def prompt(self, text: str, max_length: int) -> np.ndarray:
-        """At most `max_length` tokens of `text`, between the prefix and the separator."""
-        return np.array([*self.prefix, *self.ids(text)[:max_length], *self.separator], np.int32)
-
-    def target(self, text: str, max_length: int) -> np.ndarray:
-        """At most `max_length` tokens, the end-of-sequence token counted."""
-        return np.array([*self.ids(text)[: max_length - len(self.eos)], *self.eos], np.int32)
-
-    def decode(self, tokens: np.ndarray) -> str:
-        """Generated tokens as text, without special tokens."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
 def tokenize(

@@ -28,7 +28,7 @@ from absl import app, flags
 from pplug_jax import hf
 from pplug_jax.config import write_json
 from pplug_jax.data import lamp, sample
-from pplug_jax.data.batches import Tokenizer
+from pplug_jax.data.prompts import Tokenizer
 from pplug_jax.data.retrieval import demonstration_prompt
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.llm import llama
@@ -96,7 +96,7 @@ def batches(
     tokenizer: transformers.PreTrainedTokenizerFast, rng: random.Random
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """The form of a batch, its tokens (B, L) int32 and loss weights (B, L) float32."""
-    parts = Tokenizer(tokenizer, SEPARATOR, ())
+    parts = Tokenizer(tokenizer, separator=SEPARATOR)
     source = authors(rng)
     while True:
         form = rng.choices(("bare", "demonstrations", "notes", "list"), FLAGS.shares)[0]
@@ -110,7 +110,7 @@ def batches(
             prompts = {"notes": [f"{notes} {prompt}"], "list": [notes, "", "", ""]}
             ids, weights = [*parts.prefix], [0.0] * parts.prefix_length
             for text, paper in zip(prompts.get(form, [prompt]), papers, strict=False):
-                before = [*parts.ids(text)[: FLAGS.max_length], *parts.separator]
+                before = [*parts.ids(text)[: FLAGS.max_length], *parts.suffix]
                 title = parts.target(paper["title"], 64)
                 ids += [*before, *title]
                 weights += [FLAGS.prompt_weight] * len(before) + [1.0] * len(title)

@@ -1,0 +1,135 @@
+"""A task's texts as the LLM's tokens: [prefix] input [suffix] | answer [end].
+
+The soft tokens stand behind the prefix. A plain prompt's prefix is BOS, where the tokenizer has
+one, and its suffix a separator. With the tokenizer's chat template the prefix is all that opens the
+user's turn, the suffix all from its end to where the answer begins.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import transformers
+
+from pplug_jax.errors import InputError
+
+# What chat templates may depend on besides the messages. Llama 3.2's writes today's date unless it
+# is given one, and a prompt must not change overnight; Qwen 3's lets the model think first unless
+# told not to, and the answer is what is trained.
+TEMPLATE_SETTINGS = {"date_string": "26 Jul 2024", "enable_thinking": False}
+USER, ANSWER = "USERTEXT", "ANSWERTEXT"  # stand for the texts while a template is read
+
+
+class Turn(NamedTuple):
+    """What a chat template writes before the user's text, between it and the answer, and behind."""
+
+    before: str
+    between: str
+    behind: str
+
+
+def read_template(tokenizer: transformers.PreTrainedTokenizerBase) -> Turn:
+    """The tokenizer's chat template for one turn.
+
+    Raises:
+        InputError: it has none, or one that does not hold each text exactly once.
+    """
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"{tokenizer.name_or_path}: the tokenizer has no chat_template; give "
+            "--config.llm.chat=False, or the instruction-tuned checkpoint"
+        )
+
+    def render(*messages: dict[str, str], answer: bool) -> str:
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=answer, **TEMPLATE_SETTINGS
+        )
+
+    user, assistant = {"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}
+    asked = render(user, answer=True).split(USER)
+    answered = render(user, assistant, answer=False).split(ANSWER)
+    if len(asked) != 2 or len(answered) != 2:
+        raise InputError(
+            f"{tokenizer.name_or_path}: the chat_template does not hold the user's text and the "
+            "answer once each; give --config.llm.chat=False"
+        )
+    return Turn(*asked, answered[1])
+
+
+class Tokenizer:
+    """The LLM's tokenizer with the fixed parts of a prompt.
+
+    prefix, suffix, end: lists of token ids; the soft tokens stand behind `prefix_length` tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: transformers.PreTrainedTokenizerBase,
+        eos_ids: Sequence[int] = (),
+        *,
+        separator: str = "",
+        prompt_end: Sequence[int] = (),
+        chat: bool = False,
+    ):
+        """
+        Args:
+            eos_ids: where the LLM's generation stops.
+            separator: between input and answer of a plain prompt.
+            prompt_end: the tokens that close a plain prompt; most LLMs have none.
+            chat: use the tokenizer's chat template.
+
+        Raises:
+            InputError: the chat template is missing or cannot be used.
+        """
+        self.tokenizer = tokenizer
+        stops = [tokenizer.eos_token_id, *eos_ids]
+        stops = [token for token in stops if token is not None]
+        if chat:
+            turn = read_template(tokenizer)
+            self.prefix, self.suffix, closing = map(self._template_ids, turn)
+            # Llama 2 writes a blank before its end-of-sequence token.
+            self.end = [token for token in closing if token in eos_ids][:1]
+            if not self.end:
+                raise InputError(
+                    f"{tokenizer.name_or_path}: the chat_template ends an answer with "
+                    f"{turn.behind!r}, where generation does not stop (it does at "
+                    f"{tokenizer.convert_ids_to_tokens(list(eos_ids))}): name that token in "
+                    "eos_token_id of generation_config.json"
+                )
+        else:
+            self.prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+            self.suffix = [*self.ids(separator), *prompt_end]
+            self.end = stops[:1]
+        self.prefix_length = len(self.prefix)
+
+    def _template_ids(self, text: str) -> list[int]:
+        """Tokens of the template's own text, whose special tokens are meant."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def ids(self, text: str) -> list[int]:
+        """The text's tokens; special tokens that a user writes are read as plain text."""
+        return self.tokenizer.encode(
+            text, add_special_tokens=False, split_special_tokens=True, verbose=False
+        )
+
+    def prompt(self, text: str, max_length: int) -> np.ndarray:
+        """At most `max_length` tokens of `text`, between prefix and suffix."""
+        return np.array([*self.prefix, *self.ids(text)[:max_length], *self.suffix], np.int32)
+
+    def target(self, text: str, max_length: int) -> np.ndarray:
+        """At most `max_length` tokens, the end-of-sequence token counted."""
+        return np.array([*self.ids(text)[: max_length - len(self.end)], *self.end], np.int32)
+
+    def decode(self, tokens: np.ndarray) -> str:
+        """Generated tokens as text, without special tokens."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+    def layout(self, soft_tokens: int) -> str:
+        """What the LLM reads, for people: fixed parts as they are, line breaks escaped."""
+
+        def shown(ids: list[int]) -> str:
+            return json.dumps(self.tokenizer.decode(ids), ensure_ascii=False)[1:-1]
+
+        parts = [shown(self.prefix), f"[{soft_tokens} soft tokens] [input]", shown(self.suffix)]
+        return "".join([*parts, f" | [answer]{shown(self.end)}"])
