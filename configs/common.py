@@ -30,8 +30,7 @@ def base_config() -> ml_collections.ConfigDict:
     c.data.history_store = ""  # directory; empty: WORKDIR/history
 
     c.llm = ml_collections.ConfigDict()
-    c.llm.path = ""  # Hugging Face directory, or assets/NAME for a bundled model
-    c.llm.source = ""  # where that directory can be had, for the error message
+    c.llm.path = ""  # Hugging Face directory, URL (gs://...) or hub id; assets/NAME is bundled
     c.llm.dtype = "bfloat16"
     c.llm.quantize = ""  # int8 or int4: how the frozen kernels are stored
     c.llm.chat = False  # use the tokenizer's chat template
@@ -39,8 +38,9 @@ def base_config() -> ml_collections.ConfigDict:
 
     c.encoder = ml_collections.ConfigDict()
     c.encoder.path = ""
-    c.encoder.source = ""
     c.encoder.pooling = ""  # cls or mean; empty: as the directory says
+    c.encoder.query_prefix = ""  # in front of every input, as "query: " for E5
+    c.encoder.item_prefix = ""  # in front of every history text, as "passage: " for E5
     c.encoder.max_length = 512
     c.encoder.dtype = "float32"
     c.encoder.batch_size = 64

@@ -1,17 +1,13 @@
 """LaMP-5, scholarly title generation.
 
 `--config=configs/lamp5.py` runs on the embedded sample with the bundled tiny models.
-`--config=configs/lamp5.py:llama3_1b` is a preset for real data; it says which paths it needs.
+`--config=configs/lamp5.py:llama3_1b` is for real data, `:llama3_1b@v5e-8` also for that slice;
+`configs/llms.py` lists the LLMs.
 """
 
 import ml_collections
 
-from configs import common
-
-PRESETS = {
-    "llama3_1b": "meta-llama/Llama-3.2-1B",
-    "llama3_8b": "meta-llama/Llama-3.1-8B",
-}
+from configs import common, llms
 
 
 def get_config(arg: str = "embedded") -> ml_collections.ConfigDict:
@@ -38,16 +34,7 @@ def get_config(arg: str = "embedded") -> ml_collections.ConfigDict:
         c.eval.num_beams = 1
         c.eval.max_new_tokens = 40
         c.eval.top_k = 1  # of 8 to 16 items; 4 would be a third of a history
-    elif arg in PRESETS:
-        c.data.path = "data/LaMP_5"
-        c.llm.path = f"models/{arg}"
-        c.llm.source = PRESETS[arg]
-        c.encoder.path = "models/bge-base-en-v1.5"
-        c.encoder.source = "BAAI/bge-base-en-v1.5"
-        c.plug.dtype = "bfloat16"
-        c.train.remat = True
     else:
-        raise ValueError(
-            f"configs/lamp5.py:{arg}: unknown; known are embedded, {', '.join(PRESETS)}"
-        )
+        c.data.path = "data/LaMP_5"
+        llms.use(c, arg)
     return c

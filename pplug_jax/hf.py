@@ -1,13 +1,16 @@
 """Directories in Hugging Face format: config, tokenizer, and weights read into their shards."""
 
 import contextlib
+import functools
 import json
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import transformers
 from flax import nnx
@@ -17,6 +20,9 @@ from safetensors.numpy import save_file
 
 from pplug_jax.errors import InputError
 from pplug_jax.mesh import shardings
+
+# Of a stack of layers, so many bytes are read at a time.
+PIECE_BYTES = 2**26
 
 
 class Source(NamedTuple):
@@ -136,7 +142,7 @@ def load_weights(
         ignore: pattern of the tensor names that the checkpoint may have besides.
         prefix: what stands before the names of this module's tensors; the others are another
             module's.
-        store: what a variable holds, given its array.
+        store: what a variable holds, given its array or some layers of its stack.
 
     Raises:
         InputError: a missing, unexpected or misshapen tensor, or a truncated file; the message
@@ -150,24 +156,21 @@ def load_weights(
                 tensors[name.removeprefix(prefix)] = (file, handle.get_slice(name))
 
     graph, state = nnx.split(module)
-    targets = nnx.to_flat_state(shardings(module, mesh))
+    places = nnx.to_flat_state(shardings(module, mesh))
     wanted: set[str] = set()
     filled = []
-    for (path, variable), (_, target) in zip(nnx.to_flat_state(state), targets, strict=True):
+    for (path, variable), (_, place) in zip(nnx.to_flat_state(state), places, strict=True):
         abstract = variable.get_value()
         source = sources[".".join(map(str, path))]
-        names = (
-            [source.name.format(i) for i in range(abstract.shape[0])]
-            if "{}" in source.name
-            else [source.name]
-        )
+        stacked = "{}" in source.name
+        names = [source.name.format(i) for i in range(abstract.shape[0] if stacked else 1)]
         wanted.update(names)
         if missing := [name for name in names if name not in tensors]:
             raise InputError(
                 f"{directory}: the checkpoint lacks the tensor {missing[0]} "
                 f"({len(missing)} of its kind)"
             )
-        shape = abstract.shape[1:] if "{}" in source.name else abstract.shape
+        shape = abstract.shape[1:] if stacked else abstract.shape
         for name in names:
             file, tensor = tensors[name]
             found = tuple(tensor.get_shape())
@@ -177,21 +180,18 @@ def load_weights(
                     f"config.json asks for {shape[::-1] if source.transpose else shape}"
                 )
 
-        def read(
-            index: tuple[slice, ...], abstract=abstract, source=source, names=names
-        ) -> np.ndarray:
-            def one(name: str, index: tuple[slice, ...]) -> np.ndarray:
-                tensor = tensors[name][1]
-                return tensor[index[::-1]].T if source.transpose else tensor[index]
+        def read(name: str, index: tuple[slice, ...], source=source, dtype=abstract.dtype):
+            tensor = tensors[name][1]
+            array = tensor[index[::-1]].T if source.transpose else tensor[index]
+            return array.astype(dtype, copy=False)
 
-            if "{}" not in source.name:
-                return one(names[0], index).astype(abstract.dtype)
-            return np.stack(
-                [one(name, index[1:]).astype(abstract.dtype) for name in names[index[0]]]
-            )
-
-        array = jax.make_array_from_callback(abstract.shape, target.get_value(), read)
-        filled.append((path, variable.replace(store(array))))
+        where = place.get_value()
+        if stacked:
+            array = _stack(read, names, abstract, where, store)
+        else:
+            index_of = functools.partial(read, names[0])
+            array = store(jax.make_array_from_callback(abstract.shape, where, index_of))
+        filled.append((path, variable.replace(array)))
 
     unexpected = sorted(
         name for name in tensors if name not in wanted and not re.fullmatch(ignore, name)
@@ -202,6 +202,44 @@ def load_weights(
             f"{', '.join(unexpected[:5])}"
         )
     return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def _stack(
+    read: Callable[[str, tuple[slice, ...]], np.ndarray],
+    names: Sequence[str],
+    abstract: jax.ShapeDtypeStruct,
+    where: jax.sharding.Sharding,
+    store: Callable[[jax.Array], Any],
+) -> Any:
+    """The tensors `names` on a new axis 0, some at a time, so that the host never holds all."""
+    layer_bytes = abstract.dtype.itemsize * math.prod(abstract.shape[1:])
+    at_once = max(1, PIECE_BYTES // layer_bytes)
+    stack = None
+    for start in range(0, len(names), at_once):
+        piece = names[start : start + at_once]
+        array = store(
+            jax.make_array_from_callback(
+                (len(piece), *abstract.shape[1:]),
+                where,  # axis 0 is never split
+                lambda index, piece=piece: np.stack([read(name, index[1:]) for name in piece]),
+            )
+        )
+        if len(piece) == len(names):
+            return array
+        if stack is None:
+            stack = jax.tree.map(functools.partial(_zeros, len(names)), array)
+        stack = jax.tree.map(functools.partial(_put, start=start), stack, array)
+        jax.block_until_ready(stack)  # or the host would read ahead of the devices
+    return stack
+
+
+def _zeros(layers: int, like: jax.Array) -> jax.Array:
+    return jnp.zeros((layers, *like.shape[1:]), like.dtype, device=like.sharding)
+
+
+@functools.partial(jax.jit, donate_argnames="stack")
+def _put(stack: jax.Array, piece: jax.Array, start: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(stack, piece, start, axis=0)
 
 
 def save_weights(

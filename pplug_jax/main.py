@@ -1,6 +1,7 @@
 """The command: `python -m pplug_jax.main --config=configs/lamp5.py`."""
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ flags.mark_flag_as_required("config")
 
 
 def default_workdir(config_file: str) -> Path:
-    """configs/lamp5.py:llama3_1b -> runs/lamp5-llama3_1b."""
-    path, _, argument = config_file.partition(":")
+    """configs/lamp5.py:llama3_1b@v5e-8 -> runs/lamp5-llama3_1b, whatever the slice."""
+    path, _, argument = config_file.partition("@")[0].partition(":")
     return Path("runs") / (Path(path).stem + (f"-{argument}" if argument else ""))
 
 
@@ -35,9 +36,11 @@ def _quiet() -> None:
     """Leaves it to the exception that reaches us to say what failed, once.
 
     A checkpoint that cannot be written is otherwise also logged by Orbax's threads, and reported
-    by TensorStore's for every array that still waits for the event loop that has ended.
+    by TensorStore's for every array that still waits for the event loop that has ended, or whose
+    writing had not begun.
     """
     logging.set_verbosity(logging.FATAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
     def report(unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":

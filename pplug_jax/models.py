@@ -21,28 +21,26 @@ from pplug_jax.embedder import UserEmbedder
 from pplug_jax.encoder import load_encoder
 from pplug_jax.encoder.bert import Bert
 from pplug_jax.encoder.encode import abstract_bert, load_bert
+from pplug_jax.errors import InputError
+from pplug_jax.hub import local_directory
 from pplug_jax.llm import load_llm
 from pplug_jax.mesh import batch_parts, make_mesh, place, shardings
 
 ASSETS = Path(__file__).parent / "assets"
 
 
-def model_path(settings: ml_collections.ConfigDict, field: str) -> Path:
-    """A model's directory: `assets/NAME` is one bundled with the package, anything else a path.
+def model_path(path: str, field: str) -> Path:
+    """A model's directory: `assets/NAME` is one bundled with the package, others as `hub` has it.
 
     Raises:
         ConfigError: nothing is there; the message says what belongs there.
     """
-    path = settings.path
-    bundled = path.startswith("assets/")
-    directory = ASSETS / path.removeprefix("assets/") if bundled else Path(path)
-    if not path or not directory.is_dir():
-        raise ConfigError(
-            f"config.{field}.path: there is no directory {path!r}. It should hold "
-            f"{settings.source or 'a model'} in Hugging Face format (config.json, *.safetensors, "
-            f"tokenizer.json); name its place with --config.{field}.path=DIR"
-        )
-    return directory
+    if path.startswith("assets/"):
+        path = str(ASSETS / path.removeprefix("assets/"))
+    try:
+        return local_directory(path)
+    except InputError as error:
+        raise ConfigError(f"config.{field}.path: {error}") from error
 
 
 class Models:
@@ -58,8 +56,8 @@ class Models:
         self.task = TASKS[config.task]
         self.mesh = make_mesh(**config.mesh)
         check_batches(config, batch_parts(self.mesh))
-        llm_path = model_path(config.llm, "llm")
-        self.encoder_path = model_path(config.encoder, "encoder")
+        llm_path = model_path(config.llm.path, "llm")
+        self.encoder_path = model_path(config.encoder.path, "encoder")
         self.llm = load_llm(
             llm_path, mesh=self.mesh, dtype=config.llm.dtype, quantize=config.llm.quantize or None
         )
@@ -78,6 +76,8 @@ class Models:
             dtype=config.encoder.dtype,
             pooling=config.encoder.pooling or None,
             max_length=config.encoder.max_length,
+            query_prefix=config.encoder.query_prefix,
+            item_prefix=config.encoder.item_prefix,
         )
         self.store = HistoryStore(config.data.history_store or workdir / "history", self.encoder)
 

@@ -60,7 +60,7 @@ class Personalizer:
         task, encoder = self.models.task, self.models.encoder
         texts = [item if isinstance(item, str) else task.item_text(item) for item in history]
         texts = texts[-self.models.config.data.max_history :]
-        query = np.array(encoder.tokenize([task.query(input)]), np.int32)
+        query = np.array(encoder.queries([task.query(input)]), np.int32)
         # The store's precision, so that a served persona is the one that was trained and tested.
         vectors = encoder.encode(texts).astype(np.float16).astype(np.float32)
         # One masked item stands in for an empty history, whose width would be 0.

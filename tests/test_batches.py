@@ -49,7 +49,7 @@ class FakeEncoder:
         seeds = (hashlib.sha256(text.encode()).digest()[0] for text in texts)
         return np.stack([np.random.default_rng(seed).standard_normal(4) for seed in seeds])
 
-    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+    def queries(self, texts: Sequence[str]) -> list[list[int]]:
         return [[1, *map(ord, text), 2] for text in texts]
 
 

@@ -1,5 +1,7 @@
 """The text encoder against transformers' BERT, and its batching against one text at a time."""
 
+import gzip
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -262,14 +264,73 @@ def test_eight_devices_give_the_vectors_of_one(tiny_bert: Path, encoder: Encoder
     np.testing.assert_allclose(eight.encode(TEXTS, batch_size=3), encode(encoder, TEXTS), atol=1e-5)
 
 
-def test_a_trained_model(real_models: Path) -> None:
+def test_prefixes_stand_before_inputs_and_items(tiny_bert: Path, encoder: Encoder) -> None:
+    prefixed = load_encoder(tiny_bert, query_prefix="query: ", item_prefix="passage: ")
+    items, queries = TEXTS, ["query: a", "query: b c"]
+    np.testing.assert_array_equal(
+        encode(prefixed, items), encode(encoder, [f"passage: {item}" for item in items])
+    )
+    assert prefixed.queries(["a", "b c"]) == encoder.tokenize(queries) == encoder.queries(queries)
+    # Stored vectors depend on the items' prefix alone.
+    assert load_encoder(tiny_bert, query_prefix="q").fingerprint == encoder.fingerprint
+    assert prefixed.fingerprint != encoder.fingerprint
+
+
+@pytest.fixture
+def modules(tiny_bert: Path, tmp_path: Path) -> Callable[..., Path]:
+    """modules(kind=place, ...): a sentence-transformers directory of these modules."""
+
+    def make(**places: str) -> Path:
+        path = shutil.copytree(tiny_bert, tmp_path / "encoder")
+        listed = [
+            {"path": place, "type": f"sentence_transformers.models.{kind}"}
+            for kind, place in places.items()
+        ]
+        (path / "modules.json").write_text(json.dumps(listed))
+        return path
+
+    return make
+
+
+def test_the_pooling_is_where_modules_json_says(modules: Callable[..., Path]) -> None:
+    path = modules(Transformer="", Pooling="pool", Normalize="norm")
+    (path / "pool").mkdir()
+    (path / "pool" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    assert load_encoder(path).model.pooling == "mean"
+
+
+def test_a_module_that_changes_the_vector_is_refused(modules: Callable[..., Path]) -> None:
+    path = modules(Transformer="", Pooling="1_Pooling", Dense="2_Dense")
+    with pytest.raises(ValueError, match=r"modules\.json: the module Dense is not supported"):
+        load_encoder(path)
+
+
+def test_contriever_is_pooled_by_the_mean(tiny_bert: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(tiny_bert, tmp_path / "contriever")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"architectures": ["Contriever"]}))
+    assert load_encoder(path).model.pooling == "mean"
+
+
+def test_a_trained_model_on_a_thousand_texts(real_models: Path) -> None:
+    """Titles and some abstracts, on eight devices at once, in batches of like lengths."""
+    corpus = real_models.parent / "data" / "corpus" / "scholarly_corpus.jsonl.gz"
+    if not corpus.is_file():
+        pytest.skip(f"{corpus} is absent: no real texts to encode")
+    with gzip.open(corpus, "rt") as file:
+        papers = [json.loads(line) for line in itertools.islice(file, 1000)]
+    texts = [p["abstract"] if i % 20 == 0 else p["title"] for i, p in enumerate(papers)]
     path = real_models / "all-MiniLM-L6-v2"
-    encoder = load_encoder(path)
+    encoder = load_encoder(path, mesh=make_mesh(8, 1, 1))
     assert (encoder.model.pooling, encoder.size) == ("mean", 384)
+    vectors = encoder.encode(texts)
+
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     model = transformers.BertModel.from_pretrained(path).eval()
-    vectors = encode(encoder, TEXTS[:4])
-    for text, vector in zip(TEXTS, vectors, strict=False):
-        tokens = np.array([tokenizer(text)["input_ids"]])
-        _, expected = pooled(model, tokens, np.ones(tokens.shape, bool), "mean")
-        assert vector @ expected[0] >= 0.99999
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    for start in range(0, len(texts), 50):
+        rows = order[start : start + 50]
+        inputs = tokenizer([texts[i] for i in rows], padding=True, truncation=True, max_length=512)
+        tokens, mask = np.array(inputs["input_ids"]), np.array(inputs["attention_mask"], bool)
+        _, expected = pooled(model, tokens, mask, "mean")
+        assert np.sum(vectors[rows] * expected, axis=1).min() >= 0.99999

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from lamp_files import write_split
 
-from configs import lamp5
+from configs import lamp5, llms
 from pplug_jax import Personalizer, evaluate
 from pplug_jax.checkpoint import CheckpointError, Checkpoints
-from pplug_jax.config import ConfigError
+from pplug_jax.config import ConfigError, check_batches, check_config
 from pplug_jax.data.lamp import DataError
 from pplug_jax.errors import InputError
 from pplug_jax.main import default_workdir
@@ -159,6 +159,7 @@ def test_modes_stop_where_they_say(tmp_path: Path) -> None:
 
 def test_the_default_workdir_is_named_after_the_config() -> None:
     assert default_workdir("configs/lamp5.py:llama3_1b") == Path("runs/lamp5-llama3_1b")
+    assert default_workdir("configs/lamp5.py:llama3_1b@v5e-8") == Path("runs/lamp5-llama3_1b")
     assert default_workdir("configs/lamp5.py") == Path("runs/lamp5")
 
 
@@ -328,10 +329,28 @@ def test_a_preset_says_what_it_needs(tmp_path: Path) -> None:
         run(config, tmp_path, "encode")
     config.data.path = ""
     config.data.sample_train_users = config.data.sample_eval_users = 1
-    with pytest.raises(ConfigError, match=r"meta-llama/Llama-3.2-1B.*--config\.llm\.path=DIR"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)config\.llm\.path: .*hf download meta-llama/Llama-3.2-1B-Instruct"
+    ):
         run(config, tmp_path, "encode")
-    with pytest.raises(ValueError, match="unknown; known are embedded, llama3_1b"):
+
+
+@pytest.mark.parametrize("machine", ["", *llms.SLICES])
+@pytest.mark.parametrize("name", llms.PRESETS)
+def test_presets(name: str, machine: str) -> None:
+    config = lamp5.get_config(f"{name}@{machine}" if machine else name)
+    check_config(config)
+    assert 8 % config.mesh.fsdp == 0 and config.mesh.tensor == 1
+    check_batches(config, 8)
+    assert config.llm.chat != name.startswith("flan")
+    assert config.to_dict().keys() == lamp5.get_config().to_dict().keys()
+
+
+def test_unknown_presets() -> None:
+    with pytest.raises(ValueError, match="'gpt5' is unknown; known: embedded, gemma3_1b"):
         lamp5.get_config("gpt5")
+    with pytest.raises(ValueError, match="'v9' is unknown; known: , v5e-8, v5p-16"):
+        lamp5.get_config("llama3_1b@v9")
 
 
 def test_files_in_lamps_format_with_empty_profiles_and_withheld_outputs(

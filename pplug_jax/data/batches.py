@@ -69,7 +69,7 @@ def tokenize(
     `prompts`, where given, stand in place of their inputs. Of a history longer than `max_history`
     the last items are kept, LaMP's newest.
     """
-    queries = store.encoder.tokenize([task.query(example.input) for example in examples])
+    queries = store.encoder.queries([task.query(example.input) for example in examples])
     return [
         Tokenized(
             tokenizer.prompt(example.input if prompts is None else prompts[i], max_input_length),

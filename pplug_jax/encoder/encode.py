@@ -29,11 +29,22 @@ def _forward(model: bert.Bert, tokens: jax.Array, lengths: jax.Array, dtype: str
 def read_pooling(path: str | Path) -> str:
     """`cls` or `mean`, from a sentence-transformers directory.
 
-    `cls`, as BGE and the paper, where it says nothing.
+    Where it says nothing `mean` for Contriever, else `cls`, as BGE and the paper.
+
+    Raises:
+        InputError: another pooling, or a module between it and the vector.
     """
-    file = Path(path) / "1_Pooling" / "config.json"
+    path, pooling = Path(path), "1_Pooling"
+    if (path / "modules.json").is_file():
+        types = {
+            m["type"].rpartition(".")[2]: m["path"] for m in hf.read_json(path / "modules.json")
+        }
+        if other := types.keys() - {"Transformer", "Pooling", "Normalize"}:
+            raise InputError(f"{path}/modules.json: the module {min(other)} is not supported")
+        pooling = types.get("Pooling", pooling)
+    file = path / pooling / "config.json"
     if not file.is_file():
-        return "cls"
+        return "mean" if "Contriever" in hf.read_config(path).get("architectures", ()) else "cls"
     settings = hf.read_json(file)
     names = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
     modes = [name for name, on in settings.items() if name.startswith("pooling_mode_") and on]
@@ -75,19 +86,29 @@ class Encoder:
     size: E, the width of its vectors. max_length: tokens it reads of a text; the rest is cut off.
     cut_texts: how many texts so far reached that length.
     fingerprint: tells apart encoders whose vectors differ (weights, tokenizer, pooling, length,
-    dtype).
+    dtype, item prefix).
     """
 
     def __init__(
-        self, path: str | Path, mesh: Mesh, pooling: str | None, max_length: int, dtype: str
+        self,
+        path: str | Path,
+        mesh: Mesh,
+        *,
+        pooling: str | None,
+        max_length: int,
+        dtype: str,
+        query_prefix: str,
+        item_prefix: str,
     ):
         self.model = load_bert(path, mesh, pooling=pooling, variable=Frozen, dtype=dtype)
         self.tokenizer = hf.load_tokenizer(path, self.model.config.vocab_size)
         self.mesh = mesh
         self.size = self.model.config.hidden_size
         self.max_length = min(max_length, self.model.config.max_length, LENGTHS[-1])
+        self.query_prefix, self.item_prefix = query_prefix, item_prefix
         self.cut_texts = 0
-        digest = hashlib.sha256(f"{self.model.pooling} {self.max_length} {dtype}".encode())
+        settings = f"{self.model.pooling} {self.max_length} {dtype} {item_prefix}"
+        digest = hashlib.sha256(settings.encode())
         for file in [
             Path(path) / "config.json",
             Path(path) / "tokenizer.json",
@@ -97,6 +118,10 @@ class Encoder:
                 with open(file, "rb") as handle:
                     digest.update(hashlib.file_digest(handle, "sha256").digest())
         self.fingerprint = digest.hexdigest()[:16]
+
+    def queries(self, texts: Sequence[str]) -> list[list[int]]:
+        """The texts as Enc_inp reads them, behind the query prefix."""
+        return self.tokenize([self.query_prefix + text for text in texts])
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids with [CLS] and [SEP], cut to `max_length`.
@@ -119,12 +144,12 @@ class Encoder:
         batch_size: int = 64,
         on_batch: Callable[[int], None] = lambda done: None,
     ) -> np.ndarray:
-        """The texts' vectors, (N, E) float32, L2-normalised.
+        """The vectors of history texts, (N, E) float32, L2-normalised.
 
         Texts are batched by length, so that little is padded. `on_batch` is told how many texts
         each batch held.
         """
-        tokens = self.tokenize(texts)
+        tokens = self.tokenize([self.item_prefix + text for text in texts])
         self.cut_texts += sum(len(ids) == self.max_length for ids in tokens)
         parts = batch_parts(self.mesh)
         batch_size = -(-batch_size // parts) * parts
@@ -159,14 +184,26 @@ def load_encoder(
     dtype: str = "float32",
     pooling: str | None = None,
     max_length: int = 512,
+    query_prefix: str = "",
+    item_prefix: str = "",
 ) -> Encoder:
     """Loads a BERT-style encoder (config.json, model.safetensors, tokenizer).
 
-    pooling: `cls` or `mean`; by default what a sentence-transformers directory says, else `cls`.
+    pooling: `cls` or `mean`; by default what the directory says.
+    query_prefix, item_prefix: what the encoder was trained to see in front of inputs and of texts
+        that are searched, as E5's "query: " and "passage: ".
 
     Raises:
         FileNotFoundError: no such directory, config, weights or tokenizer.
         InputError: another architecture, an unsupported setting, or tensors that do not fit
             config.json.
     """
-    return Encoder(path, mesh or make_mesh(devices=jax.devices()[:1]), pooling, max_length, dtype)
+    return Encoder(
+        path,
+        mesh or make_mesh(devices=jax.devices()[:1]),
+        pooling=pooling,
+        max_length=max_length,
+        dtype=dtype,
+        query_prefix=query_prefix,
+        item_prefix=item_prefix,
+    )

@@ -42,7 +42,7 @@ FAMILIES = {
 
 # What a checkpoint may have besides: buffers, tied copies, the vision part of a multimodal model.
 IGNORED = (
-    r".*rotary_emb\.inv_freq|lm_head\.weight|(en|de)coder\.embed_tokens\.weight|"
+    r".*rotary_emb\.inv_freq|.*lm_head\.weight|(en|de)coder\.embed_tokens\.weight|"
     r".*(vision_tower|multi_modal_projector)\..*"
 )
 
