@@ -33,6 +33,7 @@ def base_config() -> ml_collections.ConfigDict:
     c.llm.path = ""  # Hugging Face directory, URL (gs://...) or hub id; assets/NAME is bundled
     c.llm.dtype = "bfloat16"
     c.llm.quantize = ""  # int8 or int4: how the frozen kernels are stored
+    c.llm.converted = ""  # where --mode=convert writes it, also gs://; empty: WORKDIR/llm
     c.llm.chat = False  # use the tokenizer's chat template
     c.llm.separator = "\n"  # between input and answer, without a chat template
 

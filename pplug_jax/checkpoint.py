@@ -1,6 +1,6 @@
-"""Orbax checkpoints of a training run.
+"""Orbax checkpoints: of a training run, and of a module that is only restored.
 
-They hold the plug, the optimiser, the data iterator and the step; never the LLM.
+A training run's hold the plug, the optimiser, the data iterator and the step; never the LLM.
 """
 
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 import grain
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from pplug_jax.errors import InputError
 
@@ -118,6 +119,43 @@ class Checkpoints:
             f"The last whole one is step {self.latest}. "
             "If the disk is full, make room; then run the same command again to go on from there"
         )
+
+
+def is_saved(directory: epath.Path) -> bool:
+    """Whether `save_module` has written all of it."""
+    return directory.exists() and ocp.utils.is_checkpoint_finalized(directory)
+
+
+def save_module(directory: epath.Path, module: Any, origin: dict[str, Any]) -> None:
+    """Writes a module's arrays, each device its own, and what they were made from."""
+    with ocp.Checkpointer(_module_handler()) as checkpointer:
+        arrays = ocp.args.PyTreeSave(_named(module))
+        items = ocp.args.Composite(arrays=arrays, origin=ocp.args.JsonSave(origin))
+        checkpointer.save(directory, items, force=True)
+
+
+def restore_module(directory: epath.Path, module: Any, origin: dict[str, Any]) -> Any:
+    """What `save_module` wrote, laid out as the abstract `module`.
+
+    Raises:
+        CheckpointError: it was made from something else than `origin`.
+    """
+    with ocp.Checkpointer(_module_handler()) as checkpointer:
+        items = ocp.args.Composite(origin=ocp.args.JsonRestore())
+        found = checkpointer.restore(directory, items)["origin"]
+        if found != origin:
+            raise CheckpointError(
+                f"{directory} was converted from {found}, not from {origin}: "
+                "delete it, or name another place with --config.llm.converted"
+            )
+        items = ocp.args.Composite(arrays=_restore_args(module))
+        return _restored_like(module, checkpointer.restore(directory, items)["arrays"])
+
+
+def _module_handler() -> ocp.CompositeCheckpointHandler:
+    return ocp.CompositeCheckpointHandler(
+        arrays=_array_handler(), origin=ocp.JsonCheckpointHandler()
+    )
 
 
 def _array_handler() -> ocp.PyTreeCheckpointHandler:

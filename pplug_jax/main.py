@@ -20,8 +20,9 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train_and_evaluate",
-    ["train_and_evaluate", "train", "evaluate", "encode"],
-    "What to do; `encode` only fills the history store.",
+    ["train_and_evaluate", "train", "evaluate", "encode", "convert"],
+    "What to do; `encode` only fills the history store, `convert` only writes the loaded LLM as an "
+    "Orbax checkpoint, from which later starts restore it.",
 )
 flags.mark_flag_as_required("config")
 

@@ -67,11 +67,14 @@ def batch_parts(mesh: Mesh) -> int:
 
 
 def shardings(module: nnx.Module, mesh: Mesh) -> nnx.State:
-    """The sharding of every variable of `module`, from the logical axes in its metadata."""
+    """The sharding of every array of `module`, from its variable's logical axes."""
 
     def of(variable: nnx.Variable) -> nnx.Variable:
-        value = variable.get_value()
-        return variable.replace(sharding(mesh, variable.get_metadata("axes"), value.shape))
+        axes = variable.get_metadata("axes")
+        # A quantised variable has several arrays of the same axes.
+        return variable.replace(
+            jax.tree.map(lambda x: sharding(mesh, axes, x.shape), variable.get_value())
+        )
 
     return jax.tree.map(of, nnx.state(module), is_leaf=lambda x: isinstance(x, nnx.Variable))
 
@@ -80,3 +83,16 @@ def place(module: nnx.Module, mesh: Mesh) -> nnx.Module:
     """`module` with its arrays laid out on `mesh`."""
     graph, state = nnx.split(module)
     return nnx.merge(graph, jax.device_put(state, shardings(module, mesh)))
+
+
+def place_abstract(module: nnx.Module, mesh: Mesh) -> nnx.Module:
+    """The same of a module of `jax.ShapeDtypeStruct`, which then say where they would lie."""
+    graph, state = nnx.split(module)
+    return nnx.merge(
+        graph,
+        jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            state,
+            shardings(module, mesh),
+        ),
+    )

@@ -8,9 +8,11 @@ from typing import Any
 
 import jax
 import ml_collections
+from etils import epath
 from flax import nnx
 
 from pplug_jax import hf
+from pplug_jax.checkpoint import is_saved, restore_module, save_module
 from pplug_jax.config import ConfigError, check_batches
 from pplug_jax.data.batches import Tokenized, tokenize
 from pplug_jax.data.history import HistoryStore
@@ -23,8 +25,8 @@ from pplug_jax.encoder.bert import Bert
 from pplug_jax.encoder.encode import abstract_bert, load_bert
 from pplug_jax.errors import InputError
 from pplug_jax.hub import local_directory
-from pplug_jax.llm import load_llm
-from pplug_jax.mesh import batch_parts, make_mesh, place, shardings
+from pplug_jax.llm import LLM, abstract_llm, load_llm
+from pplug_jax.mesh import batch_parts, make_mesh, place, place_abstract
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -58,9 +60,7 @@ class Models:
         check_batches(config, batch_parts(self.mesh))
         llm_path = model_path(config.llm.path, "llm")
         self.encoder_path = model_path(config.encoder.path, "encoder")
-        self.llm = load_llm(
-            llm_path, mesh=self.mesh, dtype=config.llm.dtype, quantize=config.llm.quantize or None
-        )
+        self.llm = self._load_llm(llm_path)
         tokenizer = hf.load_tokenizer(llm_path, self.llm.config.vocab_size)
         self.tokenizer = Tokenizer(
             tokenizer,
@@ -80,6 +80,33 @@ class Models:
             item_prefix=config.encoder.item_prefix,
         )
         self.store = HistoryStore(config.data.history_store or workdir / "history", self.encoder)
+
+    def _load_llm(self, path: Path) -> LLM:
+        settings = self._llm_settings
+        if not is_saved(self.converted):
+            return load_llm(path, mesh=self.mesh, **settings)
+        abstract = place_abstract(abstract_llm(path, **settings), self.mesh)
+        return restore_module(self.converted, abstract, self._llm_origin)
+
+    def convert_llm(self) -> bool:
+        """Writes the loaded LLM for later starts to restore; returns whether it was not there."""
+        if is_saved(self.converted):
+            return False
+        save_module(self.converted, self.llm, self._llm_origin)
+        return True
+
+    @property
+    def converted(self) -> epath.Path:
+        """Where the converted LLM lies, if it was converted."""
+        return epath.Path(self.config.llm.converted or self.workdir.absolute() / "llm")
+
+    @property
+    def _llm_settings(self) -> dict[str, Any]:
+        return {"dtype": self.config.llm.dtype, "quantize": self.config.llm.quantize or None}
+
+    @property
+    def _llm_origin(self) -> dict[str, Any]:
+        return {"path": self.config.llm.path, **self._llm_settings}
 
     def tokenize(
         self,
@@ -148,13 +175,7 @@ class Models:
         """A plug's shapes, dtypes and places on the mesh, to restore one into."""
         encoder = abstract_bert(self.encoder_path, **self._input_encoder)
         key = jax.random.key(self.config.seed)
-        graph, state = nnx.split(jax.eval_shape(self._build_plug, encoder, key))
-        placed = jax.tree.map(
-            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-            state,
-            shardings(state, self.mesh),
-        )
-        return nnx.merge(graph, placed)
+        return place_abstract(jax.eval_shape(self._build_plug, encoder, key), self.mesh)
 
     def new_plug(self) -> UserEmbedder:
         """An untrained plug on the mesh.

@@ -74,6 +74,10 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
     models = Models(config, workdir)
     claim_workdir(workdir, config)
     describe(models, train, held_out)
+    if mode == "convert":
+        new = models.convert_llm()
+        say(f"{models.converted}: the converted LLM {'is' if new else 'was already'} there")
+        return
     items = (item for example in (*train, *held_out) for item in example.profile)
     new = models.store.add(map(models.task.item_text, items), config.encoder.batch_size)
     say(f"history store: {len(models.store)} unique texts, {new} of them new")

@@ -1,11 +1,13 @@
 """A Hugging Face directory as a frozen LLM on the mesh."""
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import transformers
+from flax import nnx
 from huggingface_hub.errors import StrictDataclassError
 from jax.sharding import Mesh
 
@@ -47,25 +49,8 @@ IGNORED = (
 )
 
 
-def load_llm(
-    path: str | Path,
-    *,
-    mesh: Mesh | None = None,
-    dtype: str = "bfloat16",
-    quantize: str | None = None,
-) -> Decoder | t5.T5:
-    """Loads `path` (config.json, *.safetensors), each device reading only its shard.
-
-    The weights have `dtype`; with `quantize` (int8, int4) the layers' kernels are stored so, each
-    converted as soon as it is read.
-
-    Raises:
-        FileNotFoundError: no such directory, config or weights.
-        InputError: an unknown quantisation, architecture or setting, or tensors that do not fit
-            config.json.
-    """
-    if quantize and quantize not in KINDS:
-        raise InputError(f"quantize={quantize!r} is unknown; known: {', '.join(KINDS)}")
+def _read_config(path: str | Path) -> tuple[Family, Any]:
+    """The directory's family and its config as `Family.module` takes it."""
     settings = hf.read_config(path)
     model_type = settings.get("model_type")
     if model_type not in FAMILIES:
@@ -91,17 +76,53 @@ def load_llm(
     eos = config.eos_token_id
     eos_ids = tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,))
     family = FAMILIES[model_type]
-    llm = family.module(family.config_from_hf(config, eos_ids), dtype)
+    return family, family.config_from_hf(config, eos_ids)
+
+
+def _store(kernels: Any, quantize: str | None) -> Any:
+    """How a variable is kept; only the layers' kernels are stacks of matrices."""
+    return quantized(kernels, quantize) if quantize and kernels.ndim == 3 else kernels
+
+
+def abstract_llm(path: str | Path, *, dtype: str, quantize: str | None) -> Decoder | t5.T5:
+    """What `load_llm` gives, with `jax.ShapeDtypeStruct` for arrays; of `path` only config.json."""
+    family, config = _read_config(path)
+    graph, state = nnx.split(family.module(config, dtype))
+    stored = jax.eval_shape(lambda state: jax.tree.map(lambda x: _store(x, quantize), state), state)
+    return nnx.merge(graph, stored)
+
+
+def load_llm(
+    path: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    dtype: str = "bfloat16",
+    quantize: str | None = None,
+) -> Decoder | t5.T5:
+    """Loads `path` (config.json, *.safetensors), each device reading only its shard.
+
+    The weights have `dtype`; with `quantize` (int8, int4) the layers' kernels are stored so, each
+    converted as soon as it is read.
+
+    Raises:
+        FileNotFoundError: no such directory, config or weights.
+        InputError: an unknown quantisation, architecture or setting, or tensors that do not fit
+            config.json.
+    """
+    if quantize and quantize not in KINDS:
+        raise InputError(f"quantize={quantize!r} is unknown; known: {', '.join(KINDS)}")
+    family, config = _read_config(path)
     # A multimodal checkpoint's text tensors stand behind one prefix or another, by its age.
     prefix = hf.common_prefix(path, "embed_tokens.weight") or "model."
     sources = {
         name: source._replace(name=source.name.replace("model.", prefix, 1))
         for name, source in family.sources.items()
     }
-    mesh = mesh or make_mesh(devices=jax.devices()[:1])
-
-    def store(array: jax.Array) -> Any:
-        """Only the layers' kernels are stacks of matrices."""
-        return quantized(array, quantize) if quantize and array.ndim == 3 else array
-
-    return hf.load_weights(llm, path, sources, mesh, ignore=IGNORED, store=store)
+    return hf.load_weights(
+        family.module(config, dtype),
+        path,
+        sources,
+        mesh or make_mesh(devices=jax.devices()[:1]),
+        ignore=IGNORED,
+        store=functools.partial(_store, quantize=quantize),
+    )
