@@ -174,20 +174,21 @@ def main(argv: list[str]) -> None:
         abstract_batch(FLAGS.rows * count, tokens - ANSWER),
     )
     step = jit_step(plug, opt_state)
-    lowered = step.lower(
-        plug, opt_state, llm, batch, optimizer=optimizer, prefix_length=1, remat=True
-    )
+    with jax.set_mesh(mesh):
+        lowered = step.lower(
+            plug, opt_state, llm, batch, optimizer=optimizer, prefix_length=1, remat=True
+        )
     try:
         memory = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
-        print(f"{name} {FLAGS.quantize or 'bfloat16'} {machine}: {str(error).splitlines()[0]}")
+        print(str(error))
         return
     arguments = memory.argument_size_in_bytes / 2**30
     rest = (memory.temp_size_in_bytes + memory.generated_code_size_in_bytes) / 2**30
     print(
-        f"{name} {FLAGS.quantize or 'bfloat16'} on {machine} (fsdp={fsdp}), {FLAGS.rows} x {tokens} "
-        f"tokens a chip: arrays {arguments:.2f} GiB + work {rest:.2f} GiB = {arguments + rest:.2f} "
-        f"of {MEMORY[machine[:3]]} GiB"
+        f"{name} {FLAGS.quantize or 'bfloat16'} on {machine} (fsdp={fsdp}), "
+        f"{FLAGS.rows} x {tokens} tokens a chip: arrays {arguments:.2f} GiB + work {rest:.2f} GiB "
+        f"= {arguments + rest:.2f} of {MEMORY[machine[:3]]} GiB"
     )
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pplug_jax.encoder.bert import Bert
+from pplug_jax.mesh import constrain
 
 # E[GELU(z)^2] for z ~ N(0, 1): what the first layer hands to the second at initialisation.
 GELU_POWER = 0.4252
@@ -126,6 +127,7 @@ class UserEmbedder(nnx.Module):
         history_mask: jax.Array,
         *,
         uniform: bool = False,
+        remat: bool = False,
     ) -> jax.Array:
         """The soft prompt [I ; P].
 
@@ -134,14 +136,18 @@ class UserEmbedder(nnx.Module):
             history, history_mask: (B, H, E) and (B, H) bool, the encoded history; a row without
                 items gets the null persona.
             uniform: weigh all items alike instead of by the input.
+            remat: recompute the input encoder's activations in the backward pass.
 
         Returns:
             (B, 1 + k, D) in the computation's dtype.
         """
-        weights = self.attention(query, query_mask, history, history_mask, uniform=uniform)
+        weights = self.attention(
+            query, query_mask, history, history_mask, uniform=uniform, remat=remat
+        )
         # A masked item may hold anything, and 0 * NaN is NaN: hence the `where`.
         history = jnp.where(history_mask[..., None], history, 0).astype(self.dtype)
-        pooled = jnp.einsum("bh,bhd->bd", weights.astype(self.dtype), self.projector.first(history))
+        items = constrain(self.projector.first(history), "batch", None, None)
+        pooled = jnp.einsum("bh,bhd->bd", weights.astype(self.dtype), items)
         persona = self.projector.second(pooled)
         empty = ~jnp.any(history_mask, axis=1)
         persona = jnp.where(
@@ -160,6 +166,7 @@ class UserEmbedder(nnx.Module):
         history_mask: jax.Array,
         *,
         uniform: bool = False,
+        remat: bool = False,
     ) -> jax.Array:
         """The items' weights, (B, H) float32; arguments as `__call__`'s."""
         if uniform:
@@ -169,6 +176,6 @@ class UserEmbedder(nnx.Module):
         temperature: Any = (
             self.temperature if self.log_temperature is None else jnp.exp(self.log_temperature[...])
         )
-        vectors = self.input_encoder(query, query_mask)
+        vectors = self.input_encoder(query, query_mask, remat)
         history = jnp.where(history_mask[..., None], history, 0).astype(jnp.float32)
         return attention_weights(vectors, history, history_mask, temperature)

@@ -78,16 +78,17 @@ def predict(
         for bucket, indices in plan_batches(
             np.arange(len(examples)), buckets.of, config.eval.batch_size
         ):
-            tokens = _answer(
-                plug,
-                models.llm,
-                place_batch(assemble((0, bucket, indices)), models.mesh),
-                uniform=method.uniform,
-                prefix_length=tokenizer.prefix_length,
-                max_new_tokens=config.eval.max_new_tokens,
-                num_beams=config.eval.num_beams,
-                length_penalty=config.eval.length_penalty,
-            )
+            with jax.set_mesh(models.mesh):
+                tokens = _answer(
+                    plug,
+                    models.llm,
+                    place_batch(assemble((0, bucket, indices)), models.mesh),
+                    uniform=method.uniform,
+                    prefix_length=tokenizer.prefix_length,
+                    max_new_tokens=config.eval.max_new_tokens,
+                    num_beams=config.eval.num_beams,
+                    length_penalty=config.eval.length_penalty,
+                )
             for index, row in zip(indices, np.asarray(tokens), strict=False):
                 answers[index] = tokenizer.decode(row)
             progress.advance(len(indices))

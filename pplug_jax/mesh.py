@@ -57,6 +57,17 @@ def sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> Na
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x` with logical `axes`, laid out on the mesh that `jax.set_mesh` names, where it does.
+
+    Left to itself the compiler follows the weights' shards, and may hold every row on every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, sharding(mesh, axes, x.shape).spec)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 

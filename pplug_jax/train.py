@@ -66,7 +66,7 @@ def loss_fn(
     plug: UserEmbedder, llm: LLM, batch: Batch, prefix_length: int = 0, remat: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """The sum over target tokens of -log p(y_t | I, P, x, y_<t), and their number; () float32."""
-    soft = plug(batch.query, batch.query_mask, batch.history, batch.history_mask)
+    soft = plug(batch.query, batch.query_mask, batch.history, batch.history_mask, remat=remat)
     embeds, mask = inputs_embeds(llm, soft, batch.prompt, batch.prompt_mask, prefix_length)
     logits = llm.unembed(llm.target_hidden(embeds, mask, batch.target, batch.target_mask, remat))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.target)
@@ -193,16 +193,17 @@ def fit(models: Models, examples: Sequence[Example], method: Method) -> UserEmbe
                     + batch.target_mask.sum()
                     + soft_tokens * batch.weight.sum()
                 )
-                plug, opt_state, metrics = update(
-                    plug,
-                    opt_state,
-                    llm,
-                    place_batch(batch, mesh),
-                    optimizer=optimizer,
-                    prefix_length=models.tokenizer.prefix_length,
-                    accumulation=config.train.accumulation,
-                    remat=config.train.remat,
-                )
+                with jax.set_mesh(mesh):
+                    plug, opt_state, metrics = update(
+                        plug,
+                        opt_state,
+                        llm,
+                        place_batch(batch, mesh),
+                        optimizer=optimizer,
+                        prefix_length=models.tokenizer.prefix_length,
+                        accumulation=config.train.accumulation,
+                        remat=config.train.remat,
+                    )
                 step += 1
                 recent.append(metrics)
                 if step % config.train.log_every == 0 or step == len(plan):

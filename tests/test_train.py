@@ -69,7 +69,8 @@ def step(
     plug = place(jax.tree.map(jnp.copy, plug), mesh)
     opt_state = init_optimizer(OPTIMIZER, plug, mesh)
     settings = {"optimizer": OPTIMIZER, "prefix_length": 1} | settings
-    plug, _, metrics = jit_step(plug, opt_state)(plug, opt_state, llm, batch, **settings)
+    with jax.set_mesh(mesh):
+        plug, _, metrics = jit_step(plug, opt_state)(plug, opt_state, llm, batch, **settings)
     return plug, metrics
 
 

@@ -10,6 +10,7 @@ from flax import nnx
 from pplug_jax.errors import InputError
 from pplug_jax.hf import Source
 from pplug_jax.llm.attention import attend
+from pplug_jax.mesh import constrain
 
 POOLINGS = ("cls", "mean")
 
@@ -162,19 +163,26 @@ class Bert(nnx.Module):
         self.pooling = pooling
         self.dtype = dtype
 
-    def hidden(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    def hidden(self, tokens: jax.Array, mask: jax.Array, remat: bool = False) -> jax.Array:
         """(B, L) int32, (B, L) bool -> the last hidden states (B, L, E)."""
+
+        def layer(x: jax.Array, weights: Layers) -> tuple[jax.Array, None]:
+            return weights(constrain(x, "batch", None, None), mask[:, None]), None
+
         x = jnp.take(self.word_embedding[...], tokens, axis=0)
         x = x + self.position_embedding[: tokens.shape[1]] + self.type_embedding[0]
         x = layer_norm(x, self.norm_scale[...], self.norm_bias[...], self.config.norm_eps).astype(
             self.dtype
         )
-        x, _ = jax.lax.scan(lambda x, layer: (layer(x, mask[:, None]), None), x, self.layers)
+        x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, self.layers)
         return x
 
-    def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """(B, L) int32, (B, L) bool, right-padded -> (B, E) float32 vectors of unit L2 norm."""
-        x = self.hidden(tokens, mask).astype(jnp.float32)
+    def __call__(self, tokens: jax.Array, mask: jax.Array, remat: bool = False) -> jax.Array:
+        """(B, L) int32, (B, L) bool, right-padded -> (B, E) float32 vectors of unit L2 norm.
+
+        remat: recompute the layers' activations in the backward pass.
+        """
+        x = self.hidden(tokens, mask, remat).astype(jnp.float32)
         if self.pooling == "cls":
             x = x[:, 0]
         else:

@@ -172,7 +172,9 @@ class Encoder:
                     sharding(self.mesh, ("batch",), lengths.shape),
                 ),
             )
-            vectors[rows] = np.asarray(_forward(self.model, *placed, self.model.dtype))[: len(rows)]
+            with jax.set_mesh(self.mesh):
+                made = _forward(self.model, *placed, self.model.dtype)
+            vectors[rows] = np.asarray(made)[: len(rows)]
             on_batch(len(rows))
         return vectors
 

@@ -16,6 +16,7 @@ from flax import nnx
 
 from pplug_jax.llm.attention import attend
 from pplug_jax.llm.quantize import kernel
+from pplug_jax.mesh import constrain
 
 
 class Frozen(nnx.Variable):
@@ -284,7 +285,7 @@ class Decoder(nnx.Module):
 
         def layer(x: jax.Array, scanned: tuple[Layers, jax.Array]) -> tuple[jax.Array, None]:
             weights, slides = scanned
-            return weights(x, *view(slides)), None
+            return weights(rows(x), *view(slides)), None
 
         x = inputs_embeds.astype(self.embedding.dtype)
         x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, self._scanned())
@@ -322,8 +323,7 @@ class Decoder(nnx.Module):
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """(..., D) -> logits (..., V) float32."""
         table = self.embedding if self.head is None else self.head
-        logits = jnp.einsum("...d,vd->...v", hidden, table[...], preferred_element_type=jnp.float32)
-        return soft_cap(logits, self.config.logit_cap)
+        return soft_cap(unembed(hidden, table[...]), self.config.logit_cap)
 
     def logits(
         self, inputs_embeds: jax.Array, mask: jax.Array, targets: jax.Array | None = None
@@ -368,7 +368,7 @@ class Decoder(nnx.Module):
                 made.append((key, value))
                 return key, value
 
-            return weights(x, *view(slides), keep), made[0]
+            return weights(rows(x), *view(slides), keep), made[0]
 
         x, (keys, values) = jax.lax.scan(
             layer, inputs_embeds.astype(self.embedding.dtype), self._scanned()
@@ -403,7 +403,7 @@ class Decoder(nnx.Module):
                 )
                 return after[0][i], after[1][i]
 
-            x = weights(x, *view(slides), extend)
+            x = weights(rows(x), *view(slides), extend)
             return (x, *after), None
 
         carry = (self.embed(tokens[:, None]), cache.keys, cache.values)
@@ -412,6 +412,18 @@ class Decoder(nnx.Module):
         )
         x = self._final_norm(x[:, 0])
         return x, KVCache(keys, values, mask, cache.length + 1)
+
+
+def rows(x: jax.Array) -> jax.Array:
+    """Activations (B, ...) stay split over their rows, whatever the weights' shards."""
+    return constrain(x, "batch", *[None] * (x.ndim - 1))
+
+
+def unembed(hidden: jax.Array, table: jax.Array) -> jax.Array:
+    """(B, ..., D), (V, D) -> (B, ..., V) float32."""
+    hidden = rows(hidden)
+    logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+    return constrain(logits, "batch", *[None] * (logits.ndim - 2), "vocab")
 
 
 def positions(mask: jax.Array) -> jax.Array:

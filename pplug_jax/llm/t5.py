@@ -16,7 +16,15 @@ from flax import nnx
 
 from pplug_jax.hf import Source
 from pplug_jax.llm.attention import attend
-from pplug_jax.llm.decoder import ACTIVATIONS, Frozen, abstract_weights, positions, rms_norm
+from pplug_jax.llm.decoder import (
+    ACTIVATIONS,
+    Frozen,
+    abstract_weights,
+    positions,
+    rms_norm,
+    rows,
+    unembed,
+)
 from pplug_jax.llm.llama import check
 from pplug_jax.llm.quantize import kernel
 
@@ -251,7 +259,7 @@ class T5(nnx.Module):
         bias = self._bias(self.encoder_bias, at, at, bidirectional=True)
 
         def layer(x: jax.Array, weights: EncoderLayers) -> tuple[jax.Array, None]:
-            attention = weights.attention
+            x, attention = rows(x), weights.attention
             keys_values = attention.keys_values(attention.normed(x))
             return weights.mlp(attention(x, *keys_values, mask[:, None], bias)), None
 
@@ -270,6 +278,7 @@ class T5(nnx.Module):
 
         def layer(x: jax.Array, weights: DecoderLayers) -> tuple[jax.Array, None]:
             attention, cross = weights.attention, weights.cross
+            x = rows(x)
             x = attention(x, *attention.keys_values(attention.normed(x)), causal, bias)
             x = cross(x, *cross.keys_values(encoded), mask[:, None])
             return weights.mlp(x), None
@@ -297,9 +306,7 @@ class T5(nnx.Module):
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """(..., D) -> logits (..., V) float32."""
-        return jnp.einsum(
-            "...d,vd->...v", hidden, self.head[...], preferred_element_type=jnp.float32
-        )
+        return unembed(hidden, self.head[...])
 
     def logits(self, inputs_embeds: jax.Array, mask: jax.Array, targets: jax.Array) -> jax.Array:
         """The prompt (B, L, D), (B, L) and the decoder's inputs (B, T) -> (B, T, V) float32."""
@@ -331,6 +338,7 @@ class T5(nnx.Module):
         def layer(carry: tuple, scanned: tuple) -> tuple[tuple, None]:
             x, keys, values = carry
             weights, cross, i = scanned
+            x = rows(x)
             new = weights.attention.keys_values(weights.attention.normed(x))
             keys, values = (
                 jax.lax.dynamic_update_slice(cached, added[None], (i, 0, cache.length, 0, 0))
