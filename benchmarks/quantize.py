@@ -91,7 +91,8 @@ def main(_: list[str]) -> None:
         directory = Path(scratch if FLAGS.llm == "random_1b" else FLAGS.llm)
         if FLAGS.llm == "random_1b":
             write_random(directory)
-        rows, exact = [], None
+        names = f"{'kernels':10}{'MB':>10}{'ratio':>7}{'logit error':>13}{'loss':>8}"
+        table, exact, first = [f"{names}{'train':>8}{'decode':>8}"], None, None
         for kind in KINDS:
             llm = load_llm(directory, dtype="float32", quantize=kind or None)
             high = min(llm.config.vocab_size, 1536)
@@ -101,14 +102,14 @@ def main(_: list[str]) -> None:
             error = np.linalg.norm(found - exact) / np.linalg.norm(exact - exact.mean())
             seconds = decode_seconds(llm, tokens[:, :16])
             del llm
-            rows.append((device_bytes(directory, kind), error, seconds, *train(directory, kind)))
-    names = f"{'kernels':10}{'MB':>10}{'ratio':>7}{'logit error':>13}{'loss':>8}"
-    print(f"{names}{'train':>8}{'decode':>8}")
-    for kind, (size, error, seconds, loss, speed) in zip(KINDS, rows, strict=True):
-        print(
-            f"{kind or 'bfloat16':10}{size / 1e6:10.2f}{size / rows[0][0]:7.2f}{error:13.2%}"
-            f"{loss:8.3f}{speed / rows[0][4]:7.2f}x{rows[0][2] / seconds:7.2f}x"
-        )
+            loss, speed = train(directory, kind)
+            size = device_bytes(directory, kind)
+            first = first or (size, speed, seconds)
+            table.append(
+                f"{kind or 'bfloat16':10}{size / 1e6:10.2f}{size / first[0]:7.2f}{error:13.2%}"
+                f"{loss:8.3f}{speed / first[1]:7.2f}x{first[2] / seconds:7.2f}x"
+            )
+            print("\n".join(table), flush=True)  # so far: a large model takes long
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from pplug_jax import hf
 from pplug_jax.encoder import load_encoder
 from pplug_jax.llm import llama, load_llm
 from pplug_jax.llm.decoder import Decoder
+from pplug_jax.mesh import make_mesh
 
 LAYER = "model.layers.1.mlp.up_proj.weight"
 
@@ -71,6 +73,19 @@ def test_saved_weights_are_read_back(
     )
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_layers_read_in_pieces_are_the_same(
+    make_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, quantize: str | None
+) -> None:
+    path, mesh = make_llama(num_hidden_layers=5), make_mesh(2, 2, 2)
+    whole = load_llm(path, mesh=mesh, dtype="float32", quantize=quantize)
+    monkeypatch.setattr(hf, "PIECE_BYTES", 2 * 4 * 64 * 32)  # two of five layers' `gate` kernels
+    pieces = load_llm(path, mesh=mesh, dtype="float32", quantize=quantize)
+    for ours, theirs in zip(*map(jax.tree.leaves, (pieces, whole)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+        assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
 
 
 def test_no_directory(tmp_path: Path) -> None:
@@ -182,6 +197,9 @@ def test_no_tokenizer(path: Path) -> None:
 def test_a_tied_model_may_store_its_head(path: Path) -> None:
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    # Under the name of an older multimodal model, too.
+    name = "lm_head.weight"
+    edit_tensors(path, lambda tensors: tensors.update({f"language_model.{name}": tensors[name]}))
     llm = load_llm(path)
     assert isinstance(llm, Decoder)
     assert llm.head is None

@@ -217,6 +217,21 @@ def test_every_mesh_gives_the_same_step(shape: tuple[int, int, int]) -> None:
         )
 
 
+def test_no_device_holds_every_row() -> None:
+    """The weights' shards do not decide for the activations: logits and encoder stay split."""
+    mesh = make_mesh(1, 8, 1)
+    V = 56
+    llm, plug = place(make_llm(hidden=48, mlp=64, vocab=V), mesh), place(make_plug(48), mesh)
+    gradient = jax.jit(jax.grad(lambda plug, llm, batch: loss_fn(plug, llm, batch, 1)[0]))
+    with jax.set_mesh(mesh):
+        program = gradient.lower(plug, llm, place_batch(make_batch(V), mesh)).compile().as_text()
+    tokens = L + 2 + T - 1
+    for name, shape in {"logits": (T, V), "LLM": (tokens, 48), "encoder": (Q, E)}.items():
+        per_device, all_rows = (f"f32[{rows},{shape[0]},{shape[1]}]" for rows in (B // 8, B))
+        assert per_device in program, name
+        assert all_rows not in program, name
+
+
 def test_the_loss_falls_and_bfloat16_keeps_float32_parameters() -> None:
     llm, batch = make_llm(), make_batch()
     plug = place(make_plug(llm.config.hidden_size, dtype="bfloat16"), ONE_DEVICE)
