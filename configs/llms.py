@@ -9,7 +9,7 @@ class Preset(NamedTuple):
     """path: hub id. chat: with its chat template. max_input_length: tokens of an input.
 
     v5e_8, v5p_16: how many of the slice's 8 chips (16 and 95 GiB each; v5p counts two cores a chip)
-    share one copy of the weights. `python -m benchmarks.fit NAME SLICE` shows that it fits.
+    share one copy of the weights. `python -m benchmarks.fit NAME SLICE` shows whether it fits.
     learning_rate: the paper's; it was found for FlanT5-XXL.
     """
 
