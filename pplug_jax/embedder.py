@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pplug_jax.encoder.bert import Bert
-from pplug_jax.mesh import constrain
+from pplug_jax.mesh import rows
 
 # E[GELU(z)^2] for z ~ N(0, 1): what the first layer hands to the second at initialisation.
 GELU_POWER = 0.4252
@@ -146,7 +146,7 @@ class UserEmbedder(nnx.Module):
         )
         # A masked item may hold anything, and 0 * NaN is NaN: hence the `where`.
         history = jnp.where(history_mask[..., None], history, 0).astype(self.dtype)
-        items = constrain(self.projector.first(history), "batch", None, None)
+        items = rows(self.projector.first(history))
         pooled = jnp.einsum("bh,bhd->bd", weights.astype(self.dtype), items)
         persona = self.projector.second(pooled)
         empty = ~jnp.any(history_mask, axis=1)

@@ -189,8 +189,8 @@ def load_weights(
         if stacked:
             array = _stack(read, names, abstract, where, store)
         else:
-            index_of = functools.partial(read, names[0])
-            array = store(jax.make_array_from_callback(abstract.shape, where, index_of))
+            read_slice = functools.partial(read, names[0])
+            array = store(jax.make_array_from_callback(abstract.shape, where, read_slice))
         filled.append((path, variable.replace(array)))
 
     unexpected = sorted(

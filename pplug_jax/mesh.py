@@ -68,6 +68,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, sharding(mesh, axes, x.shape).spec)
 
 
+def rows(x: jax.Array) -> jax.Array:
+    """Activations (B, ...) stay split over their rows, whatever the weights' shards."""
+    return constrain(x, "batch", *[None] * (x.ndim - 1))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 

@@ -10,7 +10,7 @@ from flax import nnx
 from pplug_jax.errors import InputError
 from pplug_jax.hf import Source
 from pplug_jax.llm.attention import attend
-from pplug_jax.mesh import constrain
+from pplug_jax.mesh import rows
 
 POOLINGS = ("cls", "mean")
 
@@ -167,7 +167,7 @@ class Bert(nnx.Module):
         """(B, L) int32, (B, L) bool -> the last hidden states (B, L, E)."""
 
         def layer(x: jax.Array, weights: Layers) -> tuple[jax.Array, None]:
-            return weights(constrain(x, "batch", None, None), mask[:, None]), None
+            return weights(rows(x), mask[:, None]), None
 
         x = jnp.take(self.word_embedding[...], tokens, axis=0)
         x = x + self.position_embedding[: tokens.shape[1]] + self.type_embedding[0]

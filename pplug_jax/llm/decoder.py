@@ -16,7 +16,7 @@ from flax import nnx
 
 from pplug_jax.llm.attention import attend
 from pplug_jax.llm.quantize import kernel
-from pplug_jax.mesh import constrain
+from pplug_jax.mesh import constrain, rows
 
 
 class Frozen(nnx.Variable):
@@ -412,11 +412,6 @@ class Decoder(nnx.Module):
         )
         x = self._final_norm(x[:, 0])
         return x, KVCache(keys, values, mask, cache.length + 1)
-
-
-def rows(x: jax.Array) -> jax.Array:
-    """Activations (B, ...) stay split over their rows, whatever the weights' shards."""
-    return constrain(x, "batch", *[None] * (x.ndim - 1))
 
 
 def unembed(hidden: jax.Array, table: jax.Array) -> jax.Array:

@@ -49,8 +49,12 @@ IGNORED = (
 )
 
 
-def _read_config(path: str | Path) -> tuple[Family, Any]:
-    """The directory's family and its config as `Family.module` takes it."""
+def _read_module(
+    path: str | Path, dtype: str, quantize: str | None
+) -> tuple[Family, Decoder | t5.T5]:
+    """The directory's family and its module, abstract and not yet quantised."""
+    if quantize and quantize not in KINDS:
+        raise InputError(f"quantize={quantize!r} is unknown; known: {', '.join(KINDS)}")
     settings = hf.read_config(path)
     model_type = settings.get("model_type")
     if model_type not in FAMILIES:
@@ -76,7 +80,7 @@ def _read_config(path: str | Path) -> tuple[Family, Any]:
     eos = config.eos_token_id
     eos_ids = tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,))
     family = FAMILIES[model_type]
-    return family, family.config_from_hf(config, eos_ids)
+    return family, family.module(family.config_from_hf(config, eos_ids), dtype)
 
 
 def _store(kernels: Any, quantize: str | None) -> Any:
@@ -86,8 +90,8 @@ def _store(kernels: Any, quantize: str | None) -> Any:
 
 def abstract_llm(path: str | Path, *, dtype: str, quantize: str | None) -> Decoder | t5.T5:
     """What `load_llm` gives, with `jax.ShapeDtypeStruct` for arrays; of `path` only config.json."""
-    family, config = _read_config(path)
-    graph, state = nnx.split(family.module(config, dtype))
+    _, module = _read_module(path, dtype, quantize)
+    graph, state = nnx.split(module)
     stored = jax.eval_shape(lambda state: jax.tree.map(lambda x: _store(x, quantize), state), state)
     return nnx.merge(graph, stored)
 
@@ -109,9 +113,7 @@ def load_llm(
         InputError: an unknown quantisation, architecture or setting, or tensors that do not fit
             config.json.
     """
-    if quantize and quantize not in KINDS:
-        raise InputError(f"quantize={quantize!r} is unknown; known: {', '.join(KINDS)}")
-    family, config = _read_config(path)
+    family, module = _read_module(path, dtype, quantize)
     # A multimodal checkpoint's text tensors stand behind one prefix or another, by its age.
     prefix = hf.common_prefix(path, "embed_tokens.weight") or "model."
     sources = {
@@ -119,7 +121,7 @@ def load_llm(
         for name, source in family.sources.items()
     }
     return hf.load_weights(
-        family.module(config, dtype),
+        module,
         path,
         sources,
         mesh or make_mesh(devices=jax.devices()[:1]),

@@ -22,11 +22,11 @@ from pplug_jax.llm.decoder import (
     abstract_weights,
     positions,
     rms_norm,
-    rows,
     unembed,
 )
 from pplug_jax.llm.llama import check
 from pplug_jax.llm.quantize import kernel
+from pplug_jax.mesh import rows
 
 ATTENTION = {"query": "q", "key": "k", "value": "v", "output": "o"}
 MLP = {"gate": "wi_0", "up": "wi_1", "down": "wo"}
