@@ -2,11 +2,14 @@
 
 import ml_collections
 
+from pplug_jax.data.download import BASE_URL
+
 
 def base_config() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.seed = 0
     c.task = ""
+    c.parity = False  # the official code's choices where ours differ: config.PARITY
     c.methods = (
         "none",
         "bm25",
@@ -18,14 +21,19 @@ def base_config() -> ml_collections.ConfigDict:
     )
 
     c.data = ml_collections.ConfigDict()
-    c.data.path = ""  # directory of LaMP files; empty: the embedded sample
+    c.data.path = ""  # the task's files; empty: the embedded sample, or data/[time/]TASK
+    c.data.time_based = True  # LaMP's split by time, the paper's; otherwise by user
+    c.data.base_url = BASE_URL  # of --mode=download
+    c.data.on_error = "stop"  # at a bad record, or skip: list it in WORKDIR/bad_records.jsonl
     c.data.train_split = "train"
     c.data.eval_split = "dev"
     c.data.sample_train_users = 0
     c.data.sample_eval_users = 0
     c.data.max_input_length = 256  # the LLM's tokens of the input, demonstrations included
-    c.data.max_target_length = 64
+    c.data.max_target_length = 128
     c.data.max_history = 512  # newest items of a profile
+    c.data.sort_by_date = True  # profiles whose items all have dates
+    c.data.history_labels = True  # read a history item with its tag or score, where it has one
     c.data.buckets = 3  # padded prompt lengths, and so compiled shapes
     c.data.history_store = ""  # directory; empty: WORKDIR/history
 
@@ -74,7 +82,7 @@ def base_config() -> ml_collections.ConfigDict:
     c.eval.batch_size = 64
     c.eval.num_beams = 4
     c.eval.length_penalty = 1.0
-    c.eval.max_new_tokens = 64
+    c.eval.max_new_tokens = 128
     c.eval.top_k = 4  # demonstrations of the retrieval methods
     c.eval.bootstrap_samples = 2000
 
@@ -83,3 +91,12 @@ def base_config() -> ml_collections.ConfigDict:
     c.mesh.fsdp = 1
     c.mesh.tensor = 1
     return c
+
+
+def long_outputs(c: ml_collections.ConfigDict) -> None:
+    """Lengths for outputs of several hundred words, as LongLaMP's; the paper has none."""
+    c.data.time_based = False  # its two settings are data sets of their own
+    c.data.max_input_length = 512
+    c.data.max_target_length = 512
+    c.eval.max_new_tokens = 512
+    c.eval.batch_size = 16

@@ -13,16 +13,13 @@ from configs import common, llms
 def get_config(arg: str = "embedded") -> ml_collections.ConfigDict:
     c = common.base_config()
     c.task = "LaMP_5"
+    llms.use(c, arg)
     if arg == "embedded":
         c.data.sample_train_users = 2000
         c.data.sample_eval_users = 400
         c.data.max_input_length = 160
         c.data.max_target_length = 48
         c.data.buckets = 1  # the sample's inputs are all about as long
-        c.llm.path = "assets/tiny_llama"
-        c.llm.dtype = "float32"
-        c.encoder.path = "assets/tiny_bert"
-        c.encoder.max_length = 64
         c.plug.num_persona_tokens = 16
         c.plug.projector_size = 2048
         c.plug.temperature = 0.3
@@ -34,7 +31,4 @@ def get_config(arg: str = "embedded") -> ml_collections.ConfigDict:
         c.eval.num_beams = 1
         c.eval.max_new_tokens = 40
         c.eval.top_k = 1  # of 8 to 16 items; 4 would be a third of a history
-    else:
-        c.data.path = "data/LaMP_5"
-        llms.use(c, arg)
     return c

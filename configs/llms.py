@@ -1,4 +1,7 @@
-"""The frozen LLMs that a task's config offers, as `configs/TASK.py:NAME` or `:NAME@SLICE`."""
+"""The frozen LLMs that a task's config offers, as `configs/TASK.py:NAME` or `:NAME@SLICE`.
+
+Without a name it is the bundled tiny one, which needs no download and has learnt little.
+"""
 
 from typing import NamedTuple
 
@@ -35,11 +38,17 @@ SLICES = {"v5e-8": "v5e_8", "v5p-16": "v5p_16"}
 
 
 def use(c: ml_collections.ConfigDict, argument: str) -> None:
-    """Sets what `argument`, a preset's name with or without @SLICE, says.
+    """Sets what `argument`, a preset's name with or without @SLICE, or `embedded`, says.
 
     Raises:
         ValueError: an unknown name or slice.
     """
+    if argument == "embedded":
+        c.llm.path = "assets/tiny_llama"
+        c.llm.dtype = "float32"
+        c.encoder.path = "assets/tiny_bert"
+        c.encoder.max_length = 64
+        return
     name, _, machine = argument.partition("@")
     for given, known in ((name, ["embedded", *PRESETS]), (machine, ["", *SLICES])):
         if given not in known:

@@ -8,11 +8,34 @@ import ml_collections
 
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.errors import InputError
+from pplug_jax.files import write_json
 from pplug_jax.methods import METHODS
+
+# What the official code (rucliujn/PPlug) does where ours by default does something else, and what
+# it does where ours may be set to something else.
+PARITY = {
+    "data.history_labels": False,
+    "data.sort_by_date": False,
+    "data.max_history": 512,
+    "encoder.query_prefix": "Represent this sentence for searching relevant passages:",
+    "encoder.item_prefix": "",
+    "plug.history_dropout": 0.5,
+    "plug.persona_dropout": 0.0,
+    "plug.num_persona_tokens": 1,
+    "plug.projector_size": 0,
+    "plug.temperature": 1.0,
+    "plug.learned_temperature": False,
+}
 
 
 class ConfigError(InputError):
     """A setting that cannot work; the message names the field."""
+
+
+def apply_parity(config: ml_collections.ConfigDict) -> None:
+    """Sets what `config.parity` stands for."""
+    if config.parity:
+        config.update_from_flattened_dict(PARITY)
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
@@ -31,6 +54,12 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             raise ConfigError(
                 f"config.methods: {name!r} uses the plug of {plug!r}, which is missing"
             )
+    if config.data.sample_eval_users and not config.data.path and config.task != "LaMP_5":
+        raise ConfigError(
+            f"config.data.path is empty, and the embedded sample has no {config.task}, only LaMP_5"
+        )
+    if config.data.on_error not in ("stop", "skip"):
+        raise ConfigError(f"config.data.on_error {config.data.on_error!r} is unknown; stop or skip")
     if config.train.batch_size % config.train.accumulation:
         raise ConfigError(
             f"config.train.batch_size {config.train.batch_size} does not divide into "
@@ -53,16 +82,10 @@ def check_batches(config: ml_collections.ConfigDict, parts: int) -> None:
             )
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    partial.rename(path)
-
-
 def claim_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
-    """Writes config.json, or checks that the one there says the same; only the mesh may differ.
+    """Writes config.json, or checks that the one there says the same.
+
+    Only the mesh may differ, and the split to evaluate on.
 
     Raises:
         ConfigError: the workdir belongs to another config; the message names the fields.
@@ -76,7 +99,9 @@ def claim_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     different = sorted(
         field
         for field in there.keys() | now.keys()
-        if there.get(field) != now.get(field) and not field.startswith("mesh.")
+        if there.get(field) != now.get(field)
+        and not field.startswith("mesh.")
+        and field != "data.eval_split"
     )
     if different:
         told = "; ".join(

@@ -1,4 +1,6 @@
-"""The error that the command shows as one line, without a traceback."""
+"""The errors that the command shows as one line, without a traceback."""
+
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -6,3 +8,15 @@ class InputError(ValueError):
 
     The message names file, record or field, and says what to do.
     """
+
+
+class DataError(InputError):
+    """A data file or a record of one that is not as its format says.
+
+    file: its path. problem: what is wrong, what to do. where: the record in it, if it is about one.
+    line: where that record begins.
+    """
+
+    def __init__(self, file: str | Path, problem: str, where: str = "", line: int | None = None):
+        self.file, self.problem, self.where, self.line = str(file), problem, where, line
+        super().__init__(": ".join(part for part in (self.file, where, problem) if part))

@@ -3,7 +3,7 @@
 import functools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,20 @@ import numpy as np
 from rich.table import Table
 
 from pplug_jax.checkpoint import Checkpoints
-from pplug_jax.config import write_json
-from pplug_jax.data.batches import Assemble, Batch, Buckets, place_batch, plan_batches
+from pplug_jax.data import submission
+from pplug_jax.data.batches import Assemble, Batch, Buckets, Tokenized, place_batch, plan_batches
 from pplug_jax.data.lamp import Example
 from pplug_jax.data.retrieval import RETRIEVERS, demonstration_prompt
 from pplug_jax.embedder import UserEmbedder
+from pplug_jax.files import write_json, write_text
 from pplug_jax.generate import generate
 from pplug_jax.llm import LLM
 from pplug_jax.methods import METHODS, Method, histories, inputs_embeds
-from pplug_jax.metrics import example_scores, interval
+from pplug_jax.metrics import METRICS, compare, example_statistics, interval
 from pplug_jax.models import Models
 from pplug_jax.plots import plot_results
 from pplug_jax.progress import Progress, console, say
+from pplug_jax.splits import data_name
 
 
 @functools.partial(
@@ -48,35 +50,43 @@ def _answer(
     return generate(llm, embeds, mask, **decoding)
 
 
+def shown(
+    models: Models, method: Method, examples: Iterable[Example], tokenized: Sequence[Tokenized]
+) -> list[Tokenized]:
+    """The examples with what the method shows of the user: demonstrations, a history, or none."""
+    config, tokenizer = models.config, models.tokenizer
+    if method.retrieval:
+        retrieve, length = RETRIEVERS[method.retrieval], config.data.max_input_length
+        prompts = (
+            demonstration_prompt(
+                models.task,
+                example.input,
+                retrieve(models.task, example.input, example.profile, config.eval.top_k),
+                tokenizer.tokenizer,
+                length,
+            )
+            for example in examples
+        )
+        tokenized = [
+            each._replace(prompt=tokenizer.prompt(prompt, length))
+            for each, prompt in zip(tokenized, prompts, strict=True)
+        ]
+    own = [each.rows if method.plug else each.rows[:0] for each in tokenized]
+    rows = histories(method, own, config.seed)
+    return [each._replace(rows=r) for each, r in zip(tokenized, rows, strict=True)]
+
+
 def predict(
-    models: Models, method: Method, plug: UserEmbedder | None, examples: Sequence[Example]
+    models: Models, method: Method, plug: UserEmbedder | None, tokenized: Sequence[Tokenized]
 ) -> list[str]:
     """The method's answer to each example, in their order."""
-    config, task, tokenizer = models.config, models.task, models.tokenizer
-    prompts = None
-    if method.retrieval:
-        retrieve = RETRIEVERS[method.retrieval]
-        prompts = [
-            demonstration_prompt(
-                task,
-                e.input,
-                retrieve(task, e.input, e.profile, config.eval.top_k),
-                tokenizer.tokenizer,
-                config.data.max_input_length,
-            )
-            for e in examples
-        ]
-    tokenized = models.tokenize(
-        examples,
-        histories(method, examples, config.seed) if plug else [()] * len(examples),
-        prompts,
-    )
+    config, tokenizer = models.config, models.tokenizer
     buckets = Buckets(tokenized, config.data.buckets, models.encoder.model.config.max_length)
     assemble = Assemble(tokenized, buckets, models.store, config.eval.batch_size)
-    answers = [""] * len(examples)
-    with Progress(f"answering with {method.name}", len(examples), "examples") as progress:
+    answers = [""] * len(tokenized)
+    with Progress(f"answering with {method.name}", len(tokenized), "examples") as progress:
         for bucket, indices in plan_batches(
-            np.arange(len(examples)), buckets.of, config.eval.batch_size
+            np.arange(len(tokenized)), buckets.of, config.eval.batch_size
         ):
             with jax.set_mesh(models.mesh):
                 tokens = _answer(
@@ -107,14 +117,18 @@ def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
     """
     config, task, workdir = models.config, models.task, models.workdir
     split = config.data.eval_split
-    scored = all(example.target is not None for example in examples)
-    golds = [example.target or "" for example in examples]
-    results_path = workdir / "results.json"
+    golds = {example.id: example.target for example in examples}
+    scored = task.metrics and None not in golds.values()
+    tokenized = functools.cache(lambda: models.tokenize(examples))
+    # Another split than the workdir's own leaves that one's results as they are.
+    own = json.loads((workdir / "config.json").read_text())["data"]["eval_split"]
+    stem = "results" if split == own else f"results.{split}"
+    results_path = workdir / f"{stem}.json"
     results: dict[str, Any] = json.loads(results_path.read_text()) if results_path.is_file() else {}
     before = results.get("methods", {})
     results = {
         "task": task.name,
-        "data": config.data.path or "the embedded sample",
+        "data": data_name(config),
         "llm": config.llm.path,
         "split": split,
         "n": len(examples),
@@ -125,46 +139,54 @@ def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
         for name in {METHODS[name].plug for name in config.methods} - {None}
     }
     restored = functools.cache(lambda name: checkpoints[name].restore_plug(models.abstract_plug))
-    answers: dict[str, list[str]] = {}
-    scores: dict[str, dict[str, np.ndarray]] = {}
+    answers: dict[str, dict[str, str]] = {}
+    statistics: dict[str, dict[str, np.ndarray]] = {}
     for name in config.methods:
         method = METHODS[name]
         step = checkpoints[method.plug].latest if method.plug else None
         path = predictions_path(workdir, split, name)
         if path.is_file() and name in before and before[name]["step"] == step:
-            answers[name] = [gold["output"] for gold in json.loads(path.read_text())["golds"]]
+            answers[name] = submission.read(path, task)
+        if list(answers.get(name, {})) == list(golds):
             entry = before[name]
         else:
             plug = restored(method.plug) if method.plug else None
             start = time.monotonic()
-            answers[name] = predict(models, method, plug, examples)
+            predictions = predict(
+                models, method, plug, shown(models, method, examples, tokenized())
+            )
+            answers[name] = dict(zip(golds, predictions, strict=True))
             entry = {"step": step, "seconds": time.monotonic() - start}
-            outputs = [
-                {"id": e.id, "output": a} for e, a in zip(examples, answers[name], strict=True)
-            ]
-            write_json(path, {"task": task.name, "golds": outputs})
+            submission.write(path, task, answers[name])
+        if task.judged:
+            submission.write_judged(path.with_suffix(".judge.jsonl"), task, examples, answers[name])
         if scored:
-            scores[name] = example_scores(task.name, answers[name], golds)
-            for metric, values in scores[name].items():
-                low, high = interval(values, config.eval.bootstrap_samples)
-                entry[metric] = {"value": float(values.mean()), "low": low, "high": high}
+            statistics[name] = example_statistics(
+                task.name, list(answers[name].values()), list(golds.values())
+            )
+            for metric, rows in statistics[name].items():
+                low, high = interval(metric, rows, config.eval.bootstrap_samples)
+                value = float(METRICS[metric].value(rows.mean(axis=0)))
+                entry[metric] = {"value": value, "low": low, "high": high}
         results["methods"][name] = entry
         write_json(results_path, results)
     for manager in checkpoints.values():
         manager.close()
 
     if scored:
-        said = verdicts(scores, task.metrics[0], config.eval.bootstrap_samples)
+        said = verdicts(statistics, task.metrics[0], config.eval.bootstrap_samples)
         lines = [*markdown(results, task.metrics), "", *(f"- {line}" for line in said)]
         show_table(results, task.metrics)
-        plot_results(results, task.metrics[0], workdir / "plots" / "results.png")
+        plot_results(results, task.metrics[0], workdir / "plots" / f"{stem}.png")
     else:
-        lines = said = [
-            "The split's outputs are withheld: predictions are written, nothing is scored."
-        ]
-    (workdir / "results.md").write_text(
-        "\n".join([f"# {task.name}, {results['data']}, split {split}", "", *lines, ""])
-    )
+        why = (
+            "The split's outputs are withheld"
+            if task.metrics
+            else "Only a judge can score these answers (*.judge.jsonl holds what one needs)"
+        )
+        lines = said = [f"{why}: predictions are written, nothing is scored."]
+    title = f"# {task.name}, {results['data']}, split {split}"
+    write_text(workdir / f"{stem}.md", "\n".join([title, "", *lines, ""]))
     for line in said:
         say(line)
     show_examples(models, examples, answers)
@@ -193,36 +215,36 @@ def markdown(results: dict[str, Any], metrics: Sequence[str]) -> list[str]:
 
 def show_table(results: dict[str, Any], metrics: Sequence[str]) -> None:
     header, rows = _cells(results, metrics)
-    shown = Table(
+    table = Table(
         title=f"{results['task']}: {results['data']}, split {results['split']}, {results['llm']}"
     )
     for i, cell in enumerate(header):
-        shown.add_column(cell, justify="left" if i == 0 else "right", no_wrap=True)
+        table.add_column(cell, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
-        shown.add_row(*row)
-    console.print(shown)
+        table.add_row(*row)
+    console.print(table)
 
 
-def verdicts(scores: dict[str, dict[str, np.ndarray]], metric: str, samples: int) -> list[str]:
+def verdicts(statistics: dict[str, dict[str, np.ndarray]], metric: str, samples: int) -> list[str]:
     """What the paired differences between pplug and every other method say, in words."""
-    if "pplug" not in scores:
+    if "pplug" not in statistics:
         return []
     said = []
-    for name in scores:
+    for name in statistics:
         if name == "pplug":
             continue
-        difference = scores["pplug"][metric] - scores[name][metric]
-        low, high = interval(difference, samples)
-        if low > 0:
-            word = "better than"
-        elif high < 0:
-            word = "worse than"
-        else:
+        found = compare(metric, statistics["pplug"][metric], statistics[name][metric], samples)
+        if found.low <= 0 <= found.high:
             word = "not significantly different from"
+        else:
+            higher = found.low > 0
+            better = higher != METRICS[metric].lower_is_better
+            word = "better than" if better else "worse than"
         said.append(
-            f"pplug is {word} {name}: {metric} {difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+            f"pplug is {word} {name}: {metric} {found.difference:+.3f} "
+            f"[{found.low:+.3f}, {found.high:+.3f}], p = {found.p_value:.4f}"
         )
-        if name == "shuffled_user" and low <= 0:
+        if name == "shuffled_user" and word != "better than":
             said.append("So nothing here shows that the plug learnt the user rather than the task.")
     return said
 
@@ -230,20 +252,20 @@ def verdicts(scores: dict[str, dict[str, np.ndarray]], metric: str, samples: int
 def show_examples(
     models: Models,
     examples: Sequence[Example],
-    answers: dict[str, list[str]],
+    answers: dict[str, dict[str, str]],
     count: int = 3,
 ) -> None:
     """A few users, spread evenly over the split: what the LLM says without and with the persona."""
-    for i in np.linspace(0, len(examples) - 1, min(count, len(examples)) + 2).astype(int)[1:-1]:
+    for i in sorted({len(examples) * (2 * n + 1) // (2 * count) for n in range(count)}):
         example = examples[i]
         say(f"\nuser {example.id}, {len(example.profile)} items of history, such as")
         for item in example.profile[:3]:
-            say(f"  - {shorten(models.task.item_text(item))}")
+            say(f"  - {shorten(models.item_text(item))}")
         rows = {
-            "input": models.task.query(example.input),
+            "input": models.task.query_text(example.input),
             "gold": example.target or "(withheld)",
         }
-        rows |= {name: answers[name][i] for name in ("none", "pplug") if name in answers}
+        rows |= {name: answers[name][example.id] for name in ("none", "pplug") if name in answers}
         for name, text in rows.items():
             say(f"  {name + ':':7}{shorten(text)}")
 

@@ -5,13 +5,11 @@ A new method is one entry here.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pplug_jax.data.lamp import Example
 from pplug_jax.llm import LLM
 
 
@@ -58,23 +56,25 @@ METHODS = {
 }
 
 
-def histories(
-    method: Method, examples: Sequence[Example], seed: int
-) -> list[Sequence[dict[str, Any]]]:
-    """The profile that the plug reads for each example."""
-    own = [example.profile for example in examples]
+def histories(method: Method, own: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
+    """The history that the plug reads for each example, as rows of the history store.
+
+    own: (n,) int rows of each example's own history.
+    """
     if method.history == "none":
-        return [() for _ in own]
+        return [rows[:0] for rows in own]
     if method.history == "own":
-        return own
-    # A random cycle over the examples gives everyone another's history; one user may have several
-    # examples, so the cycle is walked on to the next different profile.
+        return list(own)
+    # A random cycle over the examples gives everyone another's history. One user may have several
+    # examples, with histories of different times, and the files may not say whose they are: so the
+    # cycle is walked on to the next history that has no text in common.
     cycle = np.random.default_rng(seed).permutation(len(own))
     place = {example: i for i, example in enumerate(cycle)}
     result = []
     for i in range(len(own)):
         others = (own[cycle[(place[i] + step) % len(own)]] for step in range(1, len(own)))
-        result.append(next((profile for profile in others if profile != own[i]), ()))
+        strange = (rows for rows in others if len(rows) and not np.isin(rows, own[i]).any())
+        result.append(next(strange, own[i][:0]))
     return result
 
 

@@ -1,57 +1,283 @@
-"""LaMP's metrics, per example, and percentile bootstrap intervals over them."""
+"""The benchmarks' metrics, bootstrap intervals, and paired comparisons of two methods.
 
-from collections.abc import Sequence
+Every metric is a function of the mean over examples of per-example statistics. So resampling the
+rows of one array (n, S) gives an interval for any of them, be it an RMSE or a macro-F1.
+"""
 
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import nltk
 import numpy as np
+from nltk.corpus import wordnet
+from nltk.tokenize import word_tokenize
+from nltk.translate.meteor_score import single_meteor_score
 from rouge_score import rouge_scorer
 from scipy import stats
 
-from pplug_jax.data.tasks import TASKS
+from pplug_jax.data.tasks import TASKS, Task
+from pplug_jax.errors import InputError
+
+# Resamples handled at once. The figures do not depend on it, the memory does.
+BATCH = 200
 
 
-def example_scores(
-    task: str, predictions: Sequence[str], references: Sequence[str]
-) -> dict[str, np.ndarray]:
-    """Each example's score by each of the task's metrics, (n,) float64, as LaMP's evaluation.
+def _mean(means: np.ndarray) -> np.ndarray:
+    return means[..., 0]
 
-    ROUGE is the F-measure of `rouge_score` without stemming, on stripped strings.
 
-    Raises:
-        ValueError: lists of different or no length, or an unknown task.
+class Metric(NamedTuple):
+    """How a metric is computed.
+
+    statistics: (task, predictions, references), all stripped, to each example's (n, S) float64.
+    value: means of statistics over examples, (..., S), to the metric, (...).
     """
+
+    statistics: Callable[[Task, Sequence[str], Sequence[str]], np.ndarray]
+    value: Callable[[np.ndarray], np.ndarray] = _mean
+    lower_is_better: bool = False
+
+
+class Comparison(NamedTuple):
+    """The first method's value minus the second's, its 95% interval, a two-sided p-value."""
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+
+
+def _each(
+    measure: Callable[[str, str], float],
+) -> Callable[[Task, Sequence[str], Sequence[str]], np.ndarray]:
+    def statistics(task: Task, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+        pairs = zip(predictions, references, strict=True)
+        return np.array([[measure(*pair)] for pair in pairs], dtype=np.float64)
+
+    return statistics
+
+
+def _class_counts(task: Task, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    # Not NumPy's comparison of strings, which drops their trailing NULs.
+    predicted, gold = (
+        np.array([[text == label for label in task.labels] for text in texts], dtype=np.float64)
+        for texts in (predictions, references)
+    )
+    return np.concatenate([predicted * gold, predicted, gold], axis=1)
+
+
+def _macro_f1(means: np.ndarray) -> np.ndarray:
+    hit, predicted, gold = np.split(means, 3, axis=-1)
+    total = predicted + gold
+    return np.divide(2 * hit, total, out=np.zeros_like(total), where=total > 0).mean(axis=-1)
+
+
+def _error(prediction: str, reference: str) -> float:
+    gold = float(reference)
+    try:
+        rating = float(prediction)
+    except ValueError:
+        rating = math.nan
+    # "nan" and "inf" are floats to Python, but LaMP's script stops at them: no ratings either.
+    if math.isfinite(rating):
+        return abs(rating - gold)
+    return max(abs(1 - gold), abs(5 - gold))
+
+
+def _squared_error(prediction: str, reference: str) -> float:
+    error = _error(prediction, reference)
+    return error * error  # a rating of 200 digits makes this infinite, and `**` an exception
+
+
+def _rouge(name: str) -> Callable[[str, str], float]:
+    scorer = rouge_scorer.RougeScorer([name], use_stemmer=False)
+    return lambda prediction, reference: scorer.score(reference, prediction)[name].fmeasure
+
+
+def _meteor(prediction: str, reference: str) -> float:
+    return single_meteor_score(
+        word_tokenize(reference), word_tokenize(prediction), alpha=0.9, beta=3, gamma=0.5
+    )
+
+
+METRICS = {
+    "accuracy": Metric(_each(operator.eq)),
+    "macro_f1": Metric(_class_counts, _macro_f1),
+    "exact_match": Metric(_each(operator.eq)),
+    "mae": Metric(_each(_error), lower_is_better=True),
+    "rmse": Metric(
+        _each(_squared_error), lambda means: np.sqrt(_mean(means)), lower_is_better=True
+    ),
+    "rouge1": Metric(_each(_rouge("rouge1"))),
+    "rougeL": Metric(_each(_rouge("rougeL"))),
+    "meteor": Metric(_each(_meteor)),
+}
+
+
+def _known(task: str) -> Task:
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
+    return TASKS[task]
+
+
+def check_metrics(task: str) -> None:
+    """Loads the data that the task's metrics need, so that a long run need not end without.
+
+    Only METEOR needs any: NLTK's WordNet and its sentence splitter, downloaded if absent.
+
+    Raises:
+        ValueError: an unknown task.
+        InputError: the data are neither there nor to be had.
+    """
+    if "meteor" not in _known(task).metrics:
+        return
+
+    def load() -> None:
+        word_tokenize("")
+        wordnet.ensure_loaded()
+
+    try:
+        load()
+    except LookupError:
+        for name in ("wordnet", "punkt_tab"):
+            if not nltk.download(name, quiet=True):
+                break  # it has said why; the next would fail alike
+        try:
+            load()
+        except LookupError as error:
+            raise InputError(
+                "METEOR needs NLTK's data sets wordnet and punkt_tab: run `python -m "
+                "nltk.downloader wordnet punkt_tab`; without network, run it elsewhere, copy the "
+                "nltk_data directory here and set NLTK_DATA to its path"
+            ) from error
+
+
+def example_statistics(
+    task: str, predictions: Sequence[str], references: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Each example's statistics for each of the task's metrics, (n, S) float64.
+
+    S is 3 C for macro-F1 over C labels and 1 for the others. The definitions are those of LaMP's
+    evaluation (arXiv 2304.11406) and LongLaMP's (arXiv 2407.11016), on stripped strings:
+
+    - accuracy, macro_f1: exactly a label, in its case. What is no label is wrong, of no class. A
+      class that nobody has or predicts has F1 0.
+    - mae, rmse: the prediction as Python's `float`; what is no finite number is the end of the
+      scale, 1 or 5, that is further from the reference.
+    - exact_match: the strings are equal.
+    - rouge1, rougeL: the F-measure of `rouge_score` without stemming (Lin 2004).
+    - meteor: NLTK's of NLTK's words (Lavie and Agarwal 2007; alpha 0.9, beta 3, gamma 0.5).
+
+    Raises:
+        ValueError: lists of different or no length, an unknown task, or a reference that is none of
+            the task's labels.
+        InputError: METEOR's data are missing, see `check_metrics`.
+    """
+    row = _known(task)
     if len(predictions) != len(references) or not predictions:
         raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
-    names = TASKS[task].metrics
-    scorer = rouge_scorer.RougeScorer(list(names), use_stemmer=False)
-    scores = [
-        scorer.score(r.strip(), p.strip()) for p, r in zip(predictions, references, strict=True)
-    ]
-    return {name: np.array([score[name].fmeasure for score in scores]) for name in names}
+    predictions, references = (
+        [text.strip() for text in texts] for texts in (predictions, references)
+    )
+    for reference in references:
+        if row.labels and reference not in row.labels:
+            raise ValueError(
+                f"reference {reference!r} is no label of {task}: {', '.join(row.labels)}"
+            )
+    check_metrics(task)
+    return {name: METRICS[name].statistics(row, predictions, references) for name in row.metrics}
 
 
 def score(task: str, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """The task's metrics over all examples, e.g. {"rouge1": .., "rougeL": ..}.
 
-    The plain mean; LaMP's own script prints the median of bootstrap means, which agrees to about
-    the fourth decimal.
+    For ROUGE this is the plain mean; LaMP's own script prints the median of bootstrap means, which
+    agrees to about the fourth decimal. `example_statistics` has definitions and errors.
     """
     return {
-        name: float(values.mean())
-        for name, values in example_scores(task, predictions, references).items()
+        name: float(METRICS[name].value(statistics.mean(axis=0)))
+        for name, statistics in example_statistics(task, predictions, references).items()
     }
 
 
-def interval(values: np.ndarray, samples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """The 95% percentile bootstrap interval of the mean of `values` (n,)."""
-    if len(values) < 2 or np.all(values == values[0]):
-        return float(values.mean()), float(values.mean())
+def _value(metric: str, statistics: np.ndarray, examples: np.ndarray) -> np.ndarray:
+    # `examples` (..., n) are rows of `statistics`. Counted, as those rows are S times larger.
+    counts = np.apply_along_axis(np.bincount, -1, examples, minlength=len(statistics))
+    return METRICS[metric].value(counts @ statistics / examples.shape[-1])
+
+
+def _percentiles(
+    value: Callable[..., np.ndarray], n: int, samples: int, seed: int
+) -> tuple[float, float]:
     result = stats.bootstrap(
-        (values,),
-        np.mean,
+        (np.arange(n),),
+        value,
         n_resamples=samples,
+        batch=BATCH,
         method="percentile",
         rng=np.random.default_rng(seed),
     )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def interval(
+    metric: str, statistics: np.ndarray, samples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """The 95% percentile bootstrap interval of the metric over examples (Efron 1979).
+
+    statistics: (n, S), of `example_statistics`. One example, equal ones, or an infinite value give
+    the value twice.
+    """
+    value = float(METRICS[metric].value(statistics.mean(axis=0)))
+    if np.all(statistics == statistics[0]) or not math.isfinite(value):
+        return value, value
+    return _percentiles(
+        lambda examples, axis: _value(metric, statistics, examples), len(statistics), samples, seed
+    )
+
+
+def compare(
+    metric: str, a: np.ndarray, b: np.ndarray, samples: int = 2000, seed: int = 0
+) -> Comparison:
+    """How two methods differ in the metric on the same examples, a minus b.
+
+    a, b: (n, S), of `example_statistics`. The interval is the bootstrap's over examples. The
+    p-value is that of the permutation test that swaps the methods within examples: the share of
+    swaps, the one seen included, that differ as much; exact where all 2^n are no more than
+    `samples` (Phipson and Smyth 2010).
+
+    Raises:
+        ValueError: a and b differ in shape.
+    """
+    if a.shape != b.shape:
+        raise ValueError(
+            f"statistics of shapes {a.shape} and {b.shape} are not of the same examples"
+        )
+    n, both = len(a), np.concatenate([a, b])
+
+    def difference(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        return _value(metric, both, first) - _value(metric, both, second)
+
+    def size(first: np.ndarray, second: np.ndarray, axis: int) -> np.ndarray:
+        # Rounded: whether two swaps tie must not hang on the order of a sum.
+        return np.round(np.abs(difference(first, second)), 12)
+
+    value = METRICS[metric].value
+    observed = float(value(a.mean(axis=0)) - value(b.mean(axis=0)))
+    if n < 2 or np.array_equal(a, b) or not math.isfinite(observed):
+        return Comparison(observed, observed, observed, 1.0)
+    low, high = _percentiles(
+        lambda examples, axis: difference(examples, examples + n), n, samples, seed
+    )
+    test = stats.permutation_test(
+        (np.arange(n), np.arange(n, 2 * n)),
+        size,
+        permutation_type="samples",
+        alternative="greater",
+        n_resamples=samples,
+        batch=BATCH,
+        rng=np.random.default_rng(seed),
+    )
+    return Comparison(observed, low, high, float(test.pvalue))

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from pplug_jax.checkpoint import is_saved, restore_module, save_module
 from pplug_jax.config import ConfigError, check_batches
 from pplug_jax.data.batches import Tokenized, tokenize
 from pplug_jax.data.history import HistoryStore
-from pplug_jax.data.lamp import Example
+from pplug_jax.data.lamp import Example, Item
 from pplug_jax.data.prompts import Tokenizer
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.embedder import UserEmbedder
@@ -108,24 +108,22 @@ class Models:
     def _llm_origin(self) -> dict[str, Any]:
         return {"path": self.config.llm.path, **self._llm_settings}
 
-    def tokenize(
-        self,
-        examples: Sequence[Example],
-        histories: Sequence[Sequence[dict]],
-        prompts: Sequence[str] | None = None,
-    ) -> list[Tokenized]:
+    def item_text(self, item: Item) -> str:
+        """A history item as the encoder reads it."""
+        return self.task.item_text(item, self.config.data.history_labels)
+
+    def tokenize(self, examples: Iterable[Example]) -> list[Tokenized]:
         """`data.batches.tokenize` with this task, tokenizer, store and the config's lengths."""
         data = self.config.data
         return tokenize(
             self.task,
             examples,
-            histories,
             self.tokenizer,
             self.store,
             max_input_length=data.max_input_length,
             max_target_length=data.max_target_length,
             max_history=data.max_history,
-            prompts=prompts,
+            history_labels=data.history_labels,
         )
 
     def _check_length(self) -> None:

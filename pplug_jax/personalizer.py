@@ -10,6 +10,7 @@ import ml_collections
 import numpy as np
 
 from pplug_jax.checkpoint import Checkpoints
+from pplug_jax.data.lamp import by_date
 from pplug_jax.embedder import UserEmbedder
 from pplug_jax.errors import InputError
 from pplug_jax.generate import generate
@@ -57,10 +58,12 @@ class Personalizer:
         return np.asarray(self._soft_prompt(input, history)[0], np.float32)
 
     def _soft_prompt(self, input: str, history: Sequence[str | dict[str, Any]]) -> jax.Array:
-        task, encoder = self.models.task, self.models.encoder
-        texts = [item if isinstance(item, str) else task.item_text(item) for item in history]
-        texts = texts[-self.models.config.data.max_history :]
-        query = np.array(encoder.queries([task.query(input)]), np.int32)
+        models, encoder = self.models, self.models.encoder
+        if models.config.data.sort_by_date and not any(isinstance(item, str) for item in history):
+            history = by_date(history)
+        texts = [item if isinstance(item, str) else models.item_text(item) for item in history]
+        texts = texts[-models.config.data.max_history :]
+        query = np.array(encoder.queries([models.task.query_text(input)]), np.int32)
         # The store's precision, so that a served persona is the one that was trained and tested.
         vectors = encoder.encode(texts).astype(np.float16).astype(np.float32)
         # One masked item stands in for an empty history, whose width would be 0.

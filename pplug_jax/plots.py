@@ -7,6 +7,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from pplug_jax.metrics import METRICS
+
 
 def plot_results(results: dict[str, Any], metric: str, path: Path) -> None:
     """Each method's score and 95% bootstrap interval."""
@@ -22,7 +24,8 @@ def plot_results(results: dict[str, Any], metric: str, path: Path) -> None:
     axes.errorbar(values, range(len(names)), xerr=errors, fmt="o", capsize=4)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlabel(f"{metric}, 95% bootstrap interval, n = {results['n']}")
+    better = ", lower is better" if METRICS[metric].lower_is_better else ""
+    axes.set_xlabel(f"{metric}{better}, 95% bootstrap interval, n = {results['n']}")
     axes.set_title(f"{results['task']}: {results['data']}, {results['split']}")
     axes.grid(axis="x", alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,56 +1,41 @@
 """One run of the command: say what will be done, then encode, train and evaluate."""
 
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 import ml_collections
 
-from pplug_jax.config import ConfigError, check_config, claim_workdir
-from pplug_jax.data import lamp, sample
-from pplug_jax.data.lamp import Example
+from pplug_jax.config import ConfigError, apply_parity, check_config, claim_workdir
+from pplug_jax.data.check import check_data
+from pplug_jax.data.download import download
+from pplug_jax.data.lamp import Example, Item
+from pplug_jax.data.records import raise_bad
 from pplug_jax.data.tasks import TASKS
+from pplug_jax.errors import DataError, InputError
 from pplug_jax.evaluate import evaluate
 from pplug_jax.methods import METHODS
+from pplug_jax.metrics import check_metrics
 from pplug_jax.models import Models, parameter_count
 from pplug_jax.plots import plot_losses
 from pplug_jax.progress import say
+from pplug_jax.splits import data_directory, existing_directory, read_split, report_bad
 from pplug_jax.train import fit
 
 
-def read_examples(
-    config: ml_collections.ConfigDict, split: str, sample_users: int
-) -> list[Example]:
-    """A split: from LaMP files where `config.data.path` names them, else from the embedded sample.
-
-    Raises:
-        ConfigError, DataError: a missing directory, a broken file, or no example at all.
-    """
-    path = config.data.path
-    if not path:
-        return list(sample.users(config.seed, split, sample_users))
-    if not Path(path).is_dir():
-        raise ConfigError(
-            f"config.data.path: there is no directory {path!r}; it should hold LaMP's "
-            f"{split}_questions.json and {split}_outputs.json"
-        )
-    examples = lamp.read(path, split, TASKS[config.task])
-    if not examples:
-        raise lamp.DataError(f"{path}: the split {split} has no questions")
-    return examples
-
-
-def describe(models: Models, train: list[Example], held_out: list[Example]) -> None:
+def describe(models: Models, train: Sequence[Example], held_out: Sequence[Example]) -> None:
     """Prints what is about to be done."""
     config = models.config
     trainable, frozen = parameter_count(models.abstract_plug), parameter_count(models.llm)
-    data = config.data.path or (
+    data = data_directory(config) or (
         "the embedded sample, made up by a generator "
         "(for real data: --config.data.path=DIR with LaMP's files)"
     )
     mesh = " x ".join(f"{axis}={size}" for axis, size in models.mesh.shape.items())
     for name, text in {
         "task": config.task,
-        "data": data,
+        "data": str(data),
         "examples": f"{len(train)} to train on ({config.data.train_split}), "
         f"{len(held_out)} held out ({config.data.eval_split})",
         "frozen LLM": f"{config.llm.path}, {frozen:,} parameters, "
@@ -66,30 +51,88 @@ def describe(models: Models, train: list[Example], held_out: list[Example]) -> N
         say(f"{name:>12}  {text}")
 
 
+@dataclasses.dataclass(frozen=True)
+class ItemTexts:
+    """The history texts of examples, read anew each time they are gone through."""
+
+    splits: Sequence[Sequence[Example]]
+    text: Callable[[Item], str]
+
+    def __iter__(self) -> Iterator[str]:
+        return (
+            self.text(item)
+            for split in self.splits
+            for example in split
+            for item in example.profile
+        )
+
+
+def data(config: ml_collections.ConfigDict, mode: str) -> None:
+    """Fetches the task's files, or not, and says what is in them.
+
+    Raises:
+        InputError: a file that cannot be had or read, or a bad record.
+    """
+    if data_directory(config) is None:
+        raise ConfigError(
+            "the embedded sample needs no files; name a directory for real ones: "
+            "--config.data.path=DIR"
+        )
+    task = TASKS[config.task]
+    splits = []
+    if mode == "download":
+        splits = list({config.data.train_split: 0, config.data.eval_split: 0})
+        directory = data_directory(config)
+        time_based, base_url = config.data.time_based, config.data.base_url
+        download(task.name, splits, directory, time_based=time_based, base_url=base_url)
+    bad = check_data(existing_directory(config, config.data.train_split), task, splits)
+    if bad:
+        raise InputError(
+            f"{bad} bad records, listed above; mend them, or leave them out with "
+            "--config.data.on_error=skip"
+        )
+
+
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
     """Does what `mode` says; started again, it goes on where it stopped."""
+    apply_parity(config)
     check_config(config)
-    train = read_examples(config, config.data.train_split, config.data.sample_train_users)
-    held_out = read_examples(config, config.data.eval_split, config.data.sample_eval_users)
+    if mode in ("download", "check_data"):
+        data(config, mode)
+        return
+    check_metrics(config.task)
+    bad: list[DataError] = []
+    on_bad = bad.append if config.data.on_error == "skip" else raise_bad
+    plugs = any(METHODS[name].plug for name in config.methods)
+    train = read_split(config, "train", on_bad) if plugs and mode != "evaluate" else []
+    held_out = read_split(config, "eval", on_bad)
+    if train and train[0].target is None:
+        raise ConfigError(
+            f"config.data.train_split: {config.data.train_split} has no outputs to train on; leave "
+            "pplug and instruction_only out of config.methods, or name another split"
+        )
     models = Models(config, workdir)
     claim_workdir(workdir, config)
     describe(models, train, held_out)
+    if bad:
+        report_bad(workdir, bad)
     if mode == "convert":
         new = models.convert_llm()
         say(f"{models.converted}: the converted LLM {'is' if new else 'was already'} there")
         return
-    items = (item for example in (*train, *held_out) for item in example.profile)
-    new = models.store.add(map(models.task.item_text, items), config.encoder.batch_size)
+    texts = ItemTexts((train, held_out), models.item_text)
+    new = models.store.add(texts, config.encoder.batch_size)
     say(f"history store: {len(models.store)} unique texts, {new} of them new")
     if models.encoder.cut_texts:
         say(
             f"{models.encoder.cut_texts} of them reach the encoder's {models.encoder.max_length} "
             "tokens; what is beyond is not read (config.encoder.max_length)"
         )
-    if mode in ("train", "train_and_evaluate"):
+    if mode in ("train", "train_and_evaluate") and train:
+        tokenized = models.tokenize(train)
         for name in config.methods:
             if METHODS[name].trained:
-                fit(models, train, METHODS[name])
+                fit(models, tokenized, METHODS[name])
                 plot_losses(workdir / "metrics.jsonl", workdir / "plots" / "loss.png")
     if mode in ("evaluate", "train_and_evaluate"):
         evaluate(models, held_out)

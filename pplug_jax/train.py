@@ -19,10 +19,10 @@ from pplug_jax.data.batches import (
     Batch,
     Buckets,
     Plan,
+    Tokenized,
     place_batch,
     training_batches,
 )
-from pplug_jax.data.lamp import Example
 from pplug_jax.embedder import UserEmbedder
 from pplug_jax.llm import LLM
 from pplug_jax.mesh import replicated
@@ -143,7 +143,7 @@ class Stop:
             signal.signal(s, handler)
 
 
-def fit(models: Models, examples: Sequence[Example], method: Method) -> UserEmbedder:
+def fit(models: Models, examples: Sequence[Tokenized], method: Method) -> UserEmbedder:
     """Trains the plug of `method` on `examples`, going on from the newest checkpoint.
 
     Raises:
@@ -151,7 +151,8 @@ def fit(models: Models, examples: Sequence[Example], method: Method) -> UserEmbe
         FloatingPointError: the loss is no number any more.
     """
     config, llm, mesh = models.config, models.llm, models.mesh
-    tokenized = models.tokenize(examples, histories(method, examples, config.seed))
+    rows = histories(method, [example.rows for example in examples], config.seed)
+    tokenized = [e._replace(rows=r) for e, r in zip(examples, rows, strict=True)]
     buckets = Buckets(tokenized, config.data.buckets, models.encoder.model.config.max_length)
     plan = Plan(buckets.of, config.train.batch_size, config.train.epochs, config.seed)
     assemble = Assemble(

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
+from pplug_jax.files import write_text
+
 
 class Writer:
     """Writes the scalars of `name` (a trained method) to files that all methods of a workdir share.
@@ -15,15 +17,8 @@ class Writer:
     def __init__(self, workdir: str | Path, name: str, start: int):
         path = Path(workdir) / "metrics.jsonl"
         if path.is_file():
-            partial = path.with_suffix(".partial")
-            partial.write_text(
-                "".join(
-                    f"{line}\n"
-                    for line in path.read_text().splitlines()
-                    if self._stays(line, name, start)
-                )
-            )
-            partial.rename(path)
+            lines = path.read_text().splitlines()
+            write_text(path, [f"{line}\n" for line in lines if self._stays(line, name, start)])
         self.file = path.open("a")
         self.events = SummaryWriter(str(Path(workdir) / "tensorboard" / name), purge_step=start + 1)
         self.name = name

@@ -88,7 +88,7 @@ def test_tokenize(llama_tokenizer: transformers.PreTrainedTokenizerBase, store: 
     input = "Generate a title for the following abstract of a paper: Models."
     examples = [Example("0", input, "Gold", profile), Example("1", "bare", None, ())]
     lengths = {"max_input_length": 99, "max_target_length": 9, "max_history": 3}
-    first, second = tokenize(TASK, examples, [profile, ()], tokenizer, store, **lengths)
+    first, second = tokenize(TASK, examples, tokenizer, store, **lengths)
     assert first.prompt.tolist() == tokenizer.prompt(input, 99).tolist()
     assert first.target.tolist() == tokenizer.target("Gold", 9).tolist()
     assert first.query.tolist() == [1, *map(ord, "Models."), 2]
@@ -99,13 +99,25 @@ def test_tokenize(llama_tokenizer: transformers.PreTrainedTokenizerBase, store: 
     assert second.target.tolist() == [1]  # no gold: EOS alone
     assert second.rows.tolist() == []
 
-    # Another's history in place of the own one, and a prompt in place of the input.
-    swapped = tokenize(
-        TASK, examples, [(), profile], tokenizer, store, prompts=["one", "two"], **lengths
-    )
-    assert [len(each.rows) for each in swapped] == [0, 3]
-    assert swapped[0].prompt.tolist() == tokenizer.prompt("one", 99).tolist()
-    assert swapped[0].query.tolist() == first.query.tolist()
+
+def test_an_item_is_read_with_its_label_or_without(
+    llama_tokenizer: transformers.PreTrainedTokenizerBase, tmp_path: Path
+):
+    tagged = {"description": "A film.", "tag": "comedy"}
+    examples = [Example("0", "which tag? description: A film.", "comedy", (tagged,))]
+    store = HistoryStore(tmp_path, FakeEncoder())
+    store.add(["A film. tag: comedy", "A film."])
+    lengths = {"max_input_length": 99, "max_target_length": 9, "max_history": 3}
+    for labels, row in ((True, "A film. tag: comedy"), (False, "A film.")):
+        (made,) = tokenize(
+            TASKS["LaMP_2"],
+            examples,
+            Tokenizer(llama_tokenizer),
+            store,
+            history_labels=labels,
+            **lengths,
+        )
+        assert made.rows.tolist() == store.rows([row]).tolist()
 
 
 # Shapes and order

@@ -109,9 +109,9 @@ def test_half_a_surrogate_pair_is_refused_where_it_stands(tmp_path: Path):
 @pytest.mark.parametrize(
     ("questions", "outputs", "expected"),
     [
-        ({"410": {}}, OUTPUTS, "dev_questions.json: expected a list of questions, found dict"),
+        ({"410": {}}, OUTPUTS, "dev_questions.json: expected a list of records, found dict"),
         (["410"], OUTPUTS, "dev_questions.json: question number 0: expected an object, found str"),
-        (QUESTIONS, OUTPUTS["golds"], "dev_outputs.json: the file: expected an object, found list"),
+        (QUESTIONS, "golds", "dev_outputs.json: the file: expected an object, found str"),
         (QUESTIONS, {"task": "LaMP_5"}, "dev_outputs.json: the file: the field 'golds' is missing"),
         (QUESTIONS, {"golds": []}, "dev_outputs.json: the file: the field 'task' is missing"),
         (QUESTIONS, edited(OUTPUTS, "golds", {}), "'golds' must be list, not dict"),
@@ -154,17 +154,16 @@ def test_a_bad_field_of_an_output_is_named(tmp_path: Path, field: str, where: st
 
 def test_ids_stand_once(tmp_path: Path):
     said = error(write(tmp_path, [*QUESTIONS, QUESTIONS[1]]))
-    assert "dev_questions.json: the id '411' stands there more than once" in said
+    assert "dev_questions.json: id '411': the id stands there more than once" in said
     twice = edited(OUTPUTS, "golds", [*OUTPUTS["golds"], OUTPUTS["golds"][0]])
-    assert "dev_outputs.json: the id '411'" in error(write(tmp_path, QUESTIONS, twice))
+    assert "dev_outputs.json: id '411': the id stands" in error(write(tmp_path, QUESTIONS, twice))
 
 
 def test_questions_and_outputs_belong_together(tmp_path: Path):
     said = error(write(tmp_path, outputs=edited(OUTPUTS, "golds", 0, ...)))
-    assert "dev_outputs.json" in said
-    assert "id '411'" in said
+    assert "dev_questions.json: id '411': it has no output in dev_outputs.json" in said
     said = error(write(tmp_path, questions=QUESTIONS[:1], outputs=OUTPUTS))
-    assert "dev_outputs.json: the output of id '411' has no question" in said
+    assert "dev_outputs.json: id '411': it has no question" in said
 
 
 def test_the_files_of_another_task_are_refused(tmp_path: Path):

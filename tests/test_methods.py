@@ -8,17 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pplug_jax.data.lamp import Example
 from pplug_jax.data.retrieval import RETRIEVERS
 from pplug_jax.methods import METHODS, histories, inputs_embeds
 
 
-def examples(users: list[int]) -> list[Example]:
-    """One example for each entry, with the profile of that user."""
-    return [
-        Example(str(i), "input", "gold", ({"title": f"user {user}", "abstract": ""},))
-        for i, user in enumerate(users)
-    ]
+def own_rows(users: list[int]) -> list[np.ndarray]:
+    """An example for each entry, with a history of that user: the later, the longer."""
+    return [np.arange(100 * user, 100 * user + i + 1) for i, user in enumerate(users)]
 
 
 def test_every_method_can_be_run_and_every_plug_trained():
@@ -44,38 +40,47 @@ def test_a_control_differs_from_the_method_that_it_controls_in_one_thing():
 
 
 def test_own_and_no_history():
-    given_examples = examples([0, 1, 2])
-    own = histories(METHODS["pplug"], given_examples, seed=0)
-    assert own == [example.profile for example in given_examples]
-    assert histories(METHODS["instruction_only"], given_examples, seed=0) == [(), (), ()]
+    own = own_rows([0, 1, 2])
+    for mine, same in zip(own, histories(METHODS["pplug"], own, seed=0), strict=True):
+        np.testing.assert_array_equal(mine, same)
+    assert [len(r) for r in histories(METHODS["instruction_only"], own, seed=0)] == [0, 0, 0]
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.integers(0, 5))
 def test_another_history_is_never_the_users_own(users: list[int], seed: int):
-    given_examples = examples(users)
-    profiles = {example.profile[0]["title"] for example in given_examples}
-    others = histories(METHODS["shuffled_user"], given_examples, seed)
-    for example, other in zip(given_examples, others, strict=True):
-        if len(profiles) > 1:
-            assert other != example.profile
-            assert other[0]["title"] in profiles
+    # A user's histories differ from question to question, as in a split by time.
+    others = histories(METHODS["shuffled_user"], own_rows(users), seed)
+    for user, other in zip(users, others, strict=True):
+        if len(set(users)) > 1:
+            assert len(set(other // 100)) == 1
+            assert other[0] // 100 in set(users) - {user}
         else:
-            assert other == ()
+            assert len(other) == 0
+
+
+def test_another_history_is_none_that_is_empty_or_shares_a_text():
+    own = [np.array([0, 1]), np.array([], int), np.array([1, 2]), np.array([3])]
+    for seed in range(9):
+        found = [rows.tolist() for rows in histories(METHODS["shuffled_user"], own, seed)]
+        assert found[0] == found[2] == [3]
+        assert found[1] in ([0, 1], [1, 2], [3])
+        assert found[3] in ([0, 1], [1, 2])
 
 
 def test_another_history_is_a_function_of_the_seed():
-    given_examples = examples(list(range(20)))
+    own = own_rows(list(range(20)))
     first, again, other = (
-        histories(METHODS["shuffled_user"], given_examples, seed) for seed in (1, 1, 2)
+        [rows.tolist() for rows in histories(METHODS["shuffled_user"], own, seed)]
+        for seed in (1, 1, 2)
     )
     assert first == again
     assert first != other
 
 
 def test_among_single_examples_every_history_is_given_once():
-    given_examples = examples(list(range(20)))
-    titles = [h[0]["title"] for h in histories(METHODS["shuffled_user"], given_examples, seed=3)]
-    assert sorted(titles) == sorted(f"user {i}" for i in range(20))
+    own = own_rows(list(range(20)))
+    given = histories(METHODS["shuffled_user"], own, seed=3)
+    assert sorted(rows[0] for rows in given) == [100 * i for i in range(20)]
 
 
 class ToyLLM:

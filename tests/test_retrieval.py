@@ -43,7 +43,7 @@ WORDS = st.lists(st.sampled_from("abcdeA"), min_size=1, max_size=8).map(" ".join
 @given(WORDS, st.lists(WORDS, min_size=1, max_size=6), st.integers(1, 7))
 def test_bm25_is_the_formulas_order(query: str, texts: list[str], top_k: int):
     profile = [item(text[:1], text[2:], number=i) for i, text in enumerate(texts)]
-    texts = [TASK.item_text(each) for each in profile]
+    texts = [TASK.document_text(each) for each in profile]
     found = bm25(TASK, INSTRUCTION + query, profile, top_k)
     scores = [bm25_score(query, text, texts) for text in texts]
     assert [scores[each["number"]] for each in found] == pytest.approx(
@@ -153,12 +153,13 @@ def test_what_one_leaves_the_next_may_use():
     assert (prompt.count("one"), prompt.count("two")) == (5, 65)
 
 
-def test_a_title_too_long_for_its_share_leaves_all_of_it():
-    items = [item(words(50), words(5, "one")), item("t", words(99, "two"))]
-    prompt = demonstration_prompt(TASK, "input", items, WordTokenizer(), 91)
-    # 91 - 1 - 5 - 2 = 83: 41 each, and the second has both.
-    assert (prompt.count("one"), prompt.count("two")) == (0, 76)
-    assert not prompt.startswith(", and")
+def test_a_title_too_long_for_its_share_shrinks_the_inputs():
+    # 100 - 60 of the input - 5 - 2 = 33: 16 each, and the first title alone needs 20. With 50%
+    # for the input 43: 21 each, 1 for the abstract; the second has 21 - 6.
+    items = [item(words(15), words(9, "one")), item("t", words(99, "two"))]
+    prompt = demonstration_prompt(TASK, words(70), items, WordTokenizer(), 100)
+    assert (prompt.count("one"), prompt.count("two")) == (1, 15)
+    assert prompt.endswith(words(70))
 
 
 def test_a_long_input_counts_at_most_60_percent():
@@ -170,8 +171,9 @@ def test_a_long_input_counts_at_most_60_percent():
 
 def test_without_room_the_input_stands_alone():
     items = [item("t", "abstract")] * 3
-    assert demonstration_prompt(TASK, words(10), items, WordTokenizer(), 20) == words(10)
-    assert demonstration_prompt(TASK, words(10), items[:1], WordTokenizer(), 21) != words(10)
+    # The three need 3 * 6, the words behind them 5, and those between them 4.
+    assert demonstration_prompt(TASK, words(10), items, WordTokenizer(), 26) == words(10)
+    assert demonstration_prompt(TASK, words(10), items, WordTokenizer(), 27) != words(10)
 
 
 @pytest.fixture(scope="session")
@@ -203,7 +205,7 @@ def test_the_budget_is_kept(
     prompt = demonstration_prompt(TASK, input, items, tokenizer, max_length)
     assert prompt.endswith(input)
     if prompt != input:
-        assert count(prompt) <= max_length + max(0, count(input) - int(0.6 * max_length))
+        assert count(prompt) - count(input) <= max_length
 
 
 @settings(deadline=None)
@@ -217,10 +219,10 @@ def test_what_is_shown_is_the_items_own_text(
     each = item(title, abstract)
     prompt = demonstration_prompt(TASK, "input", [each], tokenizer, max_length)
     if prompt != "input":
-        start = TASK.demonstration.format(**item(title))[:-2]
-        end = TASK.prompt.format(demonstrations='" ', input="input")
+        start = TASK.demonstration(item(title))[:-2]
+        end = TASK.demonstration_prompt(['" '], "input")
         assert prompt.startswith(start)
         assert prompt.endswith(end)
         assert abstract.startswith(prompt[len(start) : -len(end)])
     if max_length == 400:
-        assert TASK.demonstration.format(**each) in prompt
+        assert TASK.demonstration(each) in prompt

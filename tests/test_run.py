@@ -26,7 +26,8 @@ from pplug_jax.errors import InputError
 from pplug_jax.main import default_workdir
 from pplug_jax.methods import METHODS
 from pplug_jax.models import Models
-from pplug_jax.run import read_examples, run
+from pplug_jax.run import run
+from pplug_jax.splits import read_split
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -77,7 +78,7 @@ def test_a_run_leaves_its_files(finished: Path) -> None:
     assert json.loads((finished / "config.json").read_text()) == json.loads(config.to_json())
     results = json.loads((finished / "results.json").read_text())
     assert results["task"] == "LaMP_5" and results["split"] == "dev" and results["n"] == 8
-    ids = [example.id for example in read_examples(config, "dev", 8)]
+    ids = [example.id for example in read_split(config, "eval")]
     for method in config.methods:
         entry = results["methods"][method]
         for metric in ("rouge1", "rougeL"):
@@ -133,7 +134,7 @@ def test_another_config_is_refused_and_the_fields_named(finished: Path) -> None:
 def test_the_personalizer_answers_as_the_evaluation(finished: Path) -> None:
     personalizer = Personalizer.from_checkpoint(finished)
     golds = json.loads((finished / "predictions" / "dev.pplug.json").read_text())["golds"]
-    for example, gold in list(zip(read_examples(small_config(), "dev", 8), golds, strict=True))[:3]:
+    for example, gold in list(zip(read_split(small_config(), "eval"), golds, strict=True))[:3]:
         assert personalizer.generate(example.input, example.profile) == gold["output"]
     texts = [personalizer.models.task.item_text(item) for item in example.profile]
     soft = personalizer.soft_prompt(example.input, texts)
@@ -381,7 +382,7 @@ def test_files_in_lamps_format_with_empty_profiles_and_withheld_outputs(
 
     write_split(tmp_path / "data", "train", questions, outputs | {"golds": golds[:-1]})
     with pytest.raises(
-        DataError, match=r"train_outputs\.json: the question id '7' .* has no output"
+        DataError, match=r"train_questions\.json: id '7': it has no output in train"
     ):
         run(config, tmp_path / "other", "encode")
 

@@ -4,7 +4,7 @@ Tokenised once, bucketed by length, assembled by Grain, sharded by host.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import grain
@@ -54,30 +54,30 @@ class Tokenized(NamedTuple):
 
 def tokenize(
     task: Task,
-    examples: Sequence[Example],
-    histories: Sequence[Sequence[dict]],
+    examples: Iterable[Example],
     tokenizer: Tokenizer,
     store: HistoryStore,
     *,
     max_input_length: int,
     max_target_length: int,
     max_history: int,
-    prompts: Sequence[str] | None = None,
+    history_labels: bool = True,
 ) -> list[Tokenized]:
-    """Tokenises `examples`, with `histories` in place of their own profiles.
+    """Tokenises `examples`, which are gone through once.
 
-    `prompts`, where given, stand in place of their inputs. Of a history longer than `max_history`
-    the last items are kept, LaMP's newest.
+    Of a history longer than `max_history` the last items are kept, LaMP's newest. With
+    `history_labels` an item is read with its label.
     """
-    queries = store.encoder.queries([task.query(example.input) for example in examples])
     return [
         Tokenized(
-            tokenizer.prompt(example.input if prompts is None else prompts[i], max_input_length),
+            tokenizer.prompt(example.input, max_input_length),
             tokenizer.target(example.target or "", max_target_length),
-            np.array(queries[i], np.int32),
-            store.rows([task.item_text(item) for item in histories[i][-max_history:]]),
+            np.array(store.encoder.queries([task.query_text(example.input)])[0], np.int32),
+            store.rows(
+                [task.item_text(item, history_labels) for item in example.profile[-max_history:]]
+            ),
         )
-        for i, example in enumerate(examples)
+        for example in examples
     ]
 
 

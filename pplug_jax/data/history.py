@@ -7,7 +7,8 @@ any moment and the next one goes on from there.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,26 @@ from pplug_jax.progress import Progress
 
 KEY_BYTES = 16
 CHUNK = 4096  # texts encoded between two writes
+WINDOW = 1 << 26  # characters sorted by length at a time; all texts may be more than the memory
 
 
 def text_key(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=KEY_BYTES).digest()
+
+
+def _chunks(texts: Iterable[str], wanted: set[bytes]) -> Iterator[list[str]]:
+    """The texts whose keys are wanted, each once, sorted by length within windows."""
+    window: list[str] = []
+    size = 0
+    for text in itertools.chain(texts, [None]):
+        if text is not None and (key := text_key(text)) in wanted:
+            wanted.remove(key)
+            window.append(text)
+            size += len(text)
+        if size >= WINDOW or text is None:
+            window.sort(key=len)
+            yield from (window[i : i + CHUNK] for i in range(0, len(window), CHUNK))
+            window, size = [], 0
 
 
 class HistoryStore:
@@ -55,25 +72,25 @@ class HistoryStore:
         return len(self._rows)
 
     def add(self, texts: Iterable[str], batch_size: int = 64) -> int:
-        """Encodes the texts that the store lacks, with a progress bar; returns how many."""
-        new = [
-            text
-            for key, text in {text_key(text): text for text in texts}.items()
-            if key not in self._rows
-        ]
+        """Encodes the texts that the store lacks, with a progress bar; returns how many.
+
+        Goes through the texts twice; only an iterator's are held in memory.
+        """
+        if isinstance(texts, Iterator):
+            texts = list(texts)
+        new = {key for key in map(text_key, texts) if key not in self._rows}
+        count = len(new)
         if not new:
             return 0
-        # Like lengths together, so that little is padded; chunk by chunk, so that a killed run
-        # keeps what it had.
-        new.sort(key=len)
         try:
             with (
-                Progress("encoding histories", len(new), "texts") as progress,
+                Progress("encoding histories", count, "texts") as progress,
                 open(self.directory / "vectors", "ab") as vectors,
                 open(self.directory / "keys", "ab") as keys,
             ):
-                for start in range(0, len(new), CHUNK):
-                    chunk = new[start : start + CHUNK]
+                # Like lengths together, so that little is padded; chunk by chunk, so that a killed
+                # run keeps what it had.
+                for chunk in _chunks(texts, new):
                     vectors.write(
                         self.encoder.encode(chunk, batch_size, progress.advance)
                         .astype(np.float16)
@@ -84,7 +101,7 @@ class HistoryStore:
                     keys.flush()
         finally:
             self._open()
-        return len(new)
+        return count
 
     def rows(self, texts: Sequence[str]) -> np.ndarray:
         """The texts' row numbers, (n,) int64.

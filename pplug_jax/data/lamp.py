@@ -1,13 +1,20 @@
-"""LaMP-format files: `{split}_questions.json` and `{split}_outputs.json` as examples."""
+"""LaMP's files, and those of benchmarks with one file a split, as examples.
 
-import collections
+Examples are read from their file whenever they are asked for: a split may be larger than the
+memory.
+"""
+
 import dataclasses
-import json
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pplug_jax.data.records import Place, array, document, load, raise_bad, records
 from pplug_jax.data.tasks import Task
-from pplug_jax.errors import InputError
+from pplug_jax.errors import DataError
+
+Item = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,122 +22,241 @@ class Example:
     """A question of a user.
 
     target: None where the outputs are withheld.
-    profile: the user's history items, as LaMP gives them.
+    profile: the user's history items, as the files have them.
+    user: empty where the files do not tell users.
     """
 
     id: str
     input: str
     target: str | None
-    profile: tuple[dict[str, Any], ...]
+    profile: tuple[Item, ...]
+    user: str = ""
 
 
-class DataError(InputError):
-    """A file or record that is not as LaMP's format says; the message names where."""
+TWICE = "the id stands there more than once; ids must be unique"
 
 
-def _load(path: Path) -> Any:
-    if not path.is_file():
-        raise DataError(
-            f"{path}: no such file; "
-            "a LaMP directory holds {split}_questions.json and {split}_outputs.json"
-        )
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}; "
-            "if the file ends there, it was cut off in a download: fetch it again"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}") from error
+class _Bad(Exception):
+    """(where, problem): a record that is not as the format says."""
+
+    def error(self, path: Path, line: int | None = None) -> DataError:
+        where, problem = self.args
+        return DataError(path, problem, where, line)
 
 
-def _field(record: Any, field: str, kind: type, path: Path, where: str) -> Any:
+def _field(record: Any, field: str, kind: type | tuple[type, ...], where: str) -> Any:
     if not isinstance(record, dict):
-        raise DataError(f"{path}: {where}: expected an object, found {type(record).__name__}")
+        raise _Bad(where, f"expected an object, found {type(record).__name__}")
     if field not in record:
-        raise DataError(f"{path}: {where}: the field {field!r} is missing")
-    if not isinstance(record[field], kind):
-        raise DataError(
-            f"{path}: {where}: the field {field!r} must be {kind.__name__}, "
-            f"not {type(record[field]).__name__}"
-        )
-    if kind is str:
+        raise _Bad(where, f"the field {field!r} is missing")
+    value = record[field]
+    # JSON's true and false are no numbers, though Python's are.
+    if not isinstance(value, kind) or isinstance(value, bool):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        told = " or ".join(k.__name__ for k in kinds)
+        raise _Bad(where, f"the field {field!r} must be {told}, not {type(value).__name__}")
+    if isinstance(value, str):
         try:
-            record[field].encode()
+            value.encode()
         except UnicodeEncodeError as error:
-            raise DataError(
-                f"{path}: {where}: the field {field!r} holds half of a surrogate pair "
-                f"at character {error.start}, "
-                "which no tokenizer reads: mend or remove that character"
+            raise _Bad(
+                where,
+                f"the field {field!r} holds half of a surrogate pair at character {error.start}, "
+                "which no tokenizer reads: mend or remove that character",
             ) from error
-    return record[field]
+    return value
 
 
-def _unique(ids: list[str], path: Path) -> None:
-    if twice := [id for id, count in collections.Counter(ids).items() if count > 1]:
-        raise DataError(
-            f"{path}: the id {twice[0]!r} stands there more than once ({len(twice)} such ids); "
-            "ids must be unique"
-        )
+def date_order(item: Item) -> list[int]:
+    """Orders items by `date`, as the numbers in it; what tells no time is the oldest."""
+    return [int(part) for part in re.findall(r"\d+", str(item["date"]))]
 
 
-def read(directory: str | Path, split: str, task: Task) -> list[Example]:
-    """The examples of `split`, in the questions' order.
+def by_date(profile: Sequence[Item]) -> Sequence[Item]:
+    """Oldest first, where every item has a date; else as it was, which LaMP's readers take for
+    the order of time."""
+    return sorted(profile, key=date_order) if all("date" in item for item in profile) else profile
 
-    Without an outputs file (LaMP withholds those of the test split) the targets are None. An empty
-    profile is allowed.
+
+def _item(item: Any, task: Task, where: str) -> Item:
+    """The item with every field of the task a string, an optional one perhaps an empty one."""
+    texts = {}
+    for field in (*task.fields, *task.optional, task.label):
+        there = isinstance(item, dict) and item.get(field) is not None
+        if field and (there or field in task.fields):
+            # Scores come as numbers too.
+            kind = (str, int, float) if field == task.label else str
+            texts[field] = str(_field(item, field, kind, where))
+        elif field:
+            texts[field] = ""
+    return item | texts
+
+
+def parse(
+    task: Task, record: Any, where: str, *, default_id: str = "", sort_by_date: bool = True
+) -> Example:
+    """A record as an example; LaMP's questions, whose outputs stand elsewhere, without target.
+
+    Args:
+        where: what to call the record before its id is known.
+        default_id: where the format asks for no id.
+        sort_by_date: order a profile whose items all have dates.
 
     Raises:
-        DataError: a missing or broken file, a missing or mistyped field, a duplicate id, a question
+        _Bad: a missing or mistyped field.
+    """
+    if default_id and isinstance(record, dict) and record.get("id") is None:
+        id = default_id
+    else:
+        id = str(_field(record, "id", (str, int) if default_id else str, where))
+        where = where if default_id else f"id {id!r}"
+    user, target = "", None
+    if record.get(task.user_key) is not None:
+        user = str(_field(record, task.user_key, (str, int), where))
+    if not task.questions_and_outputs and record.get(task.output_key) is not None:
+        target = _field(record, task.output_key, str, where)
+    input = _field(record, task.input_key, str, where)
+    profile = [
+        _item(item, task, f"{where}, profile item {i}")
+        for i, item in enumerate(_field(record, "profile", list, where))
+    ]
+    return Example(id, input, target, tuple(by_date(profile) if sort_by_date else profile), user)
+
+
+class Examples(Sequence[Example]):
+    """The examples at given places of a file, each read and parsed when it is asked for."""
+
+    def __init__(
+        self, path: Path, task: Task, found: Sequence[tuple[Place, Example]], sort_by_date: bool
+    ):
+        self.path, self.task, self.sort_by_date = path, task, sort_by_date
+        self.places = [place for place, _ in found]
+        self.ids_and_targets = [(example.id, example.target) for _, example in found]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def record(self, index: int) -> Item:
+        """The record as the file has it."""
+        return load(self.path, self.places[index])
+
+    def __getitem__(self, index: int) -> Example:
+        id, target = self.ids_and_targets[index]
+        example = parse(
+            self.task, self.record(index), "", default_id=id, sort_by_date=self.sort_by_date
+        )
+        return dataclasses.replace(example, target=target)
+
+
+def _outputs(path: Path, task: Task, on_bad: Callable[[DataError], None]) -> dict[str, str]:
+    """The outputs by id, from the form of a submission or, as LongLaMP's e-mails, a bare list."""
+    golds = document(path)
+    if not isinstance(golds, list):
+        try:
+            name = _field(golds, "task", str, "the file")
+            golds = _field(golds, "golds", list, "the file")
+        except _Bad as bad:
+            raise bad.error(path) from bad
+        if name != task.name:
+            raise DataError(path, f"the task is {name!r}, the config's is {task.name!r}")
+    outputs: dict[str, str] = {}
+    for n, gold in enumerate(golds):
+        try:
+            id = _field(gold, "id", str, f"gold number {n}")
+            output = _field(gold, "output", str, f"id {id!r}")
+            _check_label(task, output, f"id {id!r}")
+            if id in outputs:
+                raise _Bad(f"id {id!r}", TWICE)
+            outputs[id] = output
+        except _Bad as bad:
+            on_bad(bad.error(path))
+    return outputs
+
+
+def _check_label(task: Task, output: str, where: str) -> None:
+    if task.labels and output.strip() not in task.labels:
+        raise _Bad(where, f"the output {output!r} is none of {', '.join(task.labels)}")
+
+
+def file_names(task: Task, split: str) -> list[str]:
+    """What a split's files are called; of one file, the first name that is there."""
+    if task.questions_and_outputs:
+        return [f"{split}_questions.json", f"{split}_outputs.json"]
+    return [f"{split}.jsonl", f"{split}.json"]
+
+
+def splits(directory: str | Path, task: Task) -> list[str]:
+    """The splits whose files are in the directory."""
+    ends = [name.removeprefix("*") for name in file_names(task, "*")]
+    if task.questions_and_outputs:
+        ends = ends[:1]
+    names = sorted(path.name for path in Path(directory).iterdir())
+    return [name.removesuffix(end) for end in ends for name in names if name.endswith(end)]
+
+
+def read(
+    directory: str | Path,
+    split: str,
+    task: Task,
+    *,
+    sort_by_date: bool = True,
+    on_bad: Callable[[DataError], None] = raise_bad,
+) -> Examples:
+    """The examples of `split`, in the file's order.
+
+    Without outputs (benchmarks withhold those of the test split) the targets are None. An empty
+    profile is allowed.
+
+    Args:
+        sort_by_date: order a profile whose items all have dates.
+        on_bad: told of each record that is not as the format says; the record is left out.
+
+    Raises:
+        DataError: a missing or broken file; unless `on_bad` does something else, a missing or
+            mistyped field, a duplicate id, an output that is no label of the task, a question
             without an output or an output without a question.
     """
-    questions_path = Path(directory) / f"{split}_questions.json"
-    outputs_path = Path(directory) / f"{split}_outputs.json"
-    questions = _load(questions_path)
-    if not isinstance(questions, list):
-        raise DataError(
-            f"{questions_path}: expected a list of questions, found {type(questions).__name__}"
-        )
+    path, other_path = (Path(directory) / name for name in file_names(task, split))
+    outputs: dict[str, str] | None = None
+    if task.questions_and_outputs:
+        outputs_path = other_path
+        if split != "test" or outputs_path.is_file():
+            outputs = _outputs(outputs_path, task, on_bad)
+        records_read = array(path)
+    else:
+        path = path if path.is_file() or not other_path.is_file() else other_path
+        records_read = records(path, on_bad)
 
-    targets: dict[str, str] | None = None
-    if split != "test" or outputs_path.is_file():
-        outputs = _load(outputs_path)
-        if _field(outputs, "task", str, outputs_path, "the file") != task.name:
-            raise DataError(
-                f"{outputs_path}: the task is {outputs['task']!r}, the config's is {task.name!r}"
-            )
-        golds = _field(outputs, "golds", list, outputs_path, "the file")
-        ids = [
-            _field(gold, "id", str, outputs_path, f"gold number {n}")
-            for n, gold in enumerate(golds)
-        ]
-        _unique(ids, outputs_path)
-        targets = {
-            id: _field(gold, "output", str, outputs_path, f"id {id!r}")
-            for id, gold in zip(ids, golds, strict=True)
-        }
-
-    examples = []
-    for n, question in enumerate(questions):
-        id = _field(question, "id", str, questions_path, f"question number {n}")
-        where = f"id {id!r}"
-        input = _field(question, "input", str, questions_path, where)
-        profile = _field(question, "profile", list, questions_path, where)
-        for i, item in enumerate(profile):
-            for field in task.fields:
-                _field(item, field, str, questions_path, f"{where}, profile item {i}")
-        if targets is not None and id not in targets:
-            raise DataError(
-                f"{outputs_path}: the question {where} of {questions_path.name} has no output there"
-            )
-        examples.append(
-            Example(id, input, None if targets is None else targets[id], tuple(profile))
-        )
-    _unique([example.id for example in examples], questions_path)
-    if targets is not None and (extra := targets.keys() - {example.id for example in examples}):
-        raise DataError(
-            f"{outputs_path}: the output of id {min(extra)!r} has no question in "
-            f"{questions_path.name} ({len(extra)} such)"
-        )
-    return examples
+    found: dict[str, tuple[Place, Example]] = {}
+    asked = set()
+    for n, (place, record) in enumerate(records_read):
+        try:
+            if task.questions_and_outputs:
+                if isinstance(record, dict) and isinstance(record.get("id"), str):
+                    asked.add(record["id"])
+                example = parse(task, record, f"question number {n}")
+                where = f"id {example.id!r}"
+            else:
+                where = f"line {place.line}"
+                example = parse(task, record, where, default_id=str(n + 1))
+            if example.id in found:
+                raise _Bad(where, TWICE)
+            if outputs is not None and example.id not in outputs:
+                raise _Bad(where, f"it has no output in {outputs_path.name}")
+            if outputs is not None:
+                example = dataclasses.replace(example, target=outputs[example.id])
+            elif example.target is not None:
+                _check_label(task, example.target, where)
+            # Its profile is read again when it is asked for.
+            found[example.id] = place, dataclasses.replace(example, profile=())
+        except _Bad as bad:
+            on_bad(bad.error(path, place.line))
+    for id in (outputs or {}).keys() - asked:
+        on_bad(DataError(outputs_path, f"it has no question in {path.name}", f"id {id!r}"))
+    unanswered = [id for id, (_, example) in found.items() if example.target is None]
+    if len(unanswered) < len(found):
+        for id in unanswered:
+            line = found.pop(id)[0].line
+            problem = f"the field {task.output_key!r} is missing, which other records have"
+            on_bad(DataError(path, problem, f"line {line}", line))
+    return Examples(path, task, list(found.values()), sort_by_date)

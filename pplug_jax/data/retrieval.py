@@ -1,19 +1,16 @@
 """Which profile items a prompt shows, and how: LaMP's retrieval and demonstration form."""
 
 import logging
-import re
 from collections.abc import Sequence
-from typing import Any
 
 import bm25s
 import numpy as np
 import transformers
 
+from pplug_jax.data.lamp import Item, by_date
 from pplug_jax.data.tasks import Task
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it reports every index it builds
-
-Item = dict[str, Any]
 
 
 def bm25(task: Task, input: str, profile: Sequence[Item], top_k: int) -> list[Item]:
@@ -22,8 +19,8 @@ def bm25(task: Task, input: str, profile: Sequence[Item], top_k: int) -> list[It
     k1 1.5, b 0.75 and words split at white space are LaMP's; the idf is bm25s' (Lucene's), which
     never falls below 0, where LaMP's rank_bm25 floors the idf of words that most items have.
     """
-    corpus = [task.item_text(item).split() for item in profile]
-    query = task.query(input).split()
+    corpus = [task.document_text(item).split() for item in profile]
+    query = task.retrieval_text(input).split()
     if not any(corpus) or not query:
         return list(profile[:top_k])
     index = bm25s.BM25(k1=1.5, b=0.75)
@@ -38,10 +35,7 @@ def recency(task: Task, input: str, profile: Sequence[Item], top_k: int) -> list
     By `date` where every item has one, else by place (LaMP's lists end with the newest).
     """
     del task, input
-    order = list(profile)
-    if all("date" in item for item in profile):
-        order.sort(key=lambda item: [int(part) for part in re.findall(r"\d+", str(item["date"]))])
-    return order[::-1][:top_k]
+    return list(by_date(profile))[::-1][:top_k]
 
 
 RETRIEVERS = {"bm25": bm25, "recency": recency}
@@ -57,8 +51,9 @@ def demonstration_prompt(
     """The input behind `items` as demonstrations, in LaMP's form and by its token budget.
 
     The input may take up to 60% of `max_length` tokens. Each demonstration gets an equal share of
-    the rest; what one leaves unused, the next may use. Where nothing is left for any demonstration,
-    the bare input is returned.
+    the rest; what one leaves unused, the next may use. Where one cannot have what it needs besides
+    the text that gives way, the input's part shrinks by another 10%, which its end is then cut by;
+    where nothing is left of it, the bare input is returned.
     """
 
     def encode(text: str) -> list[int]:
@@ -66,28 +61,35 @@ def demonstration_prompt(
             text, add_special_tokens=False, split_special_tokens=True, verbose=False
         )
 
-    def count(text: str) -> int:
-        return len(encode(text))
-
     if not items:
         return input
-    frame = count(task.prompt.format(demonstrations="", input="")) + count(", and ") * (
-        len(items) - 1
-    )
-    budget = max_length - min(count(input), int(0.6 * max_length)) - frame
-    share, room = budget // len(items), 0
+    frame = task.prompt.format(demonstrations="", input="", before="", after="")
+    fixed = len(encode(frame)) + len(encode(task.joint)) * (len(items) - 1)
+    costs = [len(encode(task.demonstration(item | {task.cut: ""}))) for item in items]
+    texts = [encode(item[task.cut]) for item in items]
+    input_length = len(encode(input))
+
+    def fit(share: int) -> list[int] | None:
+        """How many tokens of each text there is room for."""
+        lengths, room = [], 0
+        for cost, text in zip(costs, texts, strict=True):
+            room += share - cost
+            if room < 0:
+                return None
+            lengths.append(min(len(text), room))
+            room -= lengths[-1]
+        return lengths
+
+    for tenths in range(6, -1, -1):
+        left = max_length - min(input_length, int(tenths / 10 * max_length)) - fixed
+        if lengths := fit(left // len(items)):
+            break
+    else:
+        return input
     shown = []
-    for item in items:
-        room += share
-        cost = count(task.demonstration.format(**(item | {task.cut: ""})))
-        if room < cost:
-            continue
-        text = item[task.cut]
-        tokens = encode(text)
-        if len(tokens) > room - cost:
-            tokens = tokens[: room - cost]
+    for item, text, length in zip(items, texts, lengths, strict=True):
+        if length < len(text):
             # A character cut in two would be read as several tokens again.
-            text = tokenizer.decode(tokens).rstrip("\ufffd")
-        room -= cost + len(tokens)
-        shown.append(task.demonstration.format(**(item | {task.cut: text})))
-    return task.prompt.format(demonstrations=", and ".join(shown), input=input) if shown else input
+            item = item | {task.cut: tokenizer.decode(text[:length]).rstrip("\ufffd")}
+        shown.append(task.demonstration(item))
+    return task.demonstration_prompt(shown, input)

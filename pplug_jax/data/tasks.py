@@ -1,50 +1,314 @@
 """The task table: a row says what a task's texts are, how demonstrations look, what is scored."""
 
 import dataclasses
+import re
+from collections.abc import Sequence
 from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A LaMP task.
+    """A benchmark's task.
 
-    name: as LaMP's files have it. fields: what a profile item must have. query_after: the mark in
-    the input behind which the user's own text begins. history_text: a profile item as the encoder
-    reads it. demonstration: a profile item in a retrieval prompt; its field `cut` gives way where
-    space is short. prompt: demonstrations and input together. metrics: the keys of its scores, the
-    first the one that runs are compared by.
+    name: as its files have it. metrics: the keys of its scores (`metrics.METRICS`), the first the
+    one that runs are compared by; none where only a judge can score. labels: all valid outputs,
+    where they are few.
+
+    fields, optional: the texts that a profile item must and may have. label: the item's field that
+    holds what the user chose (a tag, a score), `label_text` how the encoder reads it. history: the
+    item's fields as the encoder reads them. document: the same for retrieval, where it differs.
+
+    query: a pattern whose groups are the user's own text in the input, without the instruction.
+    retrieval_query: the same for retrieval, where it differs.
+
+    demonstrations: a profile item in a retrieval prompt, the first form whose fields it has; its
+    field `cut` gives way where space is short. joint: between two of them. prompt: demonstrations
+    and input together; `{before}` and `{after}` are the input up to the word `inserted_after` and
+    the rest.
+
+    keys: where a benchmark with one file a split keeps what LaMP calls input and output, and the
+    user; `output` may be missing. questions_and_outputs: LaMP's two files a split instead.
+    judged: fields of a record that its judge needs.
     """
 
     name: str
+    metrics: tuple[str, ...]
     fields: tuple[str, ...]
-    query_after: str
-    history_text: str
-    demonstration: str
+    history: tuple[str, ...]
+    demonstrations: tuple[str, ...]
     cut: str
     prompt: str
-    metrics: tuple[str, ...]
+    query: str = r"(.*)"
+    labels: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    label: str = ""
+    label_text: str = ""
+    document: tuple[str, ...] = ()
+    retrieval_query: str = ""
+    joint: str = ", and "
+    inserted_after: str = ""
+    questions_and_outputs: bool = True
+    input_key: str = "input"
+    output_key: str = "output"
+    user_key: str = "user_id"
+    judged: tuple[str, ...] = ()
 
-    def query(self, input: str) -> str:
-        """The input without its instruction: what pooler and retrieval compare with the history."""
-        _, mark, text = input.partition(self.query_after)
-        return text.strip() if mark else input.strip()
+    def query_text(self, input: str) -> str:
+        """What the pooler compares with the history; all of an input of another form."""
+        return _groups(self.query, input)
 
-    def item_text(self, item: dict[str, Any]) -> str:
-        return self.history_text.format(**item)
+    def retrieval_text(self, input: str) -> str:
+        """What retrieval compares with the history."""
+        return _groups(self.retrieval_query or self.query, input)
+
+    def item_text(self, item: dict[str, Any], label: bool = True) -> str:
+        """The item as the encoder reads it, with its label or without."""
+        texts = [item.get(field) for field in self.history]
+        if label and self.label and item.get(self.label):
+            texts.append(self.label_text.format(**item))
+        return _joined(texts)
+
+    def document_text(self, item: dict[str, Any]) -> str:
+        """The item as retrieval reads it."""
+        return _joined([item.get(field) for field in self.document or self.history])
+
+    def demonstration(self, item: dict[str, Any]) -> str:
+        """The item in a prompt."""
+        fitting = (
+            form
+            for form in self.demonstrations
+            if all(item.get(field) for field in re.findall(r"{(\w+)}", form) if field != self.cut)
+        )
+        return next(fitting, self.demonstrations[-1]).format(**item)
+
+    def demonstration_prompt(self, demonstrations: Sequence[str], input: str) -> str:
+        """The input with demonstrations; alone, where it lacks the word they stand behind."""
+        place = input.find(self.inserted_after)
+        if place < 0:
+            return input
+        place += len(self.inserted_after)
+        return self.prompt.format(
+            demonstrations=self.joint.join(demonstrations),
+            input=input,
+            before=input[:place],
+            after=input[place:],
+        )
 
 
-TASKS = {
-    task.name: task
-    for task in (
-        Task(
-            name="LaMP_5",
-            fields=("title", "abstract"),
-            query_after="paper:",
-            history_text="{title} {abstract}",
-            demonstration='"{title}" is a title for "{abstract}" ',
-            cut="abstract",
-            prompt="{demonstrations}. Following the given patterns {input}",
-            metrics=("rouge1", "rougeL"),
+def _groups(pattern: str, input: str) -> str:
+    found = re.search(pattern, input, re.DOTALL)
+    return _joined(found.groups()) if found else input.strip()
+
+
+def _joined(texts: Sequence[str | None]) -> str:
+    return " ".join(text.strip() for text in texts if text and text.strip())
+
+
+ROUGE = ("rouge1", "rougeL")
+LONG = (*ROUGE, "meteor")
+TITLED_TEXT = '"{title}" is the title for "{text}" '
+PATTERNS = "{demonstrations}. Following the given patterns {input}"
+
+# LaMP (arXiv 2304.11406) and its published prompts; the history texts are PPlug's, and LaMP-6's by
+# analogy with LaMP-4.
+_LAMP = (
+    Task(
+        name="LaMP_1",
+        metrics=("accuracy", "macro_f1"),
+        labels=("[1]", "[2]"),
+        fields=("title", "abstract"),
+        history=("title", "abstract"),
+        query=r'paper with the title "(.*)", which reference is related\?',
+        retrieval_query=r'\[1\]: "(.*)" \[2\]: "(.*)"\s*$',
+        demonstrations=('"{title}"',),
+        cut="title",
+        prompt="{before}, and {demonstrations}{after}",
+        inserted_after="title",
+    ),
+    Task(
+        name="LaMP_2",
+        metrics=("accuracy", "macro_f1"),
+        labels=(
+            "sci-fi",
+            "based on a book",
+            "comedy",
+            "action",
+            "twist ending",
+            "dystopia",
+            "dark comedy",
+            "classic",
+            "psychology",
+            "fantasy",
+            "romance",
+            "thought-provoking",
+            "social commentary",
+            "violence",
+            "true story",
         ),
-    )
-}
+        fields=("description", "tag"),
+        label="tag",
+        label_text="tag: {tag}",
+        history=("description",),
+        query=r"description:(.*)",
+        demonstrations=('the tag for the movie: "{description}" is "{tag}" ',),
+        cut="description",
+        prompt="{demonstrations}. {input}",
+    ),
+    Task(
+        name="LaMP_3",
+        metrics=("mae", "rmse"),
+        labels=("1", "2", "3", "4", "5"),
+        fields=("text", "score"),
+        label="score",
+        label_text="score: {score}",
+        history=("text",),
+        query=r"review:(.*)",
+        demonstrations=('{score} is the score for "{text}" ',),
+        cut="text",
+        prompt="{demonstrations}. {input}",
+    ),
+    Task(
+        name="LaMP_4",
+        metrics=ROUGE,
+        fields=("title", "text"),
+        history=("text", "title"),
+        document=("title", "text"),
+        query=r"article:(.*)",
+        demonstrations=(TITLED_TEXT,),
+        cut="text",
+        prompt="{demonstrations}. {input}",
+    ),
+    Task(
+        name="LaMP_5",
+        metrics=ROUGE,
+        fields=("title", "abstract"),
+        history=("title", "abstract"),
+        query=r"paper:(.*)",
+        demonstrations=('"{title}" is a title for "{abstract}" ',),
+        cut="abstract",
+        prompt=PATTERNS,
+    ),
+    Task(
+        name="LaMP_6",
+        metrics=ROUGE,
+        fields=("title", "text"),
+        history=("text", "title"),
+        document=("text",),
+        query=r":(.*)",
+        demonstrations=(TITLED_TEXT,),
+        cut="text",
+        prompt="{demonstrations}. {input}",
+    ),
+    Task(
+        name="LaMP_7",
+        metrics=ROUGE,
+        fields=("text",),
+        history=("text",),
+        query=r"before or after it:(.*)",
+        retrieval_query=r":(.*)",
+        demonstrations=('"{text}" ',),
+        cut="text",
+        prompt="{demonstrations} are written by a person. Following the given patterns {input}",
+    ),
+)
+
+# LongLaMP (arXiv 2407.11016), named as its code names them, with the fields of its files.
+_LONGLAMP = (
+    Task(
+        name="generation_abstract",
+        metrics=LONG,
+        fields=("title", "abstract"),
+        history=("title", "abstract"),
+        query=r"items:(.*)",
+        demonstrations=('"{abstract}" is the abstract for the title "{title}"',),
+        cut="abstract",
+        prompt="{demonstrations}. Use the above abstracts as context to understand the style and "
+        "language of the user and, {input}",
+        questions_and_outputs=False,
+        user_key="name",
+    ),
+    Task(
+        name="product_review_writing",
+        metrics=LONG,
+        fields=("reviewText",),
+        optional=("summary", "description"),
+        label="overall",
+        label_text="rating: {overall}",
+        history=("summary", "description", "reviewText"),
+        document=("overall", "summary", "description", "reviewText"),
+        demonstrations=(
+            (
+                '"{overall}" is a rating for the product with description "{description}". '
+                '"{summary}" is summary for "{reviewText}" '
+            ),
+        ),
+        cut="reviewText",
+        prompt=PATTERNS,
+        questions_and_outputs=False,
+        user_key="reviewerId",
+    ),
+    Task(
+        name="topic_writing",
+        metrics=LONG,
+        fields=("content",),
+        optional=("summary",),
+        history=("summary", "content"),
+        demonstrations=('"{summary}" is a summary for "{content}" ',),
+        cut="content",
+        prompt="{demonstrations}. Following the given patterns, {input}",
+        questions_and_outputs=False,
+        user_key="author",
+    ),
+    Task(
+        name="email_generation",
+        metrics=LONG,
+        fields=("title", "text"),
+        history=("text", "title"),
+        document=("text",),
+        query=r":(.*)",
+        demonstrations=(TITLED_TEXT,),
+        cut="text",
+        prompt="{demonstrations}. {input}",
+    ),
+)
+
+_OTHERS = (
+    # LaMP-QA (arXiv 2506.00137). Its records have no answer, only what a judge looks for; an
+    # `output` that somebody adds can be trained on.
+    Task(
+        name="LaMP_QA",
+        metrics=(),
+        fields=("text",),
+        history=("text",),
+        demonstrations=("{text}",),
+        cut="text",
+        joint="\n\n",
+        prompt="# Past post questions and detailed descriptions of these questions:\n"
+        "{demonstrations}\n# Current post question:\n{input}\n",
+        questions_and_outputs=False,
+        input_key="question",
+        judged=("narrative", "rubric_aspects"),
+    ),
+    # Your own users, docs/data.md.
+    Task(
+        name="custom",
+        metrics=(*ROUGE, "exact_match"),
+        fields=("text",),
+        optional=("title",),
+        label="label",
+        label_text="label: {label}",
+        history=("title", "text"),
+        demonstrations=(
+            '"{title}" is the title and "{label}" the label for "{text}" ',
+            TITLED_TEXT,
+            '"{label}" is the label for "{text}" ',
+            '"{text}" ',
+        ),
+        cut="text",
+        prompt=PATTERNS,
+        questions_and_outputs=False,
+        user_key="user",
+    ),
+)
+
+TASKS = {task.name: task for task in (*_LAMP, *_LONGLAMP, *_OTHERS)}

@@ -25,10 +25,10 @@ from absl import app, flags
 from flax import nnx
 
 from pplug_jax import hf
-from pplug_jax.config import write_json
 from pplug_jax.data import sample
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.encoder import bert
+from pplug_jax.files import write_json
 from pplug_jax.tools.bpe import train_bpe
 from pplug_jax.tools.initialise import initialise
 from pplug_jax.tools.log import training_log

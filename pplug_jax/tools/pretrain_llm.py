@@ -26,11 +26,11 @@ import transformers
 from absl import app, flags
 
 from pplug_jax import hf
-from pplug_jax.config import write_json
 from pplug_jax.data import lamp, sample
 from pplug_jax.data.prompts import Tokenizer
 from pplug_jax.data.retrieval import demonstration_prompt
 from pplug_jax.data.tasks import TASKS
+from pplug_jax.files import write_json
 from pplug_jax.llm import llama
 from pplug_jax.llm.decoder import Decoder
 from pplug_jax.models import parameter_count
@@ -76,7 +76,7 @@ def authors(rng: random.Random) -> Iterator[tuple[list[dict[str, str]], str]]:
     else:
         users = sample.users(FLAGS.seed, "pretrain")
     for user in users:
-        papers = [{"title": user.target, "abstract": TASK.query(user.input)}, *user.profile]
+        papers = [{"title": user.target, "abstract": TASK.query_text(user.input)}, *user.profile]
         notes = [] if FLAGS.data else sample.notes(FLAGS.seed, "pretrain", user.id)
         some = rng.sample(notes, round(rng.uniform(0.7, 1) * len(notes)))
         yield rng.sample(papers, len(papers)), "".join(f" {note}" for note in some)

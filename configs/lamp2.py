@@ -1,0 +1,12 @@
+"""LaMP-2, movie tagging; `configs/llms.py` lists the arguments."""
+
+import ml_collections
+
+from configs import common, llms
+
+
+def get_config(arg: str = "embedded") -> ml_collections.ConfigDict:
+    c = common.base_config()
+    c.task = "LaMP_2"
+    llms.use(c, arg)
+    return c

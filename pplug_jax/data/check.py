@@ -1,0 +1,104 @@
+"""Reads a task's files to the end and says what is in them, and what is wrong with them."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pplug_jax.data import lamp
+from pplug_jax.data.history import text_key
+from pplug_jax.data.lamp import Examples
+from pplug_jax.data.tasks import Task
+from pplug_jax.errors import DataError
+from pplug_jax.progress import say
+
+BAR = 40  # characters
+
+
+def check_data(directory: Path, task: Task, splits: Sequence[str] = ()) -> int:
+    """Prints counts, histograms of lengths and every bad record of the splits in the directory.
+
+    Args:
+        splits: which of them; all, if none is named.
+
+    Returns:
+        How many records are bad.
+
+    Raises:
+        DataError: there is no split, or a file cannot be read to its end.
+    """
+    splits = splits or lamp.splits(directory, task)
+    if not splits:
+        names = " and ".join(lamp.file_names(task, "SPLIT"))
+        raise DataError(directory, f"no data there: {task.name} is read from {names}")
+    count = 0
+    for split in splits:
+        bad: list[DataError] = []
+        _describe(split, lamp.read(directory, split, task, on_bad=bad.append), len(bad))
+        for error in bad:
+            line = "" if error.line is None else f", line {error.line}"
+            say(f"  {Path(error.file).name}{line}: {error.where}: {error.problem}")
+        count += len(bad)
+    return count
+
+
+def _describe(split: str, examples: Examples, bad: int) -> None:
+    task = examples.task
+    lengths: dict[str, Counter[int]] = {
+        name: Counter() for name in ("input", "output", "profile", "item")
+    }
+    users: set[str] = set()
+    texts: set[bytes] = set()
+    labels: Counter[str] = Counter()
+    dated = 0
+    for example in examples:
+        users.add(example.user)
+        lengths["input"][len(example.input.split())] += 1
+        lengths["profile"][len(example.profile)] += 1
+        if example.target is not None:
+            lengths["output"][len(example.target.split())] += 1
+            labels[example.target.strip()] += bool(task.labels)
+        for item in example.profile:
+            text = task.item_text(item)
+            texts.add(text_key(text))
+            lengths["item"][len(text.split())] += 1
+            dated += "date" in item
+    items = lengths["item"].total()
+    say(f"{examples.path}")
+    say(
+        f"  {len(examples):,} records"
+        + (f", {bad:,} bad ones besides, listed below" if bad else "")
+    )
+    if users != {""}:
+        say(f"  {len(users - {''}):,} users")
+    say(f"  {lengths['output'].total():,} outputs")
+    say(f"  {items:,} history items, {len(texts):,} different texts, {dated:,} with a date")
+    for label in task.labels:
+        say(f"  output {label}: {labels[label]:,}")
+    for name, unit in (
+        ("profile", "history items of a record"),
+        ("input", "words of an input"),
+        ("output", "words of an output"),
+        ("item", "words of a history text"),
+    ):
+        for line in _histogram(unit, lengths[name]):
+            say(f"  {line}")
+
+
+def _histogram(title: str, lengths: Counter[int]) -> list[str]:
+    """Rows for the lengths 0, 1, 2-3, 4-7, 8-15 and so on."""
+    if not lengths:
+        return []
+    values = np.array(sorted(lengths))
+    counts = np.array([lengths[value] for value in values])
+    middle = values[np.searchsorted(np.cumsum(counts), (counts.sum() + 1) // 2)]
+    mean = (values * counts).sum() / counts.sum()
+    bins = np.bincount([int(value).bit_length() for value in values], counts).astype(int)
+    lines = [f"{title}: {values[0]} to {values[-1]}, median {middle}, mean {mean:.1f}"]
+    for bits in range(int(values[0]).bit_length(), len(bins)):
+        low, high = (1 << bits) // 2, (1 << bits) - 1
+        span = str(low) if low >= high else f"{low}-{high}"
+        bar = "#" * -(-BAR * bins[bits] // bins.max())
+        lines.append(f"  {span:>13} {bins[bits]:>9,} {bar}".rstrip())
+    return lines
