@@ -62,7 +62,7 @@ def use(c: ml_collections.ConfigDict, argument: str) -> None:
     c.train.remat = True
     c.plug.dtype = "bfloat16"
     c.encoder.path = "BAAI/bge-base-en-v1.5"
-    # The official code's, which has it for inputs alone.
+    # BGE's own; the official code has it too, for inputs alone and without the blank at its end.
     c.encoder.query_prefix = "Represent this sentence for searching relevant passages: "
     c.encoder.dtype = "bfloat16"
     if machine:

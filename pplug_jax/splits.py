@@ -38,13 +38,10 @@ def existing_directory(config: ml_collections.ConfigDict, split: str) -> Path:
     """
     directory = data_directory(config)
     if not directory.is_dir():
-        task = TASKS[config.task]
-        joined = (" and " if task.questions_and_outputs else " or ").join(
-            lamp.file_names(task, split)
-        )
+        names = lamp.expected_files(TASKS[config.task], split)
         raise ConfigError(
             f"config.data.path: there is no directory {str(directory)!r}; it should hold "
-            f"{joined} (docs/data.md); LaMP's public files come with --mode=download"
+            f"{names} (docs/data.md); LaMP's public files come with --mode=download"
         )
     return directory
 

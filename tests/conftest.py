@@ -17,11 +17,14 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import nltk
 import pytest
 import transformers
+from nltk.corpus import wordnet
 from parity import save_random
 
 from pplug_jax.tools.bpe import train_bpe
@@ -147,3 +150,45 @@ def real_models() -> Path:
     if not path.is_dir():
         pytest.skip(f"{path} is absent: no trained models to compare with")
     return path
+
+
+def forget_nltk_data() -> None:
+    wordnet._unload()
+    nltk.tokenize._get_punkt_tokenizer.cache_clear()
+
+
+@pytest.fixture
+def no_nltk_data(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """No data and no network; the names that were asked for."""
+    asked: list[str] = []
+    monkeypatch.setattr(nltk.data, "path", [])
+    monkeypatch.setattr(nltk, "download", lambda name, quiet: asked.append(name))
+    forget_nltk_data()
+    yield asked
+    forget_nltk_data()
+
+
+@pytest.fixture
+def nltk_data(tmp_path: Path, no_nltk_data: list[str]) -> Path:
+    """The files METEOR reads: no abbreviations, and a WordNet of one synset."""
+    punkt, words = tmp_path / "tokenizers/punkt_tab/english", tmp_path / "corpora/wordnet"
+    for directory in (punkt, words):
+        directory.mkdir(parents=True)
+    for name in ("collocations.tab", "sent_starters.txt", "abbrev_types.txt", "ortho_context.tab"):
+        (punkt / name).touch()
+    for part, form in itertools.product(
+        ("noun", "verb", "adj", "adv"), ("index.{}", "data.{}", "{}.exc")
+    ):
+        (words / form.format(part)).touch()
+    (words / "index.sense").touch()
+    (words / "lexnames").write_text("00\tnoun.artifact\t1\n")
+    # Offset 0, file 00 of lexnames, 3 words, 0 pointers.
+    (words / "data.noun").write_text("00000000 00 n 03 car 0 auto 0 automobile 0 000 | a vehicle\n")
+    # 1 synset, 0 pointers, 1 sense, 0 of them tagged, the synset's offset.
+    index = [f"{word} n 1 0 1 0 00000000\n" for word in ("auto", "automobile", "car")]
+    (words / "index.noun").write_text("".join(index))
+    # NLTK reads nothing that others could write to, which a umask may allow.
+    for path in (tmp_path, *tmp_path.rglob("*")):
+        path.chmod(0o700)
+    nltk.data.path.append(str(tmp_path))
+    return tmp_path

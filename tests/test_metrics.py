@@ -1,7 +1,7 @@
 """Every metric on cases worked by hand; intervals and comparisons on plain restatements."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import nltk
@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nltk.corpus import wordnet
 
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.errors import InputError
@@ -74,48 +73,6 @@ def test_an_exact_match_is_one_of_the_stripped_text():
 
 
 # METEOR
-
-
-def forget_nltk_data() -> None:
-    wordnet._unload()
-    nltk.tokenize._get_punkt_tokenizer.cache_clear()
-
-
-@pytest.fixture
-def no_nltk_data(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """No data and no network; the names that were asked for."""
-    asked: list[str] = []
-    monkeypatch.setattr(nltk.data, "path", [])
-    monkeypatch.setattr(nltk, "download", lambda name, quiet: asked.append(name))
-    forget_nltk_data()
-    yield asked
-    forget_nltk_data()
-
-
-@pytest.fixture
-def nltk_data(tmp_path: Path, no_nltk_data: list[str]) -> Path:
-    """The files METEOR reads: no abbreviations, and a WordNet of one synset."""
-    punkt, words = tmp_path / "tokenizers/punkt_tab/english", tmp_path / "corpora/wordnet"
-    for directory in (punkt, words):
-        directory.mkdir(parents=True)
-    for name in ("collocations.tab", "sent_starters.txt", "abbrev_types.txt", "ortho_context.tab"):
-        (punkt / name).touch()
-    for part, form in itertools.product(
-        ("noun", "verb", "adj", "adv"), ("index.{}", "data.{}", "{}.exc")
-    ):
-        (words / form.format(part)).touch()
-    (words / "index.sense").touch()
-    (words / "lexnames").write_text("00\tnoun.artifact\t1\n")
-    # Offset 0, file 00 of lexnames, 3 words, 0 pointers.
-    (words / "data.noun").write_text("00000000 00 n 03 car 0 auto 0 automobile 0 000 | a vehicle\n")
-    # 1 synset, 0 pointers, 1 sense, 0 of them tagged, the synset's offset.
-    index = [f"{word} n 1 0 1 0 00000000\n" for word in ("auto", "automobile", "car")]
-    (words / "index.noun").write_text("".join(index))
-    # NLTK reads nothing that others could write to, which a umask may allow.
-    for path in (tmp_path, *tmp_path.rglob("*")):
-        path.chmod(0o700)
-    nltk.data.path.append(str(tmp_path))
-    return tmp_path
 
 
 # With m matched words in c runs that are adjacent in both texts, P = m / words predicted, and

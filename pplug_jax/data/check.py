@@ -30,7 +30,7 @@ def check_data(directory: Path, task: Task, splits: Sequence[str] = ()) -> int:
     """
     splits = splits or lamp.splits(directory, task)
     if not splits:
-        names = " and ".join(lamp.file_names(task, "SPLIT"))
+        names = lamp.expected_files(task, "SPLIT")
         raise DataError(directory, f"no data there: {task.name} is read from {names}")
     count = 0
     for split in splits:
@@ -66,10 +66,7 @@ def _describe(split: str, examples: Examples, bad: int) -> None:
             dated += "date" in item
     items = lengths["item"].total()
     say(f"{examples.path}")
-    say(
-        f"  {len(examples):,} records"
-        + (f", {bad:,} bad ones besides, listed below" if bad else "")
-    )
+    say(f"  {len(examples):,} good records, {bad:,} bad ones" + (", listed below" if bad else ""))
     if users != {""}:
         say(f"  {len(users - {''}):,} users")
     say(f"  {lengths['output'].total():,} outputs")

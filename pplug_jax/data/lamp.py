@@ -185,6 +185,11 @@ def file_names(task: Task, split: str) -> list[str]:
     return [f"{split}.jsonl", f"{split}.json"]
 
 
+def expected_files(task: Task, split: str) -> str:
+    """The same for people."""
+    return (" and " if task.questions_and_outputs else " or ").join(file_names(task, split))
+
+
 def splits(directory: str | Path, task: Task) -> list[str]:
     """The splits whose files are in the directory."""
     ends = [name.removeprefix("*") for name in file_names(task, "*")]

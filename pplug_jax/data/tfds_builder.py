@@ -113,7 +113,7 @@ class PersonalTexts(tfds.core.ShardBasedBuilder):
                 for start in range(0, len(examples), SHARD)
             ]
         if not shards:
-            names = " or ".join(lamp.file_names(task, "{split}"))
+            names = lamp.expected_files(task, "{split}")
             raise DataError(directory, f"there is no {names} of any split")
         return shards
 
