@@ -27,7 +27,7 @@ def data_directory(config: ml_collections.ConfigDict) -> Path | None:
 
 def data_name(config: ml_collections.ConfigDict) -> str:
     """What the data are, for people."""
-    return str(data_directory(config) or "the embedded sample")
+    return config.data.path or str(data_directory(config) or "the embedded sample")
 
 
 def existing_directory(config: ml_collections.ConfigDict, split: str) -> Path:

@@ -219,3 +219,82 @@ def test_a_damaged_file_reads_whole_or_raises_data_error(files: dict[str, Any]):
             assert directory in str(said)
         else:
             assert len(examples) == len(QUESTIONS)
+
+
+@settings(max_examples=300, deadline=None)
+@given(mutated())
+def test_leaving_out_what_is_bad_loses_nothing_in_silence(files: dict[str, Any]):
+    with tempfile.TemporaryDirectory() as directory:
+        write(Path(directory), **files)
+        bad: list[DataError] = []
+        try:
+            examples = read(directory, "dev", TASK, on_bad=bad.append)
+        except DataError:  # a file that cannot be read to its end
+            return
+        questions = json.loads((Path(directory) / "dev_questions.json").read_text())
+        wrong = [error for error in bad if error.file.endswith("questions.json")]
+        assert len(examples) + len(wrong) == len(questions)
+        assert len({example.id for example in examples}) == len(examples)
+        if not bad:
+            assert list(examples) == list(read(directory, "dev", TASK))
+
+
+CUSTOM = TASKS["custom"]
+RECORDS = [
+    {"user": "a", "input": "x", "output": "y", "profile": [{"text": "t", "label": 2}]},
+    {"user": 7, "input": "x", "output": "y", "profile": [{"text": "t", "title": None}], "id": 3},
+    {"user": "b", "input": "😀", "output": "y", "profile": [], "id": "three"},
+]
+
+
+def write_lines(directory: Path, records: list[Any]) -> None:
+    (directory / "dev.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_one_file_with_everything(tmp_path: Path):
+    write_lines(tmp_path, RECORDS)
+    first, second, third = read(tmp_path, "dev", CUSTOM)
+    assert (first.id, first.user, first.input, first.target) == ("1", "a", "x", "y")
+    assert first.profile == ({"text": "t", "label": "2", "title": ""},)
+    assert (second.id, second.user) == ("3", "7")
+    assert second.profile == ({"text": "t", "title": "", "label": ""},)
+    assert (third.id, third.input, third.profile) == ("three", "😀", ())
+    # The same as one list, where the lines are not to be had.
+    (tmp_path / "dev.jsonl").unlink()
+    (tmp_path / "dev.json").write_text(json.dumps(RECORDS))
+    assert list(read(tmp_path, "dev", CUSTOM)) == [first, second, third]
+
+
+def test_outputs_may_be_missing_from_all_or_from_none(tmp_path: Path):
+    write_lines(tmp_path, [edited(record, "output", ...) for record in RECORDS])
+    assert [e.target for e in read(tmp_path, "dev", CUSTOM)] == [None] * 3
+    write_lines(tmp_path, [RECORDS[0], edited(RECORDS[1], "output", None), RECORDS[2]])
+    with pytest.raises(DataError, match="line 2: the field 'output' is missing, which other"):
+        read(tmp_path, "dev", CUSTOM)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_of_damaged_lines_each_is_read_or_told(data: st.DataObject):
+    line = data.draw(st.integers(0, len(RECORDS) - 1))
+    record = json.dumps(RECORDS[line], ensure_ascii=False).encode()
+    kind = data.draw(st.sampled_from(["retype", "byte"]))
+    if kind == "retype":
+        path = data.draw(st.sampled_from(paths(RECORDS[line])))
+        value = data.draw(st.just(...) | JSON_VALUES)
+        record = json.dumps(edited(RECORDS[line], *path, value)).encode()
+    else:
+        place = data.draw(st.integers(0, len(record) - 1))
+        garbage = data.draw(st.binary(max_size=2).filter(lambda b: b"\n" not in b))
+        record = record[:place] + garbage + record[place + 1 :]
+    lines = [json.dumps(each).encode() for each in RECORDS]
+    lines[line] = record
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "dev.jsonl").write_bytes(b"\n".join(lines))
+        bad: list[DataError] = []
+        examples = read(directory, "dev", CUSTOM, on_bad=bad.append)
+        assert len(examples) + len(bad) == len(RECORDS)
+        assert len(list(examples)) == len(examples)
+        if bad:
+            with pytest.raises(DataError, match=r"dev\.jsonl: line \d"):
+                read(directory, "dev", CUSTOM)

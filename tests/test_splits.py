@@ -1,7 +1,10 @@
 """A config's splits: where they are read, what is said of bad ones, and every task end to end."""
 
+import functools
+import http.server
 import importlib
 import json
+import threading
 from pathlib import Path
 
 import ml_collections
@@ -251,6 +254,30 @@ def test_a_tfds_data_set_is_read_as_its_files_are(tmp_path: Path):
     assert list(read_split(prepared, "eval")) == list(
         read_split(config_of("LaMP_4", tmp_path / "files"), "eval")
     )
+
+
+def test_download_fetches_and_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    served = tmp_path / "served"
+    for split in ("train", "dev"):
+        write_task(tmp_path / "made", "LaMP_2", split, 4)
+        for kind in ("questions", "outputs"):
+            path = served / "time" / "LaMP_2" / "new" / split / f"{split}_{kind}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "made" / path.name).rename(path)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(served))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    config = config_of("LaMP_2", tmp_path / "data", data__base_url=url)
+    run(config, tmp_path / "run", "download")
+    server.shutdown()
+    output = capsys.readouterr().out
+    assert output.count("4 good records, 0 bad ones") == 2
+    assert "output comedy: 1" in output
+    assert [example.id for example in read_split(config, "train")] == [
+        f"train{i}" for i in range(4)
+    ]
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_embedded_sample_has_one_task_and_no_files(tmp_path: Path):

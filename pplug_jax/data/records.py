@@ -44,7 +44,7 @@ def load(path: Path, place: Place) -> Any:
 def records(
     path: Path, on_bad: Callable[[DataError], None] = raise_bad
 ) -> Iterator[tuple[Place, Any]]:
-    """The records of a list or of lines, whichever the file has.
+    """The records of a list or of lines, whichever the file has; a .jsonl file has lines.
 
     on_bad: told of a line that is not JSON, which is then left out. A list that is not JSON cannot
     be read beyond that place.
@@ -52,11 +52,9 @@ def records(
     Raises:
         DataError: no such file, not UTF-8, or a list that is not JSON.
     """
-    if not path.is_file():
-        raise DataError(path, "no such file")
-    with open(path, "rb") as file:
-        first = file.read(CHUNK).decode(errors="replace").lstrip("\ufeff \t\r\n")[:1]
-    return array(path) if first == "[" else _lines(path, on_bad)
+    with _text(path) as text:
+        listed = path.suffix != ".jsonl" and text.skip() == "["
+    return array(path) if listed else _lines(path, on_bad)
 
 
 def _lines(path: Path, on_bad: Callable[[DataError], None]) -> Iterator[tuple[Place, Any]]:
