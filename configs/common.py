@@ -2,6 +2,7 @@
 
 import ml_collections
 
+from configs import llms
 from pplug_jax.data.download import BASE_URL
 
 
@@ -90,6 +91,14 @@ def base_config() -> ml_collections.ConfigDict:
     c.mesh.data = -1  # what the other axes leave
     c.mesh.fsdp = 1
     c.mesh.tensor = 1
+    return c
+
+
+def task_config(task: str, argument: str) -> ml_collections.ConfigDict:
+    """The defaults for a task with the LLM that `configs/TASK.py:ARGUMENT` names."""
+    c = base_config()
+    c.task = task
+    llms.use(c, argument)
     return c
 
 

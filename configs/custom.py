@@ -5,12 +5,10 @@
 
 import ml_collections
 
-from configs import common, llms
+from configs import common
 
 
 def get_config(arg: str = "embedded") -> ml_collections.ConfigDict:
-    c = common.base_config()
-    c.task = "custom"
+    c = common.task_config("custom", arg)
     c.data.time_based = False
-    llms.use(c, arg)
     return c

@@ -2,11 +2,8 @@
 
 import ml_collections
 
-from configs import common, llms
+from configs import common
 
 
 def get_config(arg: str = "embedded") -> ml_collections.ConfigDict:
-    c = common.base_config()
-    c.task = "LaMP_4"
-    llms.use(c, arg)
-    return c
+    return common.task_config("LaMP_4", arg)

@@ -7,13 +7,11 @@
 
 import ml_collections
 
-from configs import common, llms
+from configs import common
 
 
 def get_config(arg: str = "embedded") -> ml_collections.ConfigDict:
-    c = common.base_config()
-    c.task = "LaMP_5"
-    llms.use(c, arg)
+    c = common.task_config("LaMP_5", arg)
     if arg == "embedded":
         c.data.sample_train_users = 2000
         c.data.sample_eval_users = 400

@@ -6,14 +6,12 @@ answers of your own under `output`, add pplug and instruction_only to the method
 
 import ml_collections
 
-from configs import common, llms
+from configs import common
 
 
 def get_config(arg: str = "embedded") -> ml_collections.ConfigDict:
-    c = common.base_config()
-    c.task = "LaMP_QA"
+    c = common.task_config("LaMP_QA", arg)
     c.methods = ("none", "bm25", "recency")
-    llms.use(c, arg)
     common.long_outputs(c)
     # Its three categories are files of their own; the others are Lifestyle_and_Personal_Development
     # and Society_and_Culture.

@@ -2,12 +2,10 @@
 
 import ml_collections
 
-from configs import common, llms
+from configs import common
 
 
 def get_config(arg: str = "embedded") -> ml_collections.ConfigDict:
-    c = common.base_config()
-    c.task = "email_generation"
-    llms.use(c, arg)
+    c = common.task_config("email_generation", arg)
     common.long_outputs(c)
     return c

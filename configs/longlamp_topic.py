@@ -2,13 +2,11 @@
 
 import ml_collections
 
-from configs import common, llms
+from configs import common
 
 
 def get_config(arg: str = "embedded") -> ml_collections.ConfigDict:
-    c = common.base_config()
-    c.task = "topic_writing"
-    llms.use(c, arg)
+    c = common.task_config("topic_writing", arg)
     common.long_outputs(c)
     c.data.eval_split = "val"
     return c

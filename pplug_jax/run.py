@@ -67,7 +67,7 @@ class ItemTexts:
         )
 
 
-def data(config: ml_collections.ConfigDict, mode: str) -> None:
+def check_files(config: ml_collections.ConfigDict, mode: str) -> None:
     """Fetches the task's files, or not, and says what is in them.
 
     Raises:
@@ -98,7 +98,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
     apply_parity(config)
     check_config(config)
     if mode in ("download", "check_data"):
-        data(config, mode)
+        check_files(config, mode)
         return
     check_metrics(config.task)
     bad: list[DataError] = []

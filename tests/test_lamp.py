@@ -265,6 +265,14 @@ def test_one_file_with_everything(tmp_path: Path):
     assert list(read(tmp_path, "dev", CUSTOM)) == [first, second, third]
 
 
+def test_a_file_that_changes_under_its_reader_is_an_error(tmp_path: Path):
+    write_lines(tmp_path, RECORDS)
+    examples = read(tmp_path, "dev", CUSTOM)
+    write_lines(tmp_path, [edited(RECORDS[0], "input", "longer than before")])
+    with pytest.raises(DataError, match=r"dev\.jsonl: it was changed while it was in use"):
+        list(examples)
+
+
 def test_outputs_may_be_missing_from_all_or_from_none(tmp_path: Path):
     write_lines(tmp_path, [edited(record, "output", ...) for record in RECORDS])
     assert [e.target for e in read(tmp_path, "dev", CUSTOM)] == [None] * 3

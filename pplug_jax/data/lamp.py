@@ -142,9 +142,11 @@ class Examples(Sequence[Example]):
 
     def __getitem__(self, index: int) -> Example:
         id, target = self.ids_and_targets[index]
-        example = parse(
-            self.task, self.record(index), "", default_id=id, sort_by_date=self.sort_by_date
-        )
+        try:
+            record = self.record(index)
+            example = parse(self.task, record, "", default_id=id, sort_by_date=self.sort_by_date)
+        except (_Bad, ValueError) as error:
+            raise DataError(self.path, "it was changed while it was in use; start again") from error
         return dataclasses.replace(example, target=target)
 
 
@@ -256,7 +258,7 @@ def read(
             found[example.id] = place, dataclasses.replace(example, profile=())
         except _Bad as bad:
             on_bad(bad.error(path, place.line))
-    for id in (outputs or {}).keys() - asked:
+    for id in sorted((outputs or {}).keys() - asked):
         on_bad(DataError(outputs_path, f"it has no question in {path.name}", f"id {id!r}"))
     unanswered = [id for id, (_, example) in found.items() if example.target is None]
     if len(unanswered) < len(found):
