@@ -100,7 +100,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
     if mode in ("download", "check_data"):
         check_files(config, mode)
         return
-    check_metrics(config.task)
+    if mode in ("evaluate", "train_and_evaluate"):
+        check_metrics(config.task)
     bad: list[DataError] = []
     on_bad = bad.append if config.data.on_error == "skip" else raise_bad
     plugs = any(METHODS[name].plug for name in config.methods)

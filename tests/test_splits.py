@@ -13,6 +13,7 @@ import pytest
 from lamp_files import write_split
 from task_files import INPUTS, write_task
 
+from pplug_jax import Personalizer
 from pplug_jax.config import ConfigError, apply_parity
 from pplug_jax.data.check import check_data
 from pplug_jax.data.lamp import read, splits
@@ -96,6 +97,25 @@ def test_every_task_runs_end_to_end(
                 assert entry["low"] <= entry["value"] <= entry["high"]
     output = capsys.readouterr().out
     assert ("Only a judge can score" in output) == judged
+
+
+def test_a_served_history_is_read_as_in_the_evaluation(tmp_path: Path):
+    for split in ("train", "dev"):
+        write_task(tmp_path / "data", "LaMP_2", split, 8)
+    config = config_of("LaMP_2", tmp_path / "data", methods=("pplug",))
+    run(config, tmp_path / "run", "train_and_evaluate")
+    personalizer = Personalizer.from_checkpoint(tmp_path / "run")
+    submitted = json.loads((tmp_path / "run" / "predictions" / "dev.pplug.json").read_text())
+    example, gold = read_split(config, "eval")[3], submitted["golds"][3]
+    assert len(example.profile) == 3
+    # Items are read with their tags, and in the order of their dates.
+    for profile in (example.profile, example.profile[::-1]):
+        assert personalizer.generate(example.input, profile) == gold["output"]
+    texts = [f"D 3 {k} tag: comedy" for k in range(3)]
+    np.testing.assert_array_equal(
+        personalizer.soft_prompt(example.input, texts),
+        personalizer.soft_prompt(example.input, example.profile[::-1]),
+    )
 
 
 def test_the_test_split_is_answered_in_the_same_workdir(
