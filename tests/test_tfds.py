@@ -175,7 +175,7 @@ def test_files_without_questions_are_refused(tmp_path: Path):
     files = json_lines(tmp_path / "empty", "train", [])
     with pytest.raises(DataError, match="the split train has no questions"):
         prepare("custom", files)
-    with pytest.raises(DataError, match="no {split}_questions.json or {split}_outputs.json"):
+    with pytest.raises(DataError, match="no {split}_questions.json and {split}_outputs.json"):
         prepare("LaMP_4", files)
 
 
