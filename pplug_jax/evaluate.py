@@ -234,12 +234,10 @@ def verdicts(statistics: dict[str, dict[str, np.ndarray]], metric: str, samples:
         if name == "pplug":
             continue
         found = compare(metric, statistics["pplug"][metric], statistics[name][metric], samples)
-        if found.low <= 0 <= found.high:
+        better = (found.difference > 0) != METRICS[metric].lower_is_better
+        word = "better than" if better else "worse than"
+        if found.p_value >= 0.05:
             word = "not significantly different from"
-        else:
-            higher = found.low > 0
-            better = higher != METRICS[metric].lower_is_better
-            word = "better than" if better else "worse than"
         said.append(
             f"pplug is {word} {name}: {metric} {found.difference:+.3f} "
             f"[{found.low:+.3f}, {found.high:+.3f}], p = {found.p_value:.4f}"
