@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from pplug_jax.checkpoint import Checkpoints
+from pplug_jax.checkpoint import CheckpointError, Checkpoints
 from pplug_jax.data.batches import (
     Assemble,
     Batch,
@@ -149,6 +149,7 @@ def fit(models: Models, examples: Sequence[Tokenized], method: Method) -> UserEm
     Raises:
         SystemExit: on SIGTERM or Ctrl-C, after a checkpoint was saved.
         FloatingPointError: the loss is no number any more.
+        CheckpointError: the newest checkpoint is of other data.
     """
     config, llm, mesh = models.config, models.llm, models.mesh
     rows = histories(method, [example.rows for example in examples], config.seed)
@@ -178,6 +179,11 @@ def fit(models: Models, examples: Sequence[Tokenized], method: Method) -> UserEm
     step = 0
     checkpoints = Checkpoints(models.workdir / "checkpoints" / method.name, config.train.keep)
     if checkpoints.latest is not None:
+        if checkpoints.latest > len(plan):
+            raise CheckpointError(
+                f"{models.workdir}: the checkpoint is of step {checkpoints.latest}, but this run "
+                f"has {len(plan)}; the data have changed since: give another --workdir"
+            )
         plug, opt_state, step = checkpoints.restore(plug, opt_state, data)
     writer = Writer(models.workdir, method.name, step)
     soft_tokens = 1 + config.plug.num_persona_tokens

@@ -14,6 +14,7 @@ from lamp_files import write_split
 from task_files import INPUTS, write_task
 
 from pplug_jax import Personalizer
+from pplug_jax.checkpoint import CheckpointError
 from pplug_jax.config import ConfigError, apply_parity
 from pplug_jax.data.check import check_data
 from pplug_jax.data.lamp import read, splits
@@ -100,8 +101,8 @@ def test_every_task_runs_end_to_end(
 
 
 def test_a_served_history_is_read_as_in_the_evaluation(tmp_path: Path):
-    for split in ("train", "dev"):
-        write_task(tmp_path / "data", "LaMP_2", split, 8)
+    for split, count in (("train", 16), ("dev", 8)):
+        write_task(tmp_path / "data", "LaMP_2", split, count)
     config = config_of("LaMP_2", tmp_path / "data", methods=("pplug",))
     run(config, tmp_path / "run", "train_and_evaluate")
     personalizer = Personalizer.from_checkpoint(tmp_path / "run")
@@ -116,6 +117,10 @@ def test_a_served_history_is_read_as_in_the_evaluation(tmp_path: Path):
         personalizer.soft_prompt(example.input, texts),
         personalizer.soft_prompt(example.input, example.profile[::-1]),
     )
+
+    write_task(tmp_path / "data", "LaMP_2", "train", 8)
+    with pytest.raises(CheckpointError, match="step 2, but this run has 1; the data have changed"):
+        run(config, tmp_path / "run", "train")
 
 
 def test_the_test_split_is_answered_in_the_same_workdir(
