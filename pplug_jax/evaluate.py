@@ -15,7 +15,7 @@ from pplug_jax.checkpoint import Checkpoints
 from pplug_jax.data import submission
 from pplug_jax.data.batches import Assemble, Batch, Buckets, Tokenized, place_batch, plan_batches
 from pplug_jax.data.lamp import Example
-from pplug_jax.data.retrieval import RETRIEVERS, demonstration_prompt
+from pplug_jax.data.retrieval import demonstration_prompt, retrievers
 from pplug_jax.embedder import UserEmbedder
 from pplug_jax.files import write_json, write_text
 from pplug_jax.generate import generate
@@ -56,7 +56,8 @@ def shown(
     """The examples with what the method shows of the user: demonstrations, a history, or none."""
     config, tokenizer = models.config, models.tokenizer
     if method.retrieval:
-        retrieve, length = RETRIEVERS[method.retrieval], config.data.max_input_length
+        retrieve = retrievers(models.store, config.data.history_labels)[method.retrieval]
+        length = config.data.max_input_length
         prompts = (
             demonstration_prompt(
                 models.task,

@@ -40,6 +40,8 @@ METHODS = {
     for method in (
         Method("none", "the input alone"),
         Method("bm25", "the user's nearest items as demonstrations", retrieval="bm25"),
+        Method("random", "any of the user's items as demonstrations", retrieval="random"),
+        Method("dense", "the items that the encoder finds nearest", retrieval="dense"),
         Method("recency", "the user's newest items as demonstrations", retrieval="recency"),
         Method("pplug", "the persona of the whole history", plug="pplug"),
         Method(

@@ -1,14 +1,19 @@
 """Which items a prompt shows, and the prompt itself."""
 
 import math
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pplug_jax.data.retrieval import Item, bm25, demonstration_prompt, recency
+from pplug_jax.data.history import HistoryStore
+from pplug_jax.data.lamp import Item
+from pplug_jax.data.retrieval import Dense, bm25, demonstration_prompt, random, recency
 from pplug_jax.data.tasks import TASKS
 
 TASK = TASKS["LaMP_5"]
@@ -104,6 +109,44 @@ def test_recency_without_dates_goes_by_place():
     profile[0]["date"] = "2030-01-01"
     assert recency(TASK, "", profile, 2) == [profile[3], profile[2]]
     assert recency(TASK, "", [], 2) == []
+
+
+def test_random_items_are_the_same_each_time_and_all_can_come():
+    profile = [item(str(i)) for i in range(6)]
+    first = {input: random(TASK, input, profile, 2) for input in map(str, range(60))}
+    assert all(random(TASK, input, profile, 2) == found for input, found in first.items())
+    assert all(len(found) == 2 and found[0] != found[1] for found in first.values())
+    assert {found[0]["title"] for found in first.values()} == set("012345")
+    assert sorted(each["title"] for each in random(TASK, "x", profile, 9)) == list("012345")
+    assert random(TASK, "x", [], 2) == []
+
+
+class AxisEncoder:
+    """A text's vector is 1 at the digit in it; a query's, at the digit after the one in it."""
+
+    size, fingerprint = 10, "axis"
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        batch_size: int = 64,
+        on_batch: Callable[[int], None] = lambda done: None,
+        *,
+        queries: bool = False,
+    ) -> np.ndarray:
+        digits = [int(re.search(r"\d", text).group()) for text in texts]
+        return np.eye(10, dtype=np.float32)[np.array(digits) + queries]
+
+
+def test_dense_takes_the_nearest_by_the_encoders_query(tmp_path: Path):
+    profile = [item(str(i)) for i in (1, 4, 5, 8, 5)]
+    store = HistoryStore(tmp_path, AxisEncoder())
+    store.add([TASK.item_text(each) for each in profile])
+    dense = Dense(store, labels=True)
+    input = f"{INSTRUCTION}4"
+    assert dense(TASK, input, profile, 2) == [profile[2], profile[4]]
+    assert dense(TASK, input, profile, 9) == [profile[i] for i in (2, 4, 0, 1, 3)]
+    assert dense(TASK, input, [], 2) == []
 
 
 class WordTokenizer:

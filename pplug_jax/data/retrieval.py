@@ -1,12 +1,14 @@
 """Which profile items a prompt shows, and how: LaMP's retrieval and demonstration form."""
 
+import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import bm25s
 import numpy as np
 import transformers
 
+from pplug_jax.data.history import HistoryStore, text_key
 from pplug_jax.data.lamp import Item, by_date
 from pplug_jax.data.tasks import Task
 
@@ -38,7 +40,37 @@ def recency(task: Task, input: str, profile: Sequence[Item], top_k: int) -> list
     return list(by_date(profile))[::-1][:top_k]
 
 
-RETRIEVERS = {"bm25": bm25, "recency": recency}
+def random(task: Task, input: str, profile: Sequence[Item], top_k: int) -> list[Item]:
+    """Any items, each at most once; the same ones for the same input."""
+    del task
+    rng = np.random.default_rng(list(text_key(input)))
+    return [profile[i] for i in rng.permutation(len(profile))[:top_k]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """The items nearest to the input by the cosine of the history encoder's vectors, best first.
+
+    labels: whether items are encoded with their labels, and so whether those texts are in the
+    store. LaMP's Contriever compares un-normalised vectors of texts without labels.
+    """
+
+    store: HistoryStore
+    labels: bool
+
+    def __call__(self, task: Task, input: str, profile: Sequence[Item], top_k: int) -> list[Item]:
+        rows = self.store.rows([task.item_text(item, self.labels) for item in profile])
+        query = self.store.encoder.encode([task.retrieval_text(input)], 1, queries=True)[0]
+        best = np.argsort(-(self.store.vectors(rows) @ query), kind="stable")
+        return [profile[i] for i in best[:top_k]]
+
+
+Retriever = Callable[[Task, str, Sequence[Item], int], list[Item]]
+
+
+def retrievers(store: HistoryStore, labels: bool) -> dict[str, Retriever]:
+    """All of them by name; each gives up to `top_k` items of a profile, best first."""
+    return {"bm25": bm25, "recency": recency, "random": random, "dense": Dense(store, labels)}
 
 
 def demonstration_prompt(

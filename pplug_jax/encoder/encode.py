@@ -143,13 +143,16 @@ class Encoder:
         texts: Sequence[str],
         batch_size: int = 64,
         on_batch: Callable[[int], None] = lambda done: None,
+        *,
+        queries: bool = False,
     ) -> np.ndarray:
-        """The vectors of history texts, (N, E) float32, L2-normalised.
+        """The vectors of history texts, or of `queries` for such, (N, E) float32, L2-normalised.
 
         Texts are batched by length, so that little is padded. `on_batch` is told how many texts
         each batch held.
         """
-        tokens = self.tokenize([self.item_prefix + text for text in texts])
+        prefix = self.query_prefix if queries else self.item_prefix
+        tokens = self.tokenize([prefix + text for text in texts])
         self.cut_texts += sum(len(ids) == self.max_length for ids in tokens)
         parts = batch_parts(self.mesh)
         batch_size = -(-batch_size // parts) * parts
