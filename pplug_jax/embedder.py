@@ -10,7 +10,7 @@ soft prompt = scale * [I ; P]               scale = mean norm of the LLM's embed
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,12 +57,17 @@ class Projector(nnx.Module):
 
 
 def attention_weights(
-    query: jax.Array, history: jax.Array, mask: jax.Array, temperature: jax.Array | float
+    query: jax.Array,
+    history: jax.Array,
+    mask: jax.Array,
+    temperature: jax.Array | float,
+    nearest: int = 0,
 ) -> jax.Array:
     """softmax_i(q . H_i / temperature) over the unmasked items; all zero for an empty history.
 
     Args:
         query: (B, E), unit norm. history: (B, H, E), unit norm. mask: (B, H) bool.
+        nearest: only so many items, those of the highest score; 0 is all.
 
     Returns:
         (B, H) float32.
@@ -71,9 +76,27 @@ def attention_weights(
         jnp.einsum("be,bhe->bh", query, history, preferred_element_type=jnp.float32) / temperature
     )
     scores = jnp.where(mask, scores, -jnp.inf)
+    if 0 < nearest < scores.shape[1]:
+        mask &= scores >= jax.lax.top_k(scores, nearest)[0][:, -1:]
+        scores = jnp.where(mask, scores, -jnp.inf)
     top = jnp.max(scores, axis=1, keepdims=True)
     weights = jnp.where(mask, jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0)), 0)
     return weights / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1e-30)
+
+
+class Reading(NamedTuple):
+    """How a plug reads a user; the defaults are the paper's method, the others its ablations.
+
+    uniform: weigh all items alike instead of by the input. top: only that many items, those
+    nearest to the input; 0 is all. instruction: whether I stands in front of P.
+    """
+
+    uniform: bool = False
+    top: int = 0
+    instruction: bool = True
+
+
+PAPER = Reading()
 
 
 class UserEmbedder(nnx.Module):
@@ -126,7 +149,7 @@ class UserEmbedder(nnx.Module):
         history: jax.Array,
         history_mask: jax.Array,
         *,
-        uniform: bool = False,
+        reading: Reading = PAPER,
         remat: bool = False,
     ) -> jax.Array:
         """The soft prompt [I ; P].
@@ -135,14 +158,14 @@ class UserEmbedder(nnx.Module):
             query, query_mask: (B, Q) int32 and bool, the input as Enc_inp's tokens.
             history, history_mask: (B, H, E) and (B, H) bool, the encoded history; a row without
                 items gets the null persona.
-            uniform: weigh all items alike instead of by the input.
+            reading: static; one of the paper's ablations.
             remat: recompute the input encoder's activations in the backward pass.
 
         Returns:
-            (B, 1 + k, D) in the computation's dtype.
+            (B, 1 + k, D) in the computation's dtype; (B, k, D) without the instruction.
         """
         weights = self.attention(
-            query, query_mask, history, history_mask, uniform=uniform, remat=remat
+            query, query_mask, history, history_mask, reading=reading, remat=remat
         )
         # A masked item may hold anything, and 0 * NaN is NaN: hence the `where`.
         history = jnp.where(history_mask[..., None], history, 0).astype(self.dtype)
@@ -153,6 +176,8 @@ class UserEmbedder(nnx.Module):
         persona = jnp.where(
             empty[:, None, None], self.null_persona[...].astype(self.dtype), persona
         )
+        if not reading.instruction:
+            return persona * self.scale
         vector = self.instruction[...].astype(self.dtype)
         instruction = self.instruction_projector.second(self.instruction_projector.first(vector))
         instruction = jnp.broadcast_to(instruction, (persona.shape[0], *instruction.shape))
@@ -165,11 +190,11 @@ class UserEmbedder(nnx.Module):
         history: jax.Array,
         history_mask: jax.Array,
         *,
-        uniform: bool = False,
+        reading: Reading = PAPER,
         remat: bool = False,
     ) -> jax.Array:
         """The items' weights, (B, H) float32; arguments as `__call__`'s."""
-        if uniform:
+        if reading.uniform:
             return history_mask / jnp.maximum(
                 jnp.sum(history_mask, axis=1, keepdims=True), 1
             ).astype(jnp.float32)
@@ -178,4 +203,4 @@ class UserEmbedder(nnx.Module):
         )
         vectors = self.input_encoder(query, query_mask, remat)
         history = jnp.where(history_mask[..., None], history, 0).astype(jnp.float32)
-        return attention_weights(vectors, history, history_mask, temperature)
+        return attention_weights(vectors, history, history_mask, temperature, reading.top)

@@ -16,7 +16,7 @@ from pplug_jax.data import submission
 from pplug_jax.data.batches import Assemble, Batch, Buckets, Tokenized, place_batch, plan_batches
 from pplug_jax.data.lamp import Example
 from pplug_jax.data.retrieval import demonstration_prompt, retrievers
-from pplug_jax.embedder import UserEmbedder
+from pplug_jax.embedder import Reading, UserEmbedder
 from pplug_jax.files import write_json, write_text
 from pplug_jax.generate import generate
 from pplug_jax.llm import LLM
@@ -30,21 +30,21 @@ from pplug_jax.splits import data_name
 
 @functools.partial(
     jax.jit,
-    static_argnames=("uniform", "prefix_length", "max_new_tokens", "num_beams", "length_penalty"),
+    static_argnames=("reading", "prefix_length", "max_new_tokens", "num_beams", "length_penalty"),
 )
 def _answer(
     plug: UserEmbedder | None,
     llm: LLM,
     batch: Batch,
     *,
-    uniform: bool,
+    reading: Reading,
     prefix_length: int,
     **decoding: Any,
 ) -> jax.Array:
     soft = None
     if plug is not None:
         soft = plug(
-            batch.query, batch.query_mask, batch.history, batch.history_mask, uniform=uniform
+            batch.query, batch.query_mask, batch.history, batch.history_mask, reading=reading
         )
     embeds, mask = inputs_embeds(llm, soft, batch.prompt, batch.prompt_mask, prefix_length)
     return generate(llm, embeds, mask, **decoding)
@@ -94,7 +94,7 @@ def predict(
                     plug,
                     models.llm,
                     place_batch(assemble((0, bucket, indices)), models.mesh),
-                    uniform=method.uniform,
+                    reading=method.reading,
                     prefix_length=tokenizer.prefix_length,
                     max_new_tokens=config.eval.max_new_tokens,
                     num_beams=config.eval.num_beams,

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pplug_jax.embedder import PAPER, Reading
 from pplug_jax.llm import LLM
 
 
@@ -19,7 +20,7 @@ class Method:
 
     retrieval: the profile items shown as demonstrations. plug: the trained plug whose soft tokens
     stand in front. history: whose items the plug reads: the user's `own`, `another` user's, or
-    `none`. uniform: weigh the items alike.
+    `none`. reading: how it reads them.
     """
 
     name: str
@@ -27,7 +28,7 @@ class Method:
     retrieval: str | None = None
     plug: str | None = None
     history: str = "own"
-    uniform: bool = False
+    reading: Reading = PAPER
 
     @property
     def trained(self) -> bool:
@@ -53,7 +54,30 @@ METHODS = {
         Method(
             "shuffled_user", "pplug given another user's history", plug="pplug", history="another"
         ),
-        Method("mean_persona", "pplug with all items weighed alike", plug="pplug", uniform=True),
+        Method(
+            "mean_persona",
+            "pplug with all items weighed alike",
+            plug="pplug",
+            reading=Reading(uniform=True),
+        ),
+        Method(
+            "pplug_no_instruction",
+            "trained without the instruction embedding",
+            plug="pplug_no_instruction",
+            reading=Reading(instruction=False),
+        ),
+        Method(
+            "pplug_mean",
+            "trained with all items weighed alike",
+            plug="pplug_mean",
+            reading=Reading(uniform=True),
+        ),
+        Method(
+            "pplug_top4",
+            "trained with the 4 items nearest to the input",
+            plug="pplug_top4",
+            reading=Reading(top=4),
+        ),
     )
 }
 

@@ -23,7 +23,7 @@ from pplug_jax.data.batches import (
     place_batch,
     training_batches,
 )
-from pplug_jax.embedder import UserEmbedder
+from pplug_jax.embedder import PAPER, Reading, UserEmbedder
 from pplug_jax.llm import LLM
 from pplug_jax.mesh import replicated
 from pplug_jax.methods import Method, histories, inputs_embeds
@@ -63,10 +63,16 @@ def init_optimizer(
 
 
 def loss_fn(
-    plug: UserEmbedder, llm: LLM, batch: Batch, prefix_length: int = 0, remat: bool = False
+    plug: UserEmbedder,
+    llm: LLM,
+    batch: Batch,
+    prefix_length: int = 0,
+    remat: bool = False,
+    reading: Reading = PAPER,
 ) -> tuple[jax.Array, jax.Array]:
     """The sum over target tokens of -log p(y_t | I, P, x, y_<t), and their number; () float32."""
-    soft = plug(batch.query, batch.query_mask, batch.history, batch.history_mask, remat=remat)
+    history = batch.query, batch.query_mask, batch.history, batch.history_mask
+    soft = plug(*history, reading=reading, remat=remat)
     embeds, mask = inputs_embeds(llm, soft, batch.prompt, batch.prompt_mask, prefix_length)
     logits = llm.unembed(llm.target_hidden(embeds, mask, batch.target, batch.target_mask, remat))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.target)
@@ -83,6 +89,7 @@ def train_step(
     prefix_length: int,
     accumulation: int = 1,
     remat: bool = False,
+    reading: Reading = PAPER,
 ) -> tuple[UserEmbedder, optax.OptState, dict[str, jax.Array]]:
     """One update of the plug. The LLM is an argument of its own that nothing differentiates.
 
@@ -91,7 +98,7 @@ def train_step(
 
     def part_grads(total: Any, part: Batch) -> tuple[Any, None]:
         values, grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            plug, llm, part, prefix_length, remat
+            plug, llm, part, prefix_length, remat, reading
         )
         return jax.tree.map(jnp.add, total, (values, grads)), None
 
@@ -119,7 +126,7 @@ def jit_step(plug: UserEmbedder, opt_state: optax.OptState) -> Callable[..., Any
     layout = jax.tree.map(lambda x: x.sharding, (plug, opt_state))
     return jax.jit(
         train_step,
-        static_argnames=("optimizer", "prefix_length", "accumulation", "remat"),
+        static_argnames=("optimizer", "prefix_length", "accumulation", "remat", "reading"),
         donate_argnames=("plug", "opt_state"),
         out_shardings=(*layout, None),
     )
@@ -186,7 +193,7 @@ def fit(models: Models, examples: Sequence[Tokenized], method: Method) -> UserEm
             )
         plug, opt_state, step = checkpoints.restore(plug, opt_state, data)
     writer = Writer(models.workdir, method.name, step)
-    soft_tokens = 1 + config.plug.num_persona_tokens
+    soft_tokens = method.reading.instruction + config.plug.num_persona_tokens
     try:
         with (
             Stop() as stop,
@@ -210,6 +217,7 @@ def fit(models: Models, examples: Sequence[Tokenized], method: Method) -> UserEm
                         prefix_length=models.tokenizer.prefix_length,
                         accumulation=config.train.accumulation,
                         remat=config.train.remat,
+                        reading=method.reading,
                     )
                 step += 1
                 recent.append(metrics)

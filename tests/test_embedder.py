@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pplug_jax.embedder import UserEmbedder, attention_weights
+from pplug_jax.embedder import Reading, UserEmbedder, attention_weights
 from pplug_jax.encoder.bert import Bert, BertConfig
 from pplug_jax.tools.initialise import initialise
 
@@ -107,10 +107,31 @@ def test_an_empty_history_gives_the_null_persona_and_finite_gradients(
 def test_uniform_is_the_mean_and_ignores_the_input(
     plug: UserEmbedder, inputs: tuple[np.ndarray, ...]
 ) -> None:
-    uniform = jax.jit(lambda plug, *inputs: plug.attention(*inputs, uniform=True))
+    uniform = jax.jit(lambda plug, *inputs: plug.attention(*inputs, reading=Reading(uniform=True)))
     weights = np.asarray(uniform(plug, *inputs))
     np.testing.assert_allclose(weights.sum(1), 1)
     assert set(weights[1]) == {np.float32(0), np.float32(1 / 3)}
+
+
+def test_selection_keeps_the_nearest_items_in_their_proportions() -> None:
+    query = jnp.eye(4)[:1]
+    cosines = jnp.array([0.1, 0.9, 0.5, 0.7, 0.95])
+    history = jnp.stack([cosines, jnp.sqrt(1 - cosines**2), 0 * cosines, 0 * cosines], 1)[None]
+    mask = jnp.array([[True, True, True, True, False]])
+    every = attention_weights(query, history, mask, 1.0)
+    kept = attention_weights(query, history, mask, 1.0, 2)
+    expected = np.array([0, every[0, 1], 0, every[0, 3], 0])
+    np.testing.assert_allclose(kept[0], expected / expected.sum(), rtol=1e-6)
+    np.testing.assert_array_equal(attention_weights(query, history, mask, 1.0, 4), every)
+    np.testing.assert_array_equal(attention_weights(query, history, mask, 1.0, 9), every)
+    assert not attention_weights(query, history, mask & False, 1.0, 2).any()
+
+
+def test_without_instruction_the_persona_stands_alone(
+    plug: UserEmbedder, inputs: tuple[np.ndarray, ...]
+) -> None:
+    bare = jax.jit(lambda plug, *inputs: plug(*inputs, reading=Reading(instruction=False)))
+    np.testing.assert_allclose(bare(plug, *inputs), call(plug, *inputs)[:, 1:], rtol=1e-6)
 
 
 def test_the_temperature_sharpens() -> None:

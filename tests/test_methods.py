@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pplug_jax.data.retrieval import retrievers
+from pplug_jax.embedder import Reading
 from pplug_jax.methods import METHODS, histories, inputs_embeds
 
 
@@ -26,6 +27,9 @@ def test_every_method_can_be_run_and_every_plug_trained():
     assert [name for name, method in METHODS.items() if method.trained] == [
         "pplug",
         "instruction_only",
+        "pplug_no_instruction",
+        "pplug_mean",
+        "pplug_top4",
     ]
 
 
@@ -33,7 +37,7 @@ def test_a_control_differs_from_the_method_that_it_controls_in_one_thing():
     plug = METHODS["pplug"]
     for name, changed in {
         "shuffled_user": {"history": "another"},
-        "mean_persona": {"uniform": True},
+        "mean_persona": {"reading": Reading(uniform=True)},
     }.items():
         control = METHODS[name]
         assert control == dataclasses.replace(plug, name=name, about=control.about, **changed)

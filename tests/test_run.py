@@ -399,4 +399,7 @@ def test_every_trained_method_is_its_own_plug() -> None:
     assert [name for name, method in METHODS.items() if method.trained] == [
         "pplug",
         "instruction_only",
+        "pplug_no_instruction",
+        "pplug_mean",
+        "pplug_top4",
     ]

@@ -23,6 +23,7 @@ from pplug_jax.errors import DataError, InputError
 from pplug_jax.run import run
 from pplug_jax.splits import data_directory, read_split
 
+MODE = "train_and_evaluate"
 CONFIGS = {
     "LaMP_1": "lamp1",
     "LaMP_2": "lamp2",
@@ -75,7 +76,7 @@ def test_every_task_runs_end_to_end(
         write_task(tmp_path / "data", task, split, count, outputs=not judged)
     if not judged:
         config.methods = ("none", "bm25", "pplug")
-    run(config, tmp_path / "run", "train_and_evaluate")
+    run(config, tmp_path / "run", MODE)
     split = config.data.eval_split
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     ids = [example.id for example in read_split(config, "eval")]
@@ -100,11 +101,22 @@ def test_every_task_runs_end_to_end(
     assert ("Only a judge can score" in output) == judged
 
 
+def test_methods_beyond_the_default_ones_run(tmp_path: Path):
+    for split in ("train", "dev"):
+        write_task(tmp_path / "data", "LaMP_3", split, 8)
+    methods = ("random", "dense", "pplug_no_instruction", "pplug_top4")
+    run(config_of("LaMP_3", tmp_path / "data", methods=methods), tmp_path / "run", MODE)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())["methods"]
+    assert list(results) == list(methods)
+    trained = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert trained == sorted(methods[2:])
+
+
 def test_a_served_history_is_read_as_in_the_evaluation(tmp_path: Path):
     for split, count in (("train", 16), ("dev", 8)):
         write_task(tmp_path / "data", "LaMP_2", split, count)
     config = config_of("LaMP_2", tmp_path / "data", methods=("pplug",))
-    run(config, tmp_path / "run", "train_and_evaluate")
+    run(config, tmp_path / "run", MODE)
     personalizer = Personalizer.from_checkpoint(tmp_path / "run")
     submitted = json.loads((tmp_path / "run" / "predictions" / "dev.pplug.json").read_text())
     example, gold = read_split(config, "eval")[3], submitted["golds"][3]
@@ -129,7 +141,7 @@ def test_the_test_split_is_answered_in_the_same_workdir(
     config = config_of("LaMP_3", tmp_path / "data", methods=("none", "pplug"))
     for split, outputs in (("train", True), ("dev", True), ("test", False)):
         write_task(tmp_path / "data", "LaMP_3", split, 8, outputs=outputs)
-    run(config, tmp_path / "run", "train_and_evaluate")
+    run(config, tmp_path / "run", MODE)
     before = (tmp_path / "run" / "results.json").read_text()
     config.data.eval_split = "test"
     run(config, tmp_path / "run", "evaluate")
@@ -223,7 +235,7 @@ def test_bad_records_can_be_left_out_but_are_listed(
     custom: Path, capsys: pytest.CaptureFixture[str]
 ):
     config = config_of("custom", custom, data__on_error="skip", methods=("none", "recency"))
-    run(config, custom / "run", "train_and_evaluate")
+    run(config, custom / "run", MODE)
     lines = (custom / "run" / "bad_records.jsonl").read_text().splitlines()
     listed = {line["line"]: line for line in map(json.loads, lines)}
     assert listed.keys() == PROBLEMS.keys()
