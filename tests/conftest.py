@@ -21,6 +21,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import hypothesis
 import nltk
 import pytest
 import transformers
@@ -28,6 +29,9 @@ from nltk.corpus import wordnet
 from parity import save_random
 
 from pplug_jax.tools.bpe import train_bpe
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # a slow machine is no failure
+hypothesis.settings.load_profile("untimed")
 
 VOCABULARY = 320
 TEXT = (
