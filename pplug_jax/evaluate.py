@@ -21,7 +21,7 @@ from pplug_jax.files import write_json, write_text
 from pplug_jax.generate import generate
 from pplug_jax.llm import LLM
 from pplug_jax.methods import METHODS, Method, histories, inputs_embeds
-from pplug_jax.metrics import METRICS, compare, example_statistics, interval
+from pplug_jax.metrics import METRICS, compare, example_statistics, interval, value_of
 from pplug_jax.models import Models
 from pplug_jax.plots import plot_results
 from pplug_jax.progress import Progress, console, say
@@ -167,8 +167,7 @@ def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
             )
             for metric, rows in statistics[name].items():
                 low, high = interval(metric, rows, config.eval.bootstrap_samples)
-                value = float(METRICS[metric].value(rows.mean(axis=0)))
-                entry[metric] = {"value": value, "low": low, "high": high}
+                entry[metric] = {"value": value_of(metric, rows), "low": low, "high": high}
         results["methods"][name] = entry
         write_json(results_path, results)
     for manager in checkpoints.values():

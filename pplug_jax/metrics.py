@@ -190,6 +190,11 @@ def example_statistics(
     return {name: METRICS[name].statistics(row, predictions, references) for name in row.metrics}
 
 
+def value_of(metric: str, statistics: np.ndarray) -> float:
+    """The metric over the examples whose statistics, (n, S), `example_statistics` gave."""
+    return float(METRICS[metric].value(statistics.mean(axis=0)))
+
+
 def score(task: str, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """The task's metrics over all examples, e.g. {"rouge1": .., "rougeL": ..}.
 
@@ -197,7 +202,7 @@ def score(task: str, predictions: Sequence[str], references: Sequence[str]) -> d
     agrees to about the fourth decimal. `example_statistics` has definitions and errors.
     """
     return {
-        name: float(METRICS[name].value(statistics.mean(axis=0)))
+        name: value_of(name, statistics)
         for name, statistics in example_statistics(task, predictions, references).items()
     }
 
@@ -230,7 +235,7 @@ def interval(
     statistics: (n, S), of `example_statistics`. One example, equal ones, or an infinite value give
     the value twice.
     """
-    value = float(METRICS[metric].value(statistics.mean(axis=0)))
+    value = value_of(metric, statistics)
     if np.all(statistics == statistics[0]) or not math.isfinite(value):
         return value, value
     return _percentiles(
@@ -264,8 +269,7 @@ def compare(
         # Rounded: whether two swaps tie must not hang on the order of a sum.
         return np.round(np.abs(difference(first, second)), 12)
 
-    value = METRICS[metric].value
-    observed = float(value(a.mean(axis=0)) - value(b.mean(axis=0)))
+    observed = value_of(metric, a) - value_of(metric, b)
     if n < 2 or np.array_equal(a, b) or not math.isfinite(observed):
         return Comparison(observed, observed, observed, 1.0)
     low, high = _percentiles(

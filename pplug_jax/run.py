@@ -20,7 +20,7 @@ from pplug_jax.metrics import check_metrics
 from pplug_jax.models import Models, parameter_count
 from pplug_jax.plots import plot_losses
 from pplug_jax.progress import say
-from pplug_jax.splits import data_directory, existing_directory, read_split, report_bad
+from pplug_jax.splits import data_directory, data_name, existing_directory, read_split, report_bad
 from pplug_jax.train import fit
 
 
@@ -28,14 +28,13 @@ def describe(models: Models, train: Sequence[Example], held_out: Sequence[Exampl
     """Prints what is about to be done."""
     config = models.config
     trainable, frozen = parameter_count(models.abstract_plug), parameter_count(models.llm)
-    data = data_directory(config) or (
-        "the embedded sample, made up by a generator "
-        "(for real data: --config.data.path=DIR with LaMP's files)"
-    )
+    data = data_name(config)
+    if data_directory(config) is None:
+        data += ", made up by a generator (for real data: --config.data.path=DIR with LaMP's files)"
     mesh = " x ".join(f"{axis}={size}" for axis, size in models.mesh.shape.items())
     for name, text in {
         "task": config.task,
-        "data": str(data),
+        "data": data,
         "examples": f"{len(train)} to train on ({config.data.train_split}), "
         f"{len(held_out)} held out ({config.data.eval_split})",
         "frozen LLM": f"{config.llm.path}, {frozen:,} parameters, "
@@ -81,7 +80,7 @@ def check_files(config: ml_collections.ConfigDict, mode: str) -> None:
     task = TASKS[config.task]
     splits = []
     if mode == "download":
-        splits = list({config.data.train_split: 0, config.data.eval_split: 0})
+        splits = list(dict.fromkeys((config.data.train_split, config.data.eval_split)))
         directory = data_directory(config)
         time_based, base_url = config.data.time_based, config.data.base_url
         download(task.name, splits, directory, time_based=time_based, base_url=base_url)

@@ -58,22 +58,16 @@ def read_split(
     Raises:
         ConfigError, DataError: a missing directory, a broken file, or no example at all.
     """
-    split = config.data[f"{role}_split"]
+    split, task = config.data[f"{role}_split"], TASKS[config.task]
     if data_directory(config) is None:
         return list(sample.users(config.seed, split, config.data[f"sample_{role}_users"]))
-    if (epath.Path(config.data.path) / "dataset_info.json").exists():
+    sort_by_date = config.data.sort_by_date
+    if (epath.Path(data_name(config)) / "dataset_info.json").exists():
         from pplug_jax.data.tfds_builder import read_tfds  # its package is not required
 
-        task = TASKS[config.task]
-        return read_tfds(config.data.path, split, task, sort_by_date=config.data.sort_by_date)
+        return read_tfds(data_name(config), split, task, sort_by_date=sort_by_date)
     directory = existing_directory(config, split)
-    examples = lamp.read(
-        directory,
-        split,
-        TASKS[config.task],
-        sort_by_date=config.data.sort_by_date,
-        on_bad=on_bad,
-    )
+    examples = lamp.read(directory, split, task, sort_by_date=sort_by_date, on_bad=on_bad)
     if not examples:
         raise DataError(directory, f"the split {split} has no questions")
     return examples

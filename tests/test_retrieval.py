@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -126,14 +125,7 @@ class AxisEncoder:
 
     size, fingerprint = 10, "axis"
 
-    def encode(
-        self,
-        texts: Sequence[str],
-        batch_size: int = 64,
-        on_batch: Callable[[int], None] = lambda done: None,
-        *,
-        queries: bool = False,
-    ) -> np.ndarray:
+    def encode(self, texts: list[str], *batching: object, queries: bool = False) -> np.ndarray:
         digits = [int(re.search(r"\d", text).group()) for text in texts]
         return np.eye(10, dtype=np.float32)[np.array(digits) + queries]
 

@@ -116,10 +116,10 @@ class _Text:
         self.column = len(taken) - 1 - taken.rfind("\n") + (0 if newlines else self.column)
         self.at = end
 
-    def skip(self, blank: re.Pattern[str] = BLANK) -> str:
+    def skip(self) -> str:
         """Moves over what is blank; the character there, or nothing at the file's end."""
         while True:
-            self.take(blank.match(self.text, self.at).end())
+            self.take(BLANK.match(self.text, self.at).end())
             if self.at < len(self.text):
                 return self.text[self.at]
             if not self.more():
