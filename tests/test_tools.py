@@ -52,7 +52,7 @@ def test_a_pretrained_llm_can_be_made_from_files(tmp_path: Path) -> None:
     questions = [{"id": u.id, "input": u.input, "profile": list(u.profile)} for u in users]
     golds = [{"id": u.id, "output": u.target} for u in users]
     write_split(tmp_path, "train", questions, {"task": "LaMP_5", "golds": golds})
-    make("pretrain_llm", tmp_path / "llm", data=tmp_path, vocab_size=300)
+    make("pretrain_llm", tmp_path / "llm", data=f"LaMP_5:{tmp_path}:1", vocab_size=300)
     assert load_llm(tmp_path / "llm", dtype="float32").config.vocab_size == 300
 
 

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator
 
 from pplug_jax.data.lamp import Example
+from pplug_jax.data.tasks import TASKS
 
 STYLE: dict[str, tuple[str, ...]] = {
     # wording
@@ -67,7 +68,7 @@ FRAMES = {
 }
 PLACES = {"ahead": "{aspect}{separator}{core}", "after": "{core} {aspect}"}
 
-TASKS = (
+PROBLEMS = (
     "route planning", "crop forecasting", "image retrieval", "speech cleaning",
     "fraud screening", "text ranking", "fault diagnosis", "music tagging", "map matching",
     "demand pricing", "word alignment", "gene clustering", "motion capture", "stock control",
@@ -120,8 +121,6 @@ DEEDS = {
     "system": ("deploy", "operate", "install"),
 }
 
-INPUT = "Generate a title for the following abstract of a paper: {abstract}"
-
 
 def title(style: dict[str, str], content: dict[str, str]) -> str:
     """The title that a user of `style` gives to a paper of `content`."""
@@ -165,7 +164,7 @@ def user(seed: int, number: int, split: str, history: tuple[int, int]) -> Exampl
     rng = user_rng(seed, split, number)
     style = style_of(rng)
     # A user comes back to the same few subjects, so that retrieval has something to find.
-    tasks, methods = rng.sample(TASKS, 6), rng.sample(METHODS, 6)
+    tasks, methods = rng.sample(PROBLEMS, 6), rng.sample(METHODS, 6)
     papers = {}
     wanted = rng.randint(*history) + 1
     while len(papers) < wanted:
@@ -179,7 +178,7 @@ def user(seed: int, number: int, split: str, history: tuple[int, int]) -> Exampl
         }
         papers.setdefault(title(style, content), abstract(rng, content))
     target = list(papers)[-1]
-    input = INPUT.format(abstract=papers.pop(target))
+    input = TASKS["LaMP_5"].question.format(abstract=papers.pop(target))
     id = f"{number:06d}"
     profile = tuple(
         {"id": f"{id}-{i}", "title": text, "abstract": papers[text]}

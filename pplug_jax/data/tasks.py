@@ -26,6 +26,9 @@ class Task:
     and input together; `{before}` and `{after}` are the input up to the word `inserted_after` and
     the rest.
 
+    question: an item as an input of its own, where items are like inputs; its output is the item's
+    field `answer`.
+
     keys: where a benchmark with one file a split keeps what LaMP calls input and output, and the
     user; `output` may be missing. questions_and_outputs: LaMP's two files a split instead.
     judged: fields of a record that its judge needs.
@@ -47,6 +50,8 @@ class Task:
     retrieval_query: str = ""
     joint: str = ", and "
     inserted_after: str = ""
+    question: str = ""
+    answer: str = "title"
     questions_and_outputs: bool = True
     input_key: str = "input"
     output_key: str = "output"
@@ -71,6 +76,15 @@ class Task:
     def document_text(self, item: dict[str, Any]) -> str:
         """The item as retrieval reads it."""
         return _joined([item.get(field) for field in self.document or self.history])
+
+    def own_example(self, item: dict[str, Any]) -> tuple[str, str]:
+        """The item as an input and its output."""
+        question = self.question.format(labels=", ".join(self.labels), **item)
+        return question, item[self.answer]
+
+    def own_item(self, input: str, output: str) -> dict[str, str]:
+        """An input and its output as an item, without fields that the question does not show."""
+        return {self.cut: self.query_text(input), self.answer: output}
 
     def demonstration(self, item: dict[str, Any]) -> str:
         """The item in a prompt."""
@@ -153,6 +167,9 @@ _LAMP = (
         demonstrations=('the tag for the movie: "{description}" is "{tag}" ',),
         cut="description",
         prompt="{demonstrations}. {input}",
+        question="Which tag does this movie relate to among the following tags? Just answer with "
+        "the tag name without further explanation. tags: [{labels}] description: {description}",
+        answer="tag",
     ),
     Task(
         name="LaMP_3",
@@ -166,6 +183,9 @@ _LAMP = (
         demonstrations=('{score} is the score for "{text}" ',),
         cut="text",
         prompt="{demonstrations}. {input}",
+        question="What is the score of the following review on a scale of 1 to 5? just answer with "
+        "1, 2, 3, 4, or 5 without further explanation. review: {text}",
+        answer="score",
     ),
     Task(
         name="LaMP_4",
@@ -177,6 +197,7 @@ _LAMP = (
         demonstrations=(TITLED_TEXT,),
         cut="text",
         prompt="{demonstrations}. {input}",
+        question="Generate a headline for the following article: {text}",
     ),
     Task(
         name="LaMP_5",
@@ -187,6 +208,7 @@ _LAMP = (
         demonstrations=('"{title}" is a title for "{abstract}" ',),
         cut="abstract",
         prompt=PATTERNS,
+        question="Generate a title for the following abstract of a paper: {abstract}",
     ),
     Task(
         name="LaMP_6",
@@ -198,6 +220,7 @@ _LAMP = (
         demonstrations=(TITLED_TEXT,),
         cut="text",
         prompt="{demonstrations}. {input}",
+        question="Generate a subject for the following email: {text}",
     ),
     Task(
         name="LaMP_7",

@@ -1,22 +1,26 @@
 """Pretrains a small Llama that titles abstracts, and writes it in Hugging Face format.
 
 The bundled model: `python -m pplug_jax.tools.pretrain_llm --output=pplug_jax/assets/tiny_llama`.
-One for real texts: add `--data=DIR` (LaMP-5 files, of which only the training split is read) and
-larger sizes.
+One for real texts: add larger sizes and, for each source, `--data=TASK:PATH:SHARE`, such as
+`--data=LaMP_5:DIR:0.6 --data=LaMP_5:corpus.jsonl.gz:0.4`: a directory of the task's files, of which
+only the training split is read, or lines of single items (`{"title": .., "abstract": ..}`).
 
 A training sequence has one of four forms: a paper's bare input and its title; the same behind one
-or two other papers of the author as demonstrations, in LaMP's retrieval form; the same behind
+or a few other papers of the author as demonstrations, in LaMP's retrieval form; the same behind
 notes that name the author's style; or a list of an author's titles behind such notes. Notes are
 there only on the generator's authors. So the model can title without knowing the user, can use
 demonstrations, and obeys what stands in front.
 """
 
 import functools
+import gzip
 import itertools
+import json
 import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +31,10 @@ from absl import app, flags
 
 from pplug_jax import hf
 from pplug_jax.data import lamp, sample
+from pplug_jax.data.lamp import Item
 from pplug_jax.data.prompts import Tokenizer
 from pplug_jax.data.retrieval import demonstration_prompt
-from pplug_jax.data.tasks import TASKS
+from pplug_jax.data.tasks import TASKS, Task
 from pplug_jax.files import write_json
 from pplug_jax.llm import llama
 from pplug_jax.llm.decoder import Decoder
@@ -41,8 +46,8 @@ from pplug_jax.tools.optimizer import make_optimizer
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("output", None, "Directory to write the model to.", required=True)
-flags.DEFINE_string(
-    "data", None, "Directory of LaMP-5 files; the embedded sample's generator by default."
+flags.DEFINE_multi_string(
+    "data", [], "TASK:PATH:SHARE of the examples; the embedded sample's generator by default."
 )
 flags.DEFINE_integer(
     "vocab_size", 1536, "Entries of the tokenizer and rows of the embedding table."
@@ -51,6 +56,7 @@ flags.DEFINE_integer("hidden_size", 128, "Width.")
 flags.DEFINE_integer("layers", 4, "Layers.")
 flags.DEFINE_integer("heads", 4, "Query heads; half as many key-value heads.")
 flags.DEFINE_integer("max_length", 160, "Longest prompt, in tokens.")
+flags.DEFINE_integer("demonstrations", 2, "At most so many in a prompt.")
 flags.DEFINE_integer("steps", 3000, "Optimiser steps.")
 flags.DEFINE_integer("batch_size", 32, "Sequences of a batch.")
 flags.DEFINE_float("learning_rate", 3e-3, "Adam's peak; see tools/optimizer.py.")
@@ -62,31 +68,59 @@ flags.DEFINE_multi_float(
 )
 flags.DEFINE_integer("seed", 0, "Seed of everything.")
 
-TASK = TASKS["LaMP_5"]
+SAMPLE = TASKS["LaMP_5"]
 SEPARATOR = "\n"
 
 
-def authors(rng: random.Random) -> Iterator[tuple[list[dict[str, str]], str]]:
-    """Endless authors: their papers in random order, and notes on the generator's authors."""
-    if FLAGS.data:
-        train = lamp.read(FLAGS.data, "train", TASK)
-        users = itertools.chain.from_iterable(
-            rng.sample(train, len(train)) for _ in itertools.count()
-        )
-    else:
-        users = sample.users(FLAGS.seed, "pretrain")
-    for user in users:
-        papers = [{"title": user.target, "abstract": TASK.query_text(user.input)}, *user.profile]
-        notes = [] if FLAGS.data else sample.notes(FLAGS.seed, "pretrain", user.id)
+class Author(NamedTuple):
+    """Somebody's items in random order, and notes on the style of the generator's authors."""
+
+    task: Task
+    items: list[Item]
+    notes: str = ""
+
+
+def sample_authors(rng: random.Random) -> Iterator[Author]:
+    for user in sample.users(FLAGS.seed, "pretrain"):
+        papers = [{"title": user.target, "abstract": SAMPLE.query_text(user.input)}, *user.profile]
+        notes = sample.notes(FLAGS.seed, "pretrain", user.id)
         some = rng.sample(notes, round(rng.uniform(0.7, 1) * len(notes)))
-        yield rng.sample(papers, len(papers)), "".join(f" {note}" for note in some)
+        yield Author(SAMPLE, rng.sample(papers, len(papers)), "".join(f" {note}" for note in some))
+
+
+def file_authors(task: Task, path: Path, rng: random.Random) -> Iterator[Author]:
+    """Those of a task's training split, or one for each line of a file; over and over."""
+    if path.is_dir():
+        profiles = [
+            [*example.profile, task.own_item(example.input, example.target)]
+            for example in lamp.read(path, "train", task)
+        ]
+    else:
+        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
+            profiles = [[json.loads(line)] for line in lines]
+    while True:
+        for profile in rng.sample(profiles, len(profiles)):
+            yield Author(task, rng.sample(profile, len(profile)))
+
+
+def authors(rng: random.Random) -> Iterator[Author]:
+    """Endless authors, of the sources in their shares."""
+    if not FLAGS.data:
+        yield from sample_authors(rng)
+    sources, shares = [], []
+    for source in FLAGS.data:
+        task, path, share = source.split(":")
+        sources.append(file_authors(TASKS[task], Path(path), rng))
+        shares.append(float(share))
+    while True:
+        yield next(rng.choices(sources, shares)[0])
 
 
 def train_tokenizer(rng: random.Random) -> transformers.PreTrainedTokenizerFast:
     texts = (
-        f"{notes} {sample.INPUT.format(**paper)}{SEPARATOR}{paper['title']}"
-        for papers, notes in itertools.islice(authors(rng), 2000)
-        for paper in papers
+        f"{author.notes} {SEPARATOR.join(author.task.own_example(item))}"
+        for author in itertools.islice(authors(rng), 2000)
+        for item in author.items
     )
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     return train_bpe(texts, FLAGS.vocab_size, special)
@@ -100,18 +134,19 @@ def batches(
     source = authors(rng)
     while True:
         form = rng.choices(("bare", "demonstrations", "notes", "list"), FLAGS.shares)[0]
-        shown = rng.randint(1, 2)
+        shown = rng.randint(1, FLAGS.demonstrations)
         rows = []
-        for papers, notes in itertools.islice(source, FLAGS.batch_size):
-            prompt = sample.INPUT.format(**papers[0])
+        for task, items, notes in itertools.islice(source, FLAGS.batch_size):
+            examples = [task.own_example(item) for item in items]
+            prompt = examples[0][0]
             if form == "demonstrations":
-                items = papers[1 : 1 + shown]
-                prompt = demonstration_prompt(TASK, prompt, items, tokenizer, FLAGS.max_length)
+                others = items[1 : 1 + shown]
+                prompt = demonstration_prompt(task, prompt, others, tokenizer, FLAGS.max_length)
             prompts = {"notes": [f"{notes} {prompt}"], "list": [notes, "", "", ""]}
             ids, weights = [*parts.prefix], [0.0] * parts.prefix_length
-            for text, paper in zip(prompts.get(form, [prompt]), papers, strict=False):
+            for text, (_, answer) in zip(prompts.get(form, [prompt]), examples, strict=False):
                 before = [*parts.ids(text)[: FLAGS.max_length], *parts.suffix]
-                title = parts.target(paper["title"], 64)
+                title = parts.target(answer, 64)
                 ids += [*before, *title]
                 weights += [FLAGS.prompt_weight] * len(before) + [1.0] * len(title)
             rows.append((ids, weights))
