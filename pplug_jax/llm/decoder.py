@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pplug_jax.llm.attention import attend
-from pplug_jax.llm.quantize import kernel
+from pplug_jax.llm.linear import linear
 from pplug_jax.mesh import constrain, rows
 
 
@@ -208,7 +208,7 @@ class Layers(nnx.Module):
             return rms_norm(x, weight[...], config.norm_eps, config.norm_offset)
 
         def heads(x: jax.Array, weight: Frozen, bias: Frozen | None) -> jax.Array:
-            x = x @ kernel(weight)
+            x = linear(x, weight)
             x = x if bias is None else x + bias[...]
             return x.reshape(*x.shape[:2], -1, config.head_dim)
 
@@ -217,11 +217,11 @@ class Layers(nnx.Module):
         key = rotate(norm(heads(h, self.key, self.key_bias), self.key_norm), angles)
         key, value = extend(key, heads(h, self.value, self.value_bias))
         h = attend(query, key, value, mask, config.attention_scale, config.attention_cap)
-        h = h.reshape(*x.shape[:2], -1) @ kernel(self.output)
+        h = linear(h.reshape(*x.shape[:2], -1), self.output)
         x = x + norm(h, self.attention_post_norm)
         h = norm(x, self.mlp_norm)
-        h = ACTIVATIONS[config.activation](h @ kernel(self.gate)) * (h @ kernel(self.up))
-        return x + norm(h @ kernel(self.down), self.mlp_post_norm)
+        h = ACTIVATIONS[config.activation](linear(h, self.gate)) * linear(h, self.up)
+        return x + norm(linear(h, self.down), self.mlp_post_norm)
 
 
 class Decoder(nnx.Module):

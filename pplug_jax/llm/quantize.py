@@ -9,7 +9,6 @@ import math
 
 import jax
 import qwix
-from flax import nnx
 
 KINDS = ("int8", "int4")
 GROUP = 128  # inputs that share a scale in int4, where they divide so
@@ -23,9 +22,3 @@ def quantize(kernels: jax.Array, kind: str) -> qwix.QArray:
     """
     groups = {1: math.gcd(kernels.shape[1], GROUP)} if kind == "int4" else None
     return qwix.quantize(kernels, kind, channelwise_axes=(0, 2), tiled_axes=groups)
-
-
-def kernel(weight: nnx.Variable) -> jax.Array:
-    """The variable's array, expanded where it is quantised."""
-    value = weight.get_value()
-    return qwix.dequantize(value) if isinstance(value, qwix.QArray) else value

@@ -24,8 +24,8 @@ from pplug_jax.llm.decoder import (
     rms_norm,
     unembed,
 )
+from pplug_jax.llm.linear import linear
 from pplug_jax.llm.llama import check
-from pplug_jax.llm.quantize import kernel
 from pplug_jax.mesh import rows
 
 ATTENTION = {"query": "q", "key": "k", "value": "v", "output": "o"}
@@ -123,7 +123,7 @@ class Attention(nnx.Module):
 
     def keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(B, S, D) -> two of (B, S, heads, head_dim)."""
-        return self._split(x @ kernel(self.key)), self._split(x @ kernel(self.value))
+        return self._split(linear(x, self.key)), self._split(linear(x, self.value))
 
     def __call__(
         self,
@@ -134,9 +134,9 @@ class Attention(nnx.Module):
         bias: jax.Array | None = None,
     ) -> jax.Array:
         """x (B, L, D) attends to keys and values where mask (B, L or 1, S) allows."""
-        query = self._split(self.normed(x) @ kernel(self.query))
+        query = self._split(linear(self.normed(x), self.query))
         h = attend(query, key, value, mask, scale=1.0, bias=bias)
-        return x + h.reshape(*x.shape[:2], -1) @ kernel(self.output)
+        return x + linear(h.reshape(*x.shape[:2], -1), self.output)
 
 
 class Mlp(nnx.Module):
@@ -148,8 +148,8 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         h = rms_norm(x, self.norm[...], self.eps)
-        h = ACTIVATIONS["gelu_tanh"](h @ kernel(self.gate)) * (h @ kernel(self.up))
-        return x + h @ kernel(self.down)
+        h = ACTIVATIONS["gelu_tanh"](linear(h, self.gate)) * linear(h, self.up)
+        return x + linear(h, self.down)
 
 
 class EncoderLayers(nnx.Module):
