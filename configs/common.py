@@ -9,6 +9,7 @@ from pplug_jax.data.download import BASE_URL
 def base_config() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.seed = 0
+    c.seeds = (0, 1, 2)  # of --mode=compare; `seed` is that of the data then
     c.task = ""
     c.parity = False  # the official code's choices where ours differ: config.PARITY
     c.methods = (
@@ -60,6 +61,9 @@ def base_config() -> ml_collections.ConfigDict:
     c.plug.projector_size = 0  # the persona projector's hidden units; 0: the LLM's width
     c.plug.temperature = 1.0
     c.plug.learned_temperature = False
+    c.plug.heads = 0  # of the attention, with learned query and key maps; 0: one without
+    c.plug.recency = False  # learn to weigh older items less, in profiles with dates
+    c.plug.difference = False  # tokens of how the items differ from other users' similar ones
     c.plug.history_dropout = 0.5  # largest share of a history that training leaves out
     c.plug.persona_dropout = 0.0  # share of the training examples that get the null persona
     c.plug.dtype = "float32"  # of the computation; parameters are always float32
@@ -74,10 +78,21 @@ def base_config() -> ml_collections.ConfigDict:
     c.train.weight_decay = 1e-4
     c.train.warmup = 0.05  # share of the steps
     c.train.clip_norm = 1.0
+    c.train.own_items = 0  # so many of each user's history items are examples too
     c.train.remat = False  # recompute the LLM's activations in the backward pass
     c.train.log_every = 20
     c.train.checkpoint_every = 200
     c.train.keep = 2
+
+    c.lora = ml_collections.ConfigDict()  # of the methods task_lora and user_lora
+    c.lora.rank = 8
+    c.lora.alpha = 16.0
+    c.lora.user_epochs = 2  # over a user's own items
+    c.lora.user_learning_rate = 1e-4
+
+    c.tune = ml_collections.ConfigDict()  # before --mode=compare
+    c.tune.learning_rates = ()  # tried for every trained method; empty: train.learning_rate
+    c.tune.held_out = 0.1  # share of the training examples to compare them on
 
     c.eval = ml_collections.ConfigDict()
     c.eval.batch_size = 64

@@ -1,6 +1,6 @@
 """Orbax checkpoints: of a training run, and of a module that is only restored.
 
-A training run's hold the plug, the optimiser, the data iterator and the step; never the LLM.
+A training run's hold what is trained, the optimiser, the data iterator and the step; never the LLM.
 """
 
 from pathlib import Path
@@ -33,7 +33,7 @@ def _restored_like(tree: Any, arrays: dict[str, Any]) -> Any:
 
 
 class Checkpoints:
-    """The checkpoints of one plug, the newest `keep` of them; saving goes on in the background."""
+    """Those of one method, the newest `keep` of them; saving goes on in the background."""
 
     def __init__(self, directory: str | Path, keep: int = 2):
         self.directory = Path(directory).absolute()
@@ -41,7 +41,7 @@ class Checkpoints:
             self.directory,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
             item_handlers={
-                "plug": _array_handler(),
+                "weights": _array_handler(),
                 "optimizer": _array_handler(),
                 "data": grain.checkpoint.CheckpointHandler(),
             },
@@ -52,7 +52,7 @@ class Checkpoints:
         """The newest whole checkpoint's step."""
         return self.manager.latest_step()
 
-    def save(self, step: int, plug: Any, opt_state: Any, data: grain.DatasetIterator) -> None:
+    def save(self, step: int, weights: Any, opt_state: Any, data: grain.DatasetIterator) -> None:
         """Begins to write a checkpoint.
 
         Raises:
@@ -62,7 +62,7 @@ class Checkpoints:
         if step == self.latest:
             return
         items = ocp.args.Composite(
-            plug=ocp.args.PyTreeSave(_named(plug)),
+            weights=ocp.args.PyTreeSave(_named(weights)),
             optimizer=ocp.args.PyTreeSave(_named(opt_state)),
             data=grain.checkpoint.CheckpointSave(data),
         )
@@ -80,26 +80,26 @@ class Checkpoints:
             raise self._failed(error) from error
 
     def restore(
-        self, plug: Any, opt_state: Any, data: grain.DatasetIterator
+        self, weights: Any, opt_state: Any, data: grain.DatasetIterator
     ) -> tuple[Any, Any, int]:
-        """The newest checkpoint, laid out as `plug` and `opt_state`; `data` is set to its place."""
+        """The newest one, laid out as `weights` and `opt_state`; `data` is set to its place."""
         step = self.latest
         restored = self.manager.restore(
             step,
             args=ocp.args.Composite(
-                plug=_restore_args(plug),
+                weights=_restore_args(weights),
                 optimizer=_restore_args(opt_state),
                 data=grain.checkpoint.CheckpointRestore(data),
             ),
         )
         return (
-            _restored_like(plug, restored["plug"]),
+            _restored_like(weights, restored["weights"]),
             _restored_like(opt_state, restored["optimizer"]),
             step,
         )
 
-    def restore_plug(self, plug: Any) -> Any:
-        """The newest checkpoint's plug alone, laid out as `plug`.
+    def restore_weights(self, weights: Any) -> Any:
+        """The newest checkpoint's weights alone, laid out as `weights`.
 
         Raises:
             CheckpointError: there is none.
@@ -107,8 +107,10 @@ class Checkpoints:
         step = self.latest
         if step is None:
             raise CheckpointError(f"{self.directory}: no checkpoint; train first (--mode=train)")
-        restored = self.manager.restore(step, args=ocp.args.Composite(plug=_restore_args(plug)))
-        return _restored_like(plug, restored["plug"])
+        restored = self.manager.restore(
+            step, args=ocp.args.Composite(weights=_restore_args(weights))
+        )
+        return _restored_like(weights, restored["weights"])
 
     def close(self) -> None:
         self.manager.close()

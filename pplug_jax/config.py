@@ -9,7 +9,7 @@ import ml_collections
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.errors import InputError
 from pplug_jax.files import write_json
-from pplug_jax.methods import METHODS
+from pplug_jax.methods import METHODS, configured
 
 # What the official code (rucliujn/PPlug) does where ours by default does something else, and what
 # it does where ours may be set to something else.
@@ -25,6 +25,9 @@ PARITY = {
     "plug.projector_size": 0,
     "plug.temperature": 1.0,
     "plug.learned_temperature": False,
+    "plug.heads": 0,
+    "plug.recency": False,
+    "plug.difference": False,
 }
 
 
@@ -49,10 +52,16 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     if unknown := [name for name in config.methods if name not in METHODS]:
         raise ConfigError(f"config.methods: {unknown[0]!r} is unknown; known: {', '.join(METHODS)}")
     for name in config.methods:
-        plug = METHODS[name].plug
-        if plug is not None and plug not in config.methods:
+        weights = METHODS[name].weights
+        if weights is not None and weights not in config.methods:
             raise ConfigError(
-                f"config.methods: {name!r} uses the plug of {plug!r}, which is missing"
+                f"config.methods: {name!r} uses what {weights!r} trains, which is missing"
+            )
+        own_items = configured(config, METHODS[name], 0).train.own_items
+        if (own_items or METHODS[name].user_lora) and not TASKS[config.task].question:
+            raise ConfigError(
+                f"config.methods: {name!r} trains on the items of a history, but those of "
+                f"{config.task} are no examples of it"
             )
     if config.data.sample_eval_users and not config.data.path and config.task != "LaMP_5":
         raise ConfigError(
@@ -85,7 +94,7 @@ def check_batches(config: ml_collections.ConfigDict, parts: int) -> None:
 def claim_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """Writes config.json, or checks that the one there says the same.
 
-    Only the mesh may differ, and the split to evaluate on.
+    Only the mesh may differ, the split to evaluate on, and which methods and seeds are run.
 
     Raises:
         ConfigError: the workdir belongs to another config; the message names the fields.
@@ -101,7 +110,7 @@ def claim_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
         for field in there.keys() | now.keys()
         if there.get(field) != now.get(field)
         and not field.startswith("mesh.")
-        and field != "data.eval_split"
+        and field not in ("data.eval_split", "methods", "seeds")
     )
     if different:
         told = "; ".join(

@@ -7,6 +7,15 @@ w = softmax_i(q . H_i / temperature)        H_i = Enc_his(h_i), frozen, from the
 P = W2 (sum_i w_i GELU(W1 H_i + b1)) + b2   the paper's sum_i w_i Proj(H_i): exact, as sum_i w_i = 1
 I = MLP(v)
 soft prompt = scale * [I ; P]               scale = mean norm of the LLM's embedding rows
+
+Three extensions, each off in the paper:
+
+heads       head n has its own w, from the scores (A_n q) . (K_n H_i) / temperature with trained
+            maps that start as the identity, and pools its own n-th of the units GELU(W1 H_i + b1)
+recency     w_i ~ exp(q . H_i / temperature) * (1 + age_i)^-softplus(rate), age_i the number of
+            newer items
+difference  soft prompt = scale * [I ; P ; Diff], Diff as P by a projector of its own from
+            d_i = H_i - mean of what other users wrote on similar things (DEP, arXiv 2507.20849)
 """
 
 import math
@@ -14,13 +23,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 from flax import nnx
 
 from pplug_jax.encoder.bert import Bert
+from pplug_jax.errors import InputError
 from pplug_jax.mesh import rows
 
 # E[GELU(z)^2] for z ~ N(0, 1): what the first layer hands to the second at initialisation.
 GELU_POWER = 0.4252
+FIRST_RECENCY = 0.01  # softplus(rate) at initialisation: the oldest of 512 items loses 6%
 
 
 class Projector(nnx.Module):
@@ -62,12 +74,16 @@ def attention_weights(
     mask: jax.Array,
     temperature: jax.Array | float,
     nearest: int = 0,
+    penalty: jax.Array | None = None,
 ) -> jax.Array:
-    """softmax_i(q . H_i / temperature) over the unmasked items; all zero for an empty history.
+    """softmax_i(q . H_i / temperature - penalty_i) over the unmasked items.
+
+    All zero for an empty history.
 
     Args:
         query: (B, E), unit norm. history: (B, H, E), unit norm. mask: (B, H) bool.
         nearest: only so many items, those of the highest score; 0 is all.
+        penalty: (B, H), finite; None is none.
 
     Returns:
         (B, H) float32.
@@ -75,6 +91,8 @@ def attention_weights(
     scores = (
         jnp.einsum("be,bhe->bh", query, history, preferred_element_type=jnp.float32) / temperature
     )
+    if penalty is not None:
+        scores -= penalty
     scores = jnp.where(mask, scores, -jnp.inf)
     if 0 < nearest < scores.shape[1]:
         mask &= scores >= jax.lax.top_k(scores, nearest)[0][:, -1:]
@@ -82,6 +100,18 @@ def attention_weights(
     top = jnp.max(scores, axis=1, keepdims=True)
     weights = jnp.where(mask, jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0)), 0)
     return weights / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1e-30)
+
+
+def pool(weights: jax.Array, units: jax.Array) -> jax.Array:
+    """sum_i w_i units_i, (B, H, U) -> (B, U).
+
+    With weights (B, n, H) instead of (B, H), each of n heads pools its own n-th of the units.
+    """
+    weights = weights.astype(units.dtype)
+    if weights.ndim == 2:
+        return jnp.einsum("bh,bhd->bd", weights, units)
+    parts = units.reshape(*units.shape[:2], weights.shape[1], -1)
+    return jnp.einsum("bnh,bhnd->bnd", weights, parts).reshape(units.shape[0], -1)
 
 
 class Reading(NamedTuple):
@@ -99,6 +129,11 @@ class Reading(NamedTuple):
 PAPER = Reading()
 
 
+def soft_tokens(plug: ml_collections.ConfigDict, reading: Reading = PAPER) -> int:
+    """How many soft tokens a plug of these settings makes: I, P, and Diff if it is on."""
+    return reading.instruction + plug.num_persona_tokens * (1 + plug.difference)
+
+
 class UserEmbedder(nnx.Module):
     """The plug: all that is trained.
 
@@ -108,7 +143,13 @@ class UserEmbedder(nnx.Module):
         num_persona_tokens: k; 1 is the paper. projector_size: the persona projector's
             hidden units; 0 is D, the paper.
         temperature: of the attention; 1.0 is the paper. learned_temperature: train it from there.
+        heads: of the attention, with learned maps; 0 is the paper, one without.
+        recency: learn how much less an older item weighs.
+        difference: k tokens more, from how the items differ from other users' similar ones.
         dtype: of the computation; parameters stay float32.
+
+    Raises:
+        InputError: the heads do not divide the projector's hidden units.
     """
 
     def __init__(
@@ -121,22 +162,48 @@ class UserEmbedder(nnx.Module):
         projector_size: int = 0,
         temperature: float = 1.0,
         learned_temperature: bool = False,
+        heads: int = 0,
+        recency: bool = False,
+        difference: bool = False,
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
         size = input_encoder.config.hidden_size
         self.input_encoder = input_encoder
         hidden = projector_size or llm_size
+        if heads and hidden % heads:
+            raise InputError(
+                f"config.plug.heads: {heads} heads do not divide the persona projector's {hidden} "
+                "hidden units (config.plug.projector_size)"
+            )
         self.projector = Projector(size, hidden, llm_size, num_persona_tokens, rngs)
         self.instruction_projector = Projector(size, llm_size, llm_size, 1, rngs)
         v = jax.random.normal(rngs.params(), (size,))
         self.instruction = nnx.Param(v / jnp.linalg.norm(v), axes=("encoder",))
-        null = jax.random.normal(rngs.params(), (num_persona_tokens, llm_size)) / math.sqrt(
-            llm_size
-        )
-        self.null_persona = nnx.Param(null, axes=("tokens", "llm"))
+
+        def null_tokens() -> nnx.Param:
+            shape = (num_persona_tokens, llm_size)
+            null = jax.random.normal(rngs.params(), shape) / math.sqrt(llm_size)
+            return nnx.Param(null, axes=("tokens", "llm"))
+
+        self.null_persona = null_tokens()
         self.log_temperature = (
             nnx.Param(jnp.float32(math.log(temperature)), axes=()) if learned_temperature else None
+        )
+
+        def maps() -> nnx.Param | None:
+            # Alike at first: the heads' gradients differ by the units that they pool.
+            eye = jnp.tile(jnp.eye(size), (heads, 1, 1))
+            return nnx.Param(eye, axes=("pooling_heads", "encoder", "embed")) if heads else None
+
+        self.query_maps, self.key_maps = maps(), maps()
+        rate = jnp.float32(math.log(math.expm1(FIRST_RECENCY)))
+        self.recency_rate = nnx.Param(rate, axes=()) if recency else None
+        # Drawn last, so that no other parameter depends on whether they are there.
+        self.difference_projector, self.null_difference = (
+            (Projector(size, hidden, llm_size, num_persona_tokens, rngs), null_tokens())
+            if difference
+            else (None, None)
         )
         self.temperature = temperature
         self.scale = scale
@@ -148,40 +215,49 @@ class UserEmbedder(nnx.Module):
         query_mask: jax.Array,
         history: jax.Array,
         history_mask: jax.Array,
+        history_age: jax.Array | None = None,
+        history_difference: jax.Array | None = None,
         *,
         reading: Reading = PAPER,
         remat: bool = False,
     ) -> jax.Array:
-        """The soft prompt [I ; P].
+        """The soft prompt [I ; P], or [I ; P ; Diff].
 
         Args:
             query, query_mask: (B, Q) int32 and bool, the input as Enc_inp's tokens.
             history, history_mask: (B, H, E) and (B, H) bool, the encoded history; a row without
                 items gets the null persona.
+            history_age: (B, H) float32, how many of the user's items are newer; only for `recency`.
+            history_difference: (B, H, E), each item less the mean of others' similar items; only
+                for `difference`.
             reading: static; one of the paper's ablations.
             remat: recompute the input encoder's activations in the backward pass.
 
         Returns:
-            (B, 1 + k, D) in the computation's dtype; (B, k, D) without the instruction.
+            (B, 1 + k, D) in the computation's dtype; k more with the difference, and 1 less without
+            the instruction.
         """
-        weights = self.attention(
-            query, query_mask, history, history_mask, reading=reading, remat=remat
+        weights = self._weights(
+            query, query_mask, history, history_mask, history_age, reading, remat
         )
-        # A masked item may hold anything, and 0 * NaN is NaN: hence the `where`.
-        history = jnp.where(history_mask[..., None], history, 0).astype(self.dtype)
-        items = rows(self.projector.first(history))
-        pooled = jnp.einsum("bh,bhd->bd", weights.astype(self.dtype), items)
-        persona = self.projector.second(pooled)
-        empty = ~jnp.any(history_mask, axis=1)
-        persona = jnp.where(
-            empty[:, None, None], self.null_persona[...].astype(self.dtype), persona
-        )
-        if not reading.instruction:
-            return persona * self.scale
-        vector = self.instruction[...].astype(self.dtype)
-        instruction = self.instruction_projector.second(self.instruction_projector.first(vector))
-        instruction = jnp.broadcast_to(instruction, (persona.shape[0], *instruction.shape))
-        return jnp.concatenate([instruction, persona], axis=1) * self.scale
+
+        def tokens(projector: Projector, vectors: jax.Array, null: nnx.Param) -> jax.Array:
+            # A masked item may hold anything, and 0 * NaN is NaN: hence the `where`.
+            vectors = jnp.where(history_mask[..., None], vectors, 0).astype(self.dtype)
+            made = projector.second(pool(weights, rows(projector.first(vectors))))
+            empty = ~jnp.any(history_mask, axis=1)
+            return jnp.where(empty[:, None, None], null[...].astype(self.dtype), made)
+
+        parts = [tokens(self.projector, history, self.null_persona)]
+        if self.difference_projector is not None:
+            parts.append(
+                tokens(self.difference_projector, history_difference, self.null_difference)
+            )
+        if reading.instruction:
+            vector = self.instruction[...].astype(self.dtype)
+            made = self.instruction_projector.second(self.instruction_projector.first(vector))
+            parts.insert(0, jnp.broadcast_to(made, (history.shape[0], *made.shape)))
+        return jnp.concatenate(parts, axis=1) * self.scale
 
     def attention(
         self,
@@ -189,11 +265,28 @@ class UserEmbedder(nnx.Module):
         query_mask: jax.Array,
         history: jax.Array,
         history_mask: jax.Array,
+        history_age: jax.Array | None = None,
         *,
         reading: Reading = PAPER,
         remat: bool = False,
     ) -> jax.Array:
-        """The items' weights, (B, H) float32; arguments as `__call__`'s."""
+        """The items' weights, (B, H) float32, the heads' mean; arguments as `__call__`'s."""
+        weights = self._weights(
+            query, query_mask, history, history_mask, history_age, reading, remat
+        )
+        return weights if weights.ndim == 2 else jnp.mean(weights, axis=1)
+
+    def _weights(
+        self,
+        query: jax.Array,
+        query_mask: jax.Array,
+        history: jax.Array,
+        history_mask: jax.Array,
+        history_age: jax.Array | None,
+        reading: Reading,
+        remat: bool,
+    ) -> jax.Array:
+        """(B, H) float32; (B, n, H) where n heads differ."""
         if reading.uniform:
             return history_mask / jnp.maximum(
                 jnp.sum(history_mask, axis=1, keepdims=True), 1
@@ -203,4 +296,19 @@ class UserEmbedder(nnx.Module):
         )
         vectors = self.input_encoder(query, query_mask, remat)
         history = jnp.where(history_mask[..., None], history, 0).astype(jnp.float32)
-        return attention_weights(vectors, history, history_mask, temperature, reading.top)
+        penalty = None
+        if self.recency_rate is not None:
+            age = jnp.where(history_mask, history_age, 0)
+            penalty = jax.nn.softplus(self.recency_rate[...]) * jnp.log1p(age)
+
+        def weigh(vectors: jax.Array) -> jax.Array:
+            return attention_weights(
+                vectors, history, history_mask, temperature, reading.top, penalty
+            )
+
+        if self.query_maps is None:
+            return weigh(vectors)
+        # (q A) . (H K) = (q A K') . H: a product for each query instead of each item.
+        vectors = jnp.einsum("be,nef->bnf", vectors, self.query_maps[...])
+        vectors = jnp.einsum("bnf,nef->bne", vectors, self.key_maps[...])
+        return jax.vmap(weigh, in_axes=1, out_axes=1)(vectors)

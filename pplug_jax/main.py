@@ -20,10 +20,20 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train_and_evaluate",
-    ["train_and_evaluate", "train", "evaluate", "encode", "convert", "download", "check_data"],
-    "What to do; `encode` only fills the history store, `convert` only writes the loaded LLM as an "
-    "Orbax checkpoint, from which later starts restore it; `download` fetches LaMP's public files, "
-    "`check_data` reads all files of the task and says what is in them.",
+    [
+        "train_and_evaluate",
+        "train",
+        "evaluate",
+        "compare",
+        "encode",
+        "convert",
+        "download",
+        "check_data",
+    ],
+    "What to do; `compare` trains and evaluates over several seeds, on users never seen; `encode` "
+    "only fills the history store, `convert` only writes the loaded LLM as an Orbax checkpoint, "
+    "from which later starts restore it; `download` fetches LaMP's public files, `check_data` "
+    "reads all files of the task and says what is in them.",
 )
 flags.mark_flag_as_required("config")
 

@@ -31,11 +31,12 @@ def _mean(means: np.ndarray) -> np.ndarray:
 class Metric(NamedTuple):
     """How a metric is computed.
 
-    statistics: (task, predictions, references), all stripped, to each example's (n, S) float64.
+    statistics: (task, predictions, references), all stripped, to each example's (n, S) float64;
+        None where it takes more than these.
     value: means of statistics over examples, (..., S), to the metric, (...).
     """
 
-    statistics: Callable[[Task, Sequence[str], Sequence[str]], np.ndarray]
+    statistics: Callable[[Task, Sequence[str], Sequence[str]], np.ndarray] | None
     value: Callable[[np.ndarray], np.ndarray] = _mean
     lower_is_better: bool = False
 
@@ -113,6 +114,7 @@ METRICS = {
     "rouge1": Metric(_each(_rouge("rouge1"))),
     "rougeL": Metric(_each(_rouge("rougeL"))),
     "meteor": Metric(_each(_meteor)),
+    "style": Metric(None, lower_is_better=True),  # style.distances: it takes the histories
 }
 
 

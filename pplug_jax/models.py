@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,22 @@ from flax import nnx
 from pplug_jax import hf
 from pplug_jax.checkpoint import is_saved, restore_module, save_module
 from pplug_jax.config import ConfigError, check_batches
-from pplug_jax.data.batches import Tokenized, tokenize
+from pplug_jax.data.batches import Assemble, Buckets, Tokenized, tokenize
 from pplug_jax.data.history import HistoryStore
 from pplug_jax.data.lamp import Example, Item
+from pplug_jax.data.peers import Peers
 from pplug_jax.data.prompts import Tokenizer
 from pplug_jax.data.tasks import TASKS
-from pplug_jax.embedder import UserEmbedder
+from pplug_jax.embedder import UserEmbedder, soft_tokens
 from pplug_jax.encoder import load_encoder
 from pplug_jax.encoder.bert import Bert
 from pplug_jax.encoder.encode import abstract_bert, load_bert
 from pplug_jax.errors import InputError
 from pplug_jax.hub import local_directory
 from pplug_jax.llm import LLM, abstract_llm, load_llm
+from pplug_jax.llm.lora import Lora
 from pplug_jax.mesh import batch_parts, make_mesh, place, place_abstract
+from pplug_jax.methods import METHODS, Method, Weights, configured
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -61,6 +64,7 @@ class Models:
         llm_path = model_path(config.llm.path, "llm")
         self.encoder_path = model_path(config.encoder.path, "encoder")
         self.llm = self._load_llm(llm_path)
+        self.soft_norm = float(jax.jit(lambda llm: llm.embedding_norm())(self.llm))
         tokenizer = hf.load_tokenizer(llm_path, self.llm.config.vocab_size)
         self.tokenizer = Tokenizer(
             tokenizer,
@@ -126,9 +130,38 @@ class Models:
             history_labels=data.history_labels,
         )
 
+    @functools.cached_property
+    def peers(self) -> Peers:
+        """The items of the training split's histories, as `inputs.save_peers` left them."""
+        return Peers.load(self.store, self.workdir)
+
+    def assemble(
+        self,
+        config: ml_collections.ConfigDict,
+        examples: Sequence[Tokenized],
+        batch_size: int,
+        **training: Any,
+    ) -> Assemble:
+        """What makes batches of the examples, as the plug of `config` reads them.
+
+        training: the seed and shares of `Assemble`'s dropout.
+        """
+        buckets = Buckets(examples, config.data.buckets, self.encoder.model.config.max_length)
+        return Assemble(
+            examples,
+            buckets,
+            self.store,
+            batch_size,
+            recency=config.plug.recency,
+            peers=self.peers if config.plug.difference else None,
+            **training,
+        )
+
     def _check_length(self) -> None:
         data = self.config.data
-        soft = 1 + self.config.plug.num_persona_tokens
+        methods = [METHODS[name] for name in self.config.methods]
+        plugs = [configured(self.config, method, 0).plug for method in methods if method.plug]
+        soft = max(map(soft_tokens, plugs), default=0)
         prompt = self.tokenizer.prefix_length + data.max_input_length + len(self.tokenizer.suffix)
         answer = max(data.max_target_length, self.config.eval.max_new_tokens)
         if prompt + soft + answer > self.llm.config.max_length:
@@ -138,50 +171,60 @@ class Models:
                 f"but the LLM was made for {self.llm.config.max_length}"
             )
 
-    @functools.cached_property
-    def _build_plug(self) -> Callable[[Bert, jax.Array], UserEmbedder]:
-        """(Enc_inp, key) -> a plug whose other parts are drawn from the key."""
-        config = self.config.plug
-        scale = float(jax.jit(lambda llm: llm.embedding_norm())(self.llm))
+    def _build_plug(
+        self, config: ml_collections.ConfigDict, encoder: Bert, key: jax.Array
+    ) -> UserEmbedder:
+        """A plug with `encoder` for Enc_inp, whose other parts are drawn from the key."""
+        return UserEmbedder(
+            encoder,
+            self.llm.config.hidden_size,
+            self.soft_norm,
+            num_persona_tokens=config.num_persona_tokens,
+            projector_size=config.projector_size,
+            temperature=config.temperature,
+            learned_temperature=config.learned_temperature,
+            heads=config.heads,
+            recency=config.recency,
+            difference=config.difference,
+            dtype=config.dtype,
+            rngs=nnx.Rngs(key),
+        )
 
-        @jax.jit
-        def build(encoder: Bert, key: jax.Array) -> UserEmbedder:
-            return UserEmbedder(
-                encoder,
-                self.llm.config.hidden_size,
-                scale,
-                num_persona_tokens=config.num_persona_tokens,
-                projector_size=config.projector_size,
-                temperature=config.temperature,
-                learned_temperature=config.learned_temperature,
-                dtype=config.dtype,
-                rngs=nnx.Rngs(key),
-            )
+    def _build_lora(self, config: ml_collections.ConfigDict, key: jax.Array) -> Lora:
+        return Lora(self.llm, config.rank, config.alpha, rngs=nnx.Rngs(key))
 
-        return build
-
-    @property
-    def _input_encoder(self) -> dict[str, Any]:
+    def _input_encoder(self, config: ml_collections.ConfigDict) -> dict[str, Any]:
         return {
             "pooling": self.config.encoder.pooling or None,
             "variable": nnx.Param,
-            "dtype": self.config.plug.dtype,
+            "dtype": config.dtype,
         }
 
-    @functools.cached_property
-    def abstract_plug(self) -> UserEmbedder:
-        """A plug's shapes, dtypes and places on the mesh, to restore one into."""
-        encoder = abstract_bert(self.encoder_path, **self._input_encoder)
-        key = jax.random.key(self.config.seed)
-        return place_abstract(jax.eval_shape(self._build_plug, encoder, key), self.mesh)
+    def abstract_weights(self, method: Method, config: ml_collections.ConfigDict) -> Weights:
+        """What the method trains: shapes, dtypes and places on the mesh, to restore into.
 
-    def new_plug(self) -> UserEmbedder:
-        """An untrained plug on the mesh.
-
-        Enc_inp has the encoder's weights, the rest is drawn from the seed.
+        config: `methods.configured`.
         """
-        encoder = load_bert(self.encoder_path, self.mesh, **self._input_encoder)
-        return place(self._build_plug(encoder, jax.random.key(self.config.seed)), self.mesh)
+        key = jax.random.key(0)
+        if method.lora:
+            build = functools.partial(self._build_lora, config.lora)
+            return place_abstract(jax.eval_shape(build, key), self.mesh)
+        build = functools.partial(self._build_plug, config.plug)
+        encoder = abstract_bert(self.encoder_path, **self._input_encoder(config.plug))
+        return place_abstract(jax.eval_shape(build, encoder, key), self.mesh)
+
+    def new_weights(self, method: Method, config: ml_collections.ConfigDict) -> Weights:
+        """The method's weights before training, on the mesh, drawn from the config's seed.
+
+        A plug's Enc_inp has the encoder's weights, a LoRA changes nothing yet.
+        """
+        key = jax.random.key(config.seed)
+        if method.lora:
+            build = jax.jit(functools.partial(self._build_lora, config.lora))
+            return place(build(key), self.mesh)
+        build = jax.jit(functools.partial(self._build_plug, config.plug))
+        encoder = load_bert(self.encoder_path, self.mesh, **self._input_encoder(config.plug))
+        return place(build(encoder, key), self.mesh)
 
 
 def parameter_count(module: nnx.Module) -> int:

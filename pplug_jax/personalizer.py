@@ -10,11 +10,12 @@ import ml_collections
 import numpy as np
 
 from pplug_jax.checkpoint import Checkpoints
+from pplug_jax.data.batches import item_ages
 from pplug_jax.data.lamp import by_date
 from pplug_jax.embedder import UserEmbedder
 from pplug_jax.errors import InputError
 from pplug_jax.generate import generate
-from pplug_jax.methods import inputs_embeds
+from pplug_jax.methods import METHODS, inputs_embeds
 from pplug_jax.models import Models
 
 
@@ -29,6 +30,7 @@ class Personalizer:
     def __init__(self, models: Models, plug: UserEmbedder):
         self.models = models
         self.plug = plug
+        self.peers = None if plug.difference_projector is None else models.peers
 
     @classmethod
     def from_checkpoint(cls, workdir: str | Path) -> "Personalizer":
@@ -41,14 +43,15 @@ class Personalizer:
         path = workdir / "config.json"
         if not path.is_file():
             raise InputError(f"{path}: no such file; {workdir} is not the workdir of a run")
-        models = Models(ml_collections.ConfigDict(json.loads(path.read_text())), workdir)
-        checkpoints = Checkpoints(workdir / "checkpoints" / "pplug")
-        plug = checkpoints.restore_plug(models.abstract_plug)
+        config = ml_collections.ConfigDict(json.loads(path.read_text()))
+        models, method = Models(config, workdir), METHODS["pplug"]
+        checkpoints = Checkpoints(workdir / "checkpoints" / method.name)
+        plug = checkpoints.restore_weights(models.abstract_weights(method, config))
         checkpoints.close()
         return cls(models, plug)
 
     def soft_prompt(self, input: str, history: Sequence[str | dict[str, Any]] = ()) -> np.ndarray:
-        """The soft tokens [I ; P] for this input, (k + 1, D) float32.
+        """The soft tokens [I ; P] for this input, (k + 1, D) float32; with Diff (2k + 1, D).
 
         Args:
             input: the task's input, instruction included.
@@ -62,14 +65,22 @@ class Personalizer:
         if models.config.data.sort_by_date and not any(isinstance(item, str) for item in history):
             history = by_date(history)
         texts = [item if isinstance(item, str) else models.item_text(item) for item in history]
-        texts = texts[-models.config.data.max_history :]
+        ages = item_ages([{} if isinstance(item, str) else item for item in history])
+        texts, ages = (each[-models.config.data.max_history :] for each in (texts, ages))
         query = np.array(encoder.queries([models.task.query_text(input)]), np.int32)
         # The store's precision, so that a served persona is the one that was trained and tested.
         vectors = encoder.encode(texts).astype(np.float16).astype(np.float32)
-        # One masked item stands in for an empty history, whose width would be 0.
-        there = np.ones((1, max(1, len(texts))), bool) & bool(texts)
-        vectors = vectors[None] if texts else np.zeros((1, 1, encoder.size), np.float32)
-        return _soft_prompt(self.plug, query, np.ones(query.shape, bool), vectors, there)
+        there, differences = np.ones(len(texts), bool), None
+        if self.peers:
+            own = models.store.rows([text for text in texts if text in models.store])
+            differences = vectors - self.peers.means_of(vectors, own)
+
+        def row(items: np.ndarray) -> np.ndarray:
+            # One masked item stands in for an empty history, whose width would be 0.
+            return np.pad(items, [(0, not texts), *[(0, 0)] * (items.ndim - 1)])[None]
+
+        arrays = jax.tree.map(row, (vectors, there, ages, differences))
+        return _soft_prompt(self.plug, query, np.ones(query.shape, bool), *arrays)
 
     def generate(self, input: str, history: Sequence[str | dict[str, Any]] = ()) -> str:
         """The LLM's answer to `input` for the user of `history`, decoded as in the evaluation."""

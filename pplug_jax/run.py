@@ -1,21 +1,25 @@
 """One run of the command: say what will be done, then encode, train and evaluate."""
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 import ml_collections
 
+from pplug_jax.compare import compare_methods
 from pplug_jax.config import ConfigError, apply_parity, check_config, claim_workdir
 from pplug_jax.data.check import check_data
 from pplug_jax.data.download import download
 from pplug_jax.data.lamp import Example, Item
 from pplug_jax.data.records import raise_bad
 from pplug_jax.data.tasks import TASKS
+from pplug_jax.embedder import soft_tokens
 from pplug_jax.errors import DataError, InputError
 from pplug_jax.evaluate import evaluate
-from pplug_jax.methods import METHODS
+from pplug_jax.inputs import TrainingInputs
+from pplug_jax.methods import METHODS, configured
 from pplug_jax.metrics import check_metrics
 from pplug_jax.models import Models, parameter_count
 from pplug_jax.plots import plot_losses
@@ -27,7 +31,13 @@ from pplug_jax.train import fit
 def describe(models: Models, train: Sequence[Example], held_out: Sequence[Example]) -> None:
     """Prints what is about to be done."""
     config = models.config
-    trainable, frozen = parameter_count(models.abstract_plug), parameter_count(models.llm)
+    frozen = parameter_count(models.llm)
+    trainable: dict[int, list[str]] = defaultdict(list)
+    for method in (METHODS[name] for name in config.methods):
+        if method.trained:
+            settings = configured(config, method, config.seed)
+            count = parameter_count(models.abstract_weights(method, settings))
+            trainable[count].append(method.name)
     data = data_name(config)
     if data_directory(config) is None:
         data += ", made up by a generator (for real data: --config.data.path=DIR with LaMP's files)"
@@ -39,10 +49,14 @@ def describe(models: Models, train: Sequence[Example], held_out: Sequence[Exampl
         f"{len(held_out)} held out ({config.data.eval_split})",
         "frozen LLM": f"{config.llm.path}, {frozen:,} parameters, "
         + (config.llm.quantize or config.llm.dtype),
-        "prompt": models.tokenizer.layout(1 + config.plug.num_persona_tokens),
+        "prompt": models.tokenizer.layout(soft_tokens(config.plug)),
         "encoder": f"{config.encoder.path}, width {models.encoder.size}, "
         f"{models.encoder.model.pooling} pooling",
-        "trainable": f"{trainable:,} parameters, {trainable / (trainable + frozen):.1%} of all",
+        "trainable": "; ".join(
+            f"{count:,} parameters, {count / (count + frozen):.1%} of all ({', '.join(names)})"
+            for count, names in trainable.items()
+        )
+        or "nothing",
         "methods": ", ".join(config.methods),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {mesh}",
         "workdir": str(models.workdir),
@@ -99,17 +113,17 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
     if mode in ("download", "check_data"):
         check_files(config, mode)
         return
-    if mode in ("evaluate", "train_and_evaluate"):
+    if mode in ("evaluate", "train_and_evaluate", "compare"):
         check_metrics(config.task)
     bad: list[DataError] = []
     on_bad = bad.append if config.data.on_error == "skip" else raise_bad
-    plugs = any(METHODS[name].plug for name in config.methods)
-    train = read_split(config, "train", on_bad) if plugs and mode != "evaluate" else []
+    trained = any(METHODS[name].trained for name in config.methods)
+    train = read_split(config, "train", on_bad) if trained and mode != "evaluate" else []
     held_out = read_split(config, "eval", on_bad)
     if train and train[0].target is None:
         raise ConfigError(
             f"config.data.train_split: {config.data.train_split} has no outputs to train on; leave "
-            "pplug and instruction_only out of config.methods, or name another split"
+            "trained methods out of config.methods, or name another split"
         )
     models = Models(config, workdir)
     claim_workdir(workdir, config)
@@ -128,11 +142,14 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
             f"{models.encoder.cut_texts} of them reach the encoder's {models.encoder.max_length} "
             "tokens; what is beyond is not read (config.encoder.max_length)"
         )
+    if mode == "compare":
+        compare_methods(models, train, held_out)
     if mode in ("train", "train_and_evaluate") and train:
-        tokenized = models.tokenize(train)
-        for name in config.methods:
-            if METHODS[name].trained:
-                fit(models, tokenized, METHODS[name])
-                plot_losses(workdir / "metrics.jsonl", workdir / "plots" / "loss.png")
+        training = TrainingInputs(models, train)
+        training.save_peers()
+        for method in (METHODS[name] for name in config.methods if METHODS[name].trained):
+            settings = configured(config, method, config.seed)
+            fit(models, method, settings, training(method, settings), workdir)
+            plot_losses(workdir / "metrics.jsonl", workdir / "plots" / "loss.png")
     if mode in ("evaluate", "train_and_evaluate"):
         evaluate(models, held_out)

@@ -1,32 +1,34 @@
-"""Fits a plug: the loss, the jit-compiled step, and the loop around them."""
+"""Fits a plug or a LoRA: the loss, the jit-compiled step, and the loop around them."""
 
 import functools
+import json
 import math
 import signal
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from pplug_jax.checkpoint import CheckpointError, Checkpoints
 from pplug_jax.data.batches import (
-    Assemble,
     Batch,
-    Buckets,
     Plan,
     Tokenized,
     place_batch,
+    plan_batches,
     training_batches,
 )
-from pplug_jax.embedder import PAPER, Reading, UserEmbedder
+from pplug_jax.embedder import PAPER, Reading, soft_tokens
 from pplug_jax.llm import LLM
 from pplug_jax.mesh import replicated
-from pplug_jax.methods import Method, histories, inputs_embeds
+from pplug_jax.methods import Method, Weights, adapt, inputs_embeds
 from pplug_jax.models import Models
 from pplug_jax.progress import Progress, say
 from pplug_jax.writer import Writer
@@ -54,16 +56,16 @@ def make_optimizer(
 
 
 def init_optimizer(
-    optimizer: optax.GradientTransformation, plug: UserEmbedder, mesh: Mesh
+    optimizer: optax.GradientTransformation, weights: Weights, mesh: Mesh
 ) -> optax.OptState:
-    """The first state: moments lie as the plug's parameters do, counters on every device."""
+    """The first state: moments lie as the parameters do, counters on every device."""
     return jax.tree.map(
-        lambda x: x if x.ndim else jax.device_put(x, replicated(mesh)), optimizer.init(plug)
+        lambda x: x if x.ndim else jax.device_put(x, replicated(mesh)), optimizer.init(weights)
     )
 
 
 def loss_fn(
-    plug: UserEmbedder,
+    weights: Weights,
     llm: LLM,
     batch: Batch,
     prefix_length: int = 0,
@@ -71,8 +73,7 @@ def loss_fn(
     reading: Reading = PAPER,
 ) -> tuple[jax.Array, jax.Array]:
     """The sum over target tokens of -log p(y_t | I, P, x, y_<t), and their number; () float32."""
-    history = batch.query, batch.query_mask, batch.history, batch.history_mask
-    soft = plug(*history, reading=reading, remat=remat)
+    llm, soft = adapt(weights, llm, batch, reading, remat)
     embeds, mask = inputs_embeds(llm, soft, batch.prompt, batch.prompt_mask, prefix_length)
     logits = llm.unembed(llm.target_hidden(embeds, mask, batch.target, batch.target_mask, remat))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.target)
@@ -80,7 +81,7 @@ def loss_fn(
 
 
 def train_step(
-    plug: UserEmbedder,
+    weights: Weights,
     opt_state: optax.OptState,
     llm: LLM,
     batch: Batch,
@@ -90,19 +91,19 @@ def train_step(
     accumulation: int = 1,
     remat: bool = False,
     reading: Reading = PAPER,
-) -> tuple[UserEmbedder, optax.OptState, dict[str, jax.Array]]:
-    """One update of the plug. The LLM is an argument of its own that nothing differentiates.
+) -> tuple[Weights, optax.OptState, dict[str, jax.Array]]:
+    """One update of the weights. The LLM is an argument of its own that nothing differentiates.
 
     With `accumulation` > 1 the batch is worked off in as many parts, with the same result.
     """
 
     def part_grads(total: Any, part: Batch) -> tuple[Any, None]:
         values, grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            plug, llm, part, prefix_length, remat, reading
+            weights, llm, part, prefix_length, remat, reading
         )
         return jax.tree.map(jnp.add, total, (values, grads)), None
 
-    zeros = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, plug))
+    zeros = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, weights))
     if accumulation == 1:
         ((loss, tokens), grads), _ = part_grads(zeros, batch)
     else:
@@ -112,22 +113,22 @@ def train_step(
         ((loss, tokens), grads), _ = jax.lax.scan(part_grads, zeros, parts)
     tokens = jnp.maximum(tokens, 1)
     grads = jax.tree.map(lambda g: g / tokens, grads)
-    updates, opt_state = optimizer.update(grads, opt_state, plug)
+    updates, opt_state = optimizer.update(grads, opt_state, weights)
     metrics = {"loss": loss / tokens, "grad_norm": optax.tree.norm(grads)}
-    return optax.apply_updates(plug, updates), opt_state, metrics
+    return optax.apply_updates(weights, updates), opt_state, metrics
 
 
-def jit_step(plug: UserEmbedder, opt_state: optax.OptState) -> Callable[..., Any]:
+def jit_step(weights: Weights, opt_state: optax.OptState) -> Callable[..., Any]:
     """`train_step`, to be compiled once a batch shape, for arrays that lie as these do.
 
     The updated arrays are told to lie where the given ones do. Left to itself the compiler picks
     other places for some, and the second step would compile again.
     """
-    layout = jax.tree.map(lambda x: x.sharding, (plug, opt_state))
+    layout = jax.tree.map(lambda x: x.sharding, (weights, opt_state))
     return jax.jit(
         train_step,
         static_argnames=("optimizer", "prefix_length", "accumulation", "remat", "reading"),
-        donate_argnames=("plug", "opt_state"),
+        donate_argnames=("weights", "opt_state"),
         out_shardings=(*layout, None),
     )
 
@@ -150,30 +151,35 @@ class Stop:
             signal.signal(s, handler)
 
 
-def fit(models: Models, examples: Sequence[Tokenized], method: Method) -> UserEmbedder:
-    """Trains the plug of `method` on `examples`, going on from the newest checkpoint.
+def fit(
+    models: Models,
+    method: Method,
+    config: ml_collections.ConfigDict,
+    examples: Sequence[Tokenized],
+    directory: Path,
+) -> Weights:
+    """Trains the weights of `method` on `examples`, going on from the newest checkpoint.
+
+    config: `methods.configured`. examples: `inputs.training_inputs`. directory: of checkpoints/,
+    metrics.jsonl and tensorboard/.
 
     Raises:
         SystemExit: on SIGTERM or Ctrl-C, after a checkpoint was saved.
         FloatingPointError: the loss is no number any more.
         CheckpointError: the newest checkpoint is of other data.
     """
-    config, llm, mesh = models.config, models.llm, models.mesh
-    rows = histories(method, [example.rows for example in examples], config.seed)
-    tokenized = [e._replace(rows=r) for e, r in zip(examples, rows, strict=True)]
-    buckets = Buckets(tokenized, config.data.buckets, models.encoder.model.config.max_length)
-    plan = Plan(buckets.of, config.train.batch_size, config.train.epochs, config.seed)
-    assemble = Assemble(
-        tokenized,
-        buckets,
-        models.store,
+    llm, mesh = models.llm, models.mesh
+    assemble = models.assemble(
+        config,
+        examples,
         config.train.batch_size,
         seed=config.seed,
         history_dropout=config.plug.history_dropout,
         persona_dropout=config.plug.persona_dropout,
     )
+    plan = Plan(assemble.buckets.of, config.train.batch_size, config.train.epochs, config.seed)
     data = training_batches(plan, assemble)
-    plug = models.new_plug()
+    weights = models.new_weights(method, config)
     optimizer = make_optimizer(
         len(plan),
         config.train.learning_rate,
@@ -181,19 +187,19 @@ def fit(models: Models, examples: Sequence[Tokenized], method: Method) -> UserEm
         config.train.warmup,
         config.train.clip_norm,
     )
-    opt_state = init_optimizer(optimizer, plug, mesh)
-    update = jit_step(plug, opt_state)
+    opt_state = init_optimizer(optimizer, weights, mesh)
+    update = jit_step(weights, opt_state)
     step = 0
-    checkpoints = Checkpoints(models.workdir / "checkpoints" / method.name, config.train.keep)
+    checkpoints = Checkpoints(directory / "checkpoints" / method.name, config.train.keep)
     if checkpoints.latest is not None:
         if checkpoints.latest > len(plan):
             raise CheckpointError(
-                f"{models.workdir}: the checkpoint is of step {checkpoints.latest}, but this run "
+                f"{directory}: the checkpoint is of step {checkpoints.latest}, but this run "
                 f"has {len(plan)}; the data have changed since: give another --workdir"
             )
-        plug, opt_state, step = checkpoints.restore(plug, opt_state, data)
-    writer = Writer(models.workdir, method.name, step)
-    soft_tokens = method.reading.instruction + config.plug.num_persona_tokens
+        weights, opt_state, step = checkpoints.restore(weights, opt_state, data)
+    writer = Writer(directory, method.name, step)
+    soft = soft_tokens(config.plug, method.reading) if method.plug else 0
     try:
         with (
             Stop() as stop,
@@ -203,13 +209,11 @@ def fit(models: Models, examples: Sequence[Tokenized], method: Method) -> UserEm
             while step < len(plan):
                 batch = next(data)
                 tokens += int(
-                    batch.prompt_mask.sum()
-                    + batch.target_mask.sum()
-                    + soft_tokens * batch.weight.sum()
+                    batch.prompt_mask.sum() + batch.target_mask.sum() + soft * batch.weight.sum()
                 )
                 with jax.set_mesh(mesh):
-                    plug, opt_state, metrics = update(
-                        plug,
+                    weights, opt_state, metrics = update(
+                        weights,
                         opt_state,
                         llm,
                         place_batch(batch, mesh),
@@ -242,7 +246,7 @@ def fit(models: Models, examples: Sequence[Tokenized], method: Method) -> UserEm
                 progress.advance(1, info)
                 stopped = stop.signal is not None and step < len(plan)
                 if stopped or step % config.train.checkpoint_every == 0 or step == len(plan):
-                    checkpoints.save(step, plug, opt_state, data)
+                    checkpoints.save(step, weights, opt_state, data)
                 if stopped:
                     checkpoints.wait()
                     say(
@@ -254,4 +258,41 @@ def fit(models: Models, examples: Sequence[Tokenized], method: Method) -> UserEm
     finally:
         writer.close()
         checkpoints.close()
-    return plug
+    return weights
+
+
+def training_seconds(directory: Path, method: str) -> float:
+    """How long `fit` has worked on the method's steps, those of all starts together."""
+    seconds, before = 0.0, 0
+    for line in (directory / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if record["name"] == f"{method}/steps_per_second":
+            seconds += (record["step"] - before) / record["value"]
+            before = record["step"]
+    return seconds
+
+
+def validation_loss(
+    models: Models,
+    method: Method,
+    config: ml_collections.ConfigDict,
+    weights: Weights,
+    examples: Sequence[Tokenized],
+) -> float:
+    """The mean loss per target token, without dropout."""
+    size = config.train.batch_size
+    assemble = models.assemble(config, examples, size)
+    loss = jax.jit(loss_fn, static_argnames=("prefix_length", "reading"))
+    total = np.zeros(2)
+    for bucket, indices in plan_batches(np.arange(len(examples)), assemble.buckets.of, size):
+        with jax.set_mesh(models.mesh):
+            batch = place_batch(assemble((0, bucket, indices)), models.mesh)
+            found = loss(
+                weights,
+                models.llm,
+                batch,
+                prefix_length=models.tokenizer.prefix_length,
+                reading=method.reading,
+            )
+        total += np.array(found)
+    return float(total[0] / total[1])

@@ -3,6 +3,8 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import grain
 import jax
@@ -20,6 +22,7 @@ from pplug_jax.data.batches import (
     Plan,
     Tokenized,
     drop_history,
+    item_ages,
     place_batch,
     plan_batches,
     tokenize,
@@ -27,6 +30,7 @@ from pplug_jax.data.batches import (
 )
 from pplug_jax.data.history import HistoryStore
 from pplug_jax.data.lamp import Example
+from pplug_jax.data.peers import Peers
 from pplug_jax.data.prompts import Tokenizer
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.mesh import make_mesh
@@ -71,7 +75,8 @@ def tokenized(rng: np.random.Generator, rows: int | None = None) -> Tokenized:
         return rng.integers(3, 99, rng.integers(low, high), dtype=np.int32)
 
     rows = int(rng.integers(0, 20)) if rows is None else rows
-    return Tokenized(ids(2, 200), ids(1, 20), ids(2, 60), rng.integers(0, 40, rows))
+    ages = np.arange(rows, dtype=np.float32)[::-1]
+    return Tokenized(ids(2, 200), ids(1, 20), ids(2, 60), rng.integers(0, 40, rows), ages)
 
 
 def many(count: int, seed: int = 0) -> list[Tokenized]:
@@ -97,7 +102,13 @@ def test_tokenize(llama_tokenizer: transformers.PreTrainedTokenizerBase, store: 
         first.rows.tolist() == store.rows([TASK.item_text(each) for each in profile[2:]]).tolist()
     )
     assert second.target.tolist() == [1]  # no gold: EOS alone
-    assert second.rows.tolist() == []
+    assert second.rows.tolist() == second.ages.tolist() == []
+    assert first.ages.tolist() == [0, 0, 0]
+
+    dated = tuple(item(i) | {"date": f"2001-0{i + 1}"} for i in range(5))
+    (third,) = tokenize(TASK, [Example("2", input, None, dated)], tokenizer, store, **lengths)
+    assert third.ages.tolist() == [2, 1, 0]
+    assert third.rows.tolist() == first.rows.tolist()
 
 
 def test_an_item_is_read_with_its_label_or_without(
@@ -118,6 +129,17 @@ def test_an_item_is_read_with_its_label_or_without(
             **lengths,
         )
         assert made.rows.tolist() == store.rows([row]).tolist()
+
+
+@given(st.lists(st.integers(1, 12), max_size=20), st.randoms(use_true_random=False))
+def test_an_items_age_is_the_number_of_newer_items(months: list[int], random: Random):
+    profile = [{"date": f"2001-{month}-03"} for month in months]
+    ages = item_ages(profile)
+    assert ages.dtype == np.float32
+    assert ages.tolist() == [sum(other > month for other in months) for month in months]
+    if months:  # one without a date, and nothing is known of any
+        profile[random.randrange(len(profile))] = {"title": "date"}
+        assert item_ages(profile).tolist() == [0] * len(months)
 
 
 # Shapes and order
@@ -143,7 +165,7 @@ def test_every_example_fits_its_bucket_and_all_larger(count: int, buckets: int, 
 
 def test_buckets_of_no_history_and_short_texts_have_a_shape():
     empty = np.zeros(0, np.int32)
-    made = Buckets([Tokenized(np.ones(1, np.int32), empty, empty, empty)], 4, 512)
+    made = Buckets([Tokenized(np.ones(1, np.int32), empty, empty, empty, empty)], 4, 512)
     assert made.shapes == [(16, 16)]
     assert made.target == made.history == 16
 
@@ -203,19 +225,18 @@ def test_epochs_may_be_fractions(epochs: float, steps: int):
 
 @given(st.integers(0, 60), st.floats(0, 1), st.integers(0, 99))
 def test_dropout_never_empties_a_history(count: int, rate: float, seed: int):
-    rows = np.arange(100, 100 + count)
-    kept = drop_history(rows, np.random.default_rng(seed), rate)
-    assert set(kept) <= set(rows)
-    assert len(set(kept)) == len(kept)
+    kept = drop_history(count, np.random.default_rng(seed), rate).tolist()
+    assert set(kept) <= set(range(count))
+    assert kept == sorted(set(kept))
     assert len(kept) >= max(min(count, 1), count - 1 - int(count * rate))
     if count <= 2 or rate == 0:
-        assert kept.tolist() == rows.tolist()
+        assert kept == list(range(count))
 
 
 def test_dropout_has_the_official_distribution():
     # n = 10, rate 1/2: whole once in 11, else 1 to 5 items are gone, each number as often.
     rng, draws = np.random.default_rng(0), 11_000
-    kept = [drop_history(np.arange(10), rng, 0.5) for _ in range(draws)]
+    kept = [drop_history(10, rng, 0.5) for _ in range(draws)]
     gone = np.bincount([10 - len(rows) for rows in kept], minlength=11)
     assert gone[6:].sum() == 0
     expected = np.array([1 / 11, *[2 / 11] * 5])
@@ -263,16 +284,15 @@ def test_a_batch_holds_its_examples_and_nothing_else(store: HistoryStore, count:
         assert batch.prompt_mask[i].sum() == batch.query_mask[i].sum() == 1
 
 
-def full_batch(
-    examples: list[Tokenized], store: HistoryStore, step: int, **options: float
-) -> Batch:
+def full_batch(examples: list[Tokenized], store: HistoryStore, step: int, **options: Any) -> Batch:
     buckets = Buckets(examples, 1, 512)
     assemble = Assemble(examples, buckets, store, len(examples), **options)
     return assemble((step, 0, np.arange(len(examples))))
 
 
 def same(one: Batch, other: Batch) -> bool:
-    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+    leaves = zip(*map(jax.tree.leaves, (one, other)), strict=True)
+    return all(np.array_equal(a, b) for a, b in leaves)
 
 
 def test_dropout_is_a_function_of_seed_and_step(store: HistoryStore):
@@ -298,16 +318,31 @@ def test_persona_dropout_leaves_no_history(store: HistoryStore):
     assert 0.5 < some.mean() < 0.9
 
 
-def test_dropped_items_leave_no_gap(store: HistoryStore):
+def test_the_kept_items_stand_in_their_order_with_their_ages_and_differences(store: HistoryStore):
     rng = np.random.default_rng(0)
-    examples = [tokenized(rng, rows=12) for _ in range(50)]
-    batch = full_batch(examples, store, 0, history_dropout=0.5)
+    examples = [
+        tokenized(rng)._replace(rows=rng.permutation(40)[:12], ages=rng.permutation(12) + 1.0)
+        for _ in range(50)
+    ]
+    peers = Peers.of(store, [example.rows for example in examples])
+    batch = full_batch(examples, store, 0, history_dropout=0.5, recency=True, peers=peers)
     counts = batch.history_mask.sum(axis=1)
-    assert counts.min() < 12
+    assert counts.min() < counts.max() == 12
     for i, (example, n) in enumerate(zip(examples, counts, strict=True)):
         assert batch.history_mask[i, :n].all()
-        own = {vector.tobytes() for vector in store.vectors(example.rows)}
-        assert {vector.tobytes() for vector in batch.history[i, :n]} <= own
+        ages = example.ages.tolist()  # each item's own
+        kept = [ages.index(age) for age in batch.history_age[i, :n]]
+        assert kept == sorted(set(kept))
+        vectors = store.vectors(example.rows)
+        np.testing.assert_array_equal(batch.history[i, :n], vectors[kept])
+        # Of the whole history: what was dropped is still no other user's.
+        differences = vectors - peers.means(example.rows)
+        np.testing.assert_array_equal(batch.history_difference[i, :n], differences[kept])
+        for name in ("history", "history_age", "history_difference"):
+            assert not getattr(batch, name)[i, n:].any()
+    without = full_batch(examples, store, 0, history_dropout=0.5)
+    assert without.history_age is without.history_difference is None
+    np.testing.assert_array_equal(without.history, batch.history)
 
 
 def iterator(store: HistoryStore) -> grain.DatasetIterator:
@@ -334,12 +369,18 @@ def test_training_goes_on_from_a_saved_state(store: HistoryStore):
 # Devices and hosts
 
 
-def test_a_batch_is_sharded_over_its_rows(store: HistoryStore):
+def extensions(examples: Sequence[Tokenized], store: HistoryStore) -> dict[str, Any]:
+    return {"recency": True, "peers": Peers.of(store, [example.rows for example in examples])}
+
+
+@pytest.mark.parametrize("extended", [False, True])
+def test_a_batch_is_sharded_over_its_rows(store: HistoryStore, extended: bool):
     mesh = make_mesh(2, 2, 2)
-    local = full_batch(many(8), store, 0)
+    examples = many(8)
+    local = full_batch(examples, store, 0, **(extensions(examples, store) if extended else {}))
     placed = place_batch(local, mesh)
-    for name in Batch._fields:
-        array, expected = getattr(placed, name), getattr(local, name)
+    assert len(jax.tree.leaves(local)) == len(Batch._fields) - (0 if extended else 2)
+    for array, expected in zip(*map(jax.tree.leaves, (placed, local)), strict=True):
         np.testing.assert_array_equal(array, expected)
         assert array.dtype == expected.dtype
         assert len(array.addressable_shards) == 8
@@ -356,12 +397,13 @@ def test_the_hosts_rows_together_are_the_batch(
     store: HistoryStore, monkeypatch: pytest.MonkeyPatch, hosts: int
 ):
     examples = many(8)
-    whole = full_batch(examples, store, 2, seed=1, history_dropout=0.5)
+    options = {"seed": 1, "history_dropout": 0.5} | extensions(examples, store)
+    whole = full_batch(examples, store, 2, **options)
     monkeypatch.setattr(jax, "process_count", lambda: hosts)
     parts = []
     for host in range(hosts):
         monkeypatch.setattr(jax, "process_index", lambda host=host: host)
-        parts.append(full_batch(examples, store, 2, seed=1, history_dropout=0.5))
+        parts.append(full_batch(examples, store, 2, **options))
     assert all(len(part.index) == 8 // hosts for part in parts)
     together = Batch(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
     assert sorted(together.index) == list(range(8))

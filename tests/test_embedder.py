@@ -1,116 +1,254 @@
 """The user embedder against a plain PyTorch statement of the paper's equations; corner cases."""
 
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 from flax import nnx
 
-from pplug_jax.embedder import Reading, UserEmbedder, attention_weights
+from pplug_jax.embedder import (
+    FIRST_RECENCY,
+    PAPER,
+    Projector,
+    Reading,
+    UserEmbedder,
+    attention_weights,
+    soft_tokens,
+)
 from pplug_jax.encoder.bert import Bert, BertConfig
+from pplug_jax.errors import InputError
 from pplug_jax.tools.initialise import initialise
+
+if TYPE_CHECKING:
+    import torch
 
 E, D, B, H, Q = 16, 24, 3, 6, 5
 SCALE = 7.5
+EXTENSIONS = {"heads": 3, "recency": True, "difference": True}
+OPTIONS = {"paper": {}, "all": EXTENSIONS} | {name: {name: EXTENSIONS[name]} for name in EXTENSIONS}
+READINGS = [PAPER, Reading(uniform=True), Reading(top=2), Reading(instruction=False)]
 
 
-def make_plug(**settings) -> UserEmbedder:
+def make_plug(**settings: Any) -> UserEmbedder:
     config = BertConfig(40, E, 32, 2, 2, 8, 1, 1e-12)
     encoder = initialise(Bert(config, "cls", nnx.Param), jax.random.key(1))
     return UserEmbedder(encoder, D, SCALE, **settings, rngs=nnx.Rngs(0))
 
 
-@pytest.fixture(scope="module")
-def plug() -> UserEmbedder:
-    return make_plug(num_persona_tokens=2, temperature=0.3)
+def trained(plug: UserEmbedder) -> UserEmbedder:
+    """As if: no map is the identity any more, and no bias 0."""
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape).astype(np.float32), plug)
+
+
+@pytest.fixture(scope="module", params=OPTIONS.values(), ids=OPTIONS)
+def plug(request: pytest.FixtureRequest) -> UserEmbedder:
+    return trained(make_plug(num_persona_tokens=2, temperature=0.3, **request.param))
+
+
+class Inputs(NamedTuple):
+    query: np.ndarray
+    query_mask: np.ndarray
+    history: np.ndarray
+    history_mask: np.ndarray
+    history_age: np.ndarray
+    history_difference: np.ndarray
+
+    def items(self, change: Callable[[np.ndarray], np.ndarray]) -> "Inputs":
+        """With `change` applied to every array of items."""
+        return Inputs(*self[:2], *map(change, self[2:]))
 
 
 @pytest.fixture
-def inputs() -> tuple[np.ndarray, ...]:
+def inputs() -> Inputs:
     rng = np.random.default_rng(0)
-    history = rng.normal(size=(B, H, E)).astype(np.float32)
+    history, difference = rng.normal(size=(2, B, H, E)).astype(np.float32)
     history /= np.linalg.norm(history, axis=-1, keepdims=True)
     mask = np.arange(H) < np.array([[H], [3], [1]])
+    age = np.array([[50, 20, 4, 2, 1, 0], [2, 1, 0, 0, 0, 0], [0] * 6], np.float32)
     query = rng.integers(1, 40, (B, Q), dtype=np.int32)
-    return query, np.ones((B, Q), bool), history, mask
+    return Inputs(query, np.ones((B, Q), bool), history, mask, age, difference)
 
 
-call = jax.jit(lambda plug, *inputs: plug(*inputs))
+@functools.partial(jax.jit, static_argnames="reading")
+def call(plug: UserEmbedder, *inputs: jax.Array, reading: Reading = PAPER) -> jax.Array:
+    return plug(*inputs, reading=reading)
 
 
+@functools.partial(jax.jit, static_argnames="reading")
+def attention(plug: UserEmbedder, *inputs: jax.Array, reading: Reading = PAPER) -> jax.Array:
+    return plug.attention(*inputs[:5], reading=reading)
+
+
+@jax.jit
+def gradients(plug: UserEmbedder, *inputs: jax.Array) -> UserEmbedder:
+    return jax.grad(lambda plug: jnp.sum(plug(*inputs) ** 2))(plug)
+
+
+@pytest.mark.parametrize("reading", READINGS)
 def test_equals_the_equations_in_pytorch(
-    plug: UserEmbedder, inputs: tuple[np.ndarray, ...]
+    plug: UserEmbedder, inputs: Inputs, reading: Reading
 ) -> None:
     torch = pytest.importorskip("torch")
-    soft = np.asarray(call(plug, *inputs))
-    q = torch.tensor(np.asarray(plug.input_encoder(*inputs[:2])))
+    soft = np.asarray(call(plug, *inputs, reading=reading))
+    attended = np.asarray(attention(plug, *inputs, reading=reading))
+    vectors = torch.tensor(np.asarray(plug.input_encoder(*inputs[:2])))
 
     def tensor(variable: nnx.Param) -> "torch.Tensor":
         return torch.tensor(np.asarray(variable[...]))
 
-    def project(projector, x: "torch.Tensor") -> "torch.Tensor":
-        hidden = torch.nn.functional.gelu(x @ tensor(projector.up) + tensor(projector.up_bias))
-        out = hidden @ tensor(projector.down) + tensor(projector.down_bias)
-        return out.unflatten(-1, (-1, D))
+    def weigh(q: "torch.Tensor", items: "torch.Tensor", ages: "torch.Tensor") -> "torch.Tensor":
+        maps = [(torch.eye(E), torch.eye(E))]
+        if plug.query_maps is not None:
+            maps = zip(tensor(plug.query_maps), tensor(plug.key_maps), strict=True)
+        scores = torch.stack([(items @ key) @ (q @ query) for query, key in maps]) / 0.3
+        if plug.recency_rate is not None:
+            scores -= torch.nn.functional.softplus(tensor(plug.recency_rate)) * torch.log(1 + ages)
+        if reading.top:
+            kept = scores.argsort(descending=True).argsort() < reading.top
+            scores = torch.where(kept, scores, -torch.inf)
+        return torch.softmax(scores * 0 if reading.uniform else scores, dim=1)
 
-    for row in range(B):
-        items = torch.tensor(inputs[2][row][inputs[3][row]])
-        weights = torch.softmax(items @ q[row] / 0.3, dim=0)
+    def project(
+        projector: Projector, items: "torch.Tensor", weights: "torch.Tensor"
+    ) -> "torch.Tensor":
         # The paper's order: every item is projected, then the projections are summed.
-        persona = torch.einsum("i,ikd->kd", weights, project(plug.projector, items))
-        instruction = project(plug.instruction_projector, tensor(plug.instruction))
-        expected = SCALE * torch.cat([instruction, persona])
-        np.testing.assert_allclose(soft[row], expected.numpy(), atol=2e-5)
+        units = torch.nn.functional.gelu(items @ tensor(projector.up) + tensor(projector.up_bias))
+        units = units.unflatten(1, (len(weights), -1))
+        down = tensor(projector.down).unflatten(0, (len(weights), -1))
+        projected = torch.einsum("inu,nud->nid", units, down)
+        out = torch.einsum("ni,nid->d", weights, projected) + tensor(projector.down_bias)
+        return out.unflatten(0, (-1, D))
+
+    for row, there in enumerate(inputs.history_mask):
+        items, ages, differences = (
+            torch.tensor(x[row][there])
+            for x in (inputs.history, inputs.history_age, inputs.history_difference)
+        )
+        weights = weigh(vectors[row], items, ages)
+        np.testing.assert_allclose(attended[row][there], weights.mean(0), atol=1e-5)
+        assert not attended[row][~there].any()
+        expected = [project(plug.projector, items, weights)]
+        if plug.difference_projector is not None:
+            expected.append(project(plug.difference_projector, differences, weights))
+        if reading.instruction:
+            one = tensor(plug.instruction)[None], torch.ones(1, 1)
+            expected.insert(0, project(plug.instruction_projector, *one))
+        np.testing.assert_allclose(soft[row], SCALE * torch.cat(expected), rtol=1e-4, atol=1e-4)
 
 
-def test_a_masked_item_changes_nothing_to_the_last_bit(
-    plug: UserEmbedder, inputs: tuple[np.ndarray, ...]
+@pytest.mark.parametrize("reading", READINGS)
+def test_the_number_of_soft_tokens_is_known_beforehand(
+    plug: UserEmbedder, inputs: Inputs, reading: Reading
 ) -> None:
-    query, query_mask, history, mask = inputs
-    garbage = np.where(mask[..., None], history, np.nan)
-    np.testing.assert_array_equal(
-        call(plug, query, query_mask, history, mask), call(plug, query, query_mask, garbage, mask)
+    settings = ml_collections.ConfigDict(
+        {"num_persona_tokens": 2, "difference": plug.difference_projector is not None}
     )
-    wider = np.pad(history, ((0, 0), (0, 10), (0, 0)), constant_values=1e30)
-    wider_mask = np.pad(mask, ((0, 0), (0, 10)))
-    np.testing.assert_allclose(
-        call(plug, query, query_mask, wider, wider_mask), call(plug, *inputs), rtol=1e-5, atol=1e-5
-    )
+    shape = call(plug, *inputs, reading=reading).shape
+    assert shape == (B, soft_tokens(settings, reading), D)
 
 
-def test_the_order_of_the_items_does_not_matter(
-    plug: UserEmbedder, inputs: tuple[np.ndarray, ...]
-) -> None:
-    query, query_mask, history, mask = inputs
-    np.testing.assert_allclose(
-        call(plug, query, query_mask, history[:, ::-1], mask[:, ::-1]),
-        call(plug, *inputs),
-        atol=1e-5,
-    )
+def test_a_masked_item_changes_nothing_to_the_last_bit(plug: UserEmbedder, inputs: Inputs) -> None:
+    def garbage(x: np.ndarray) -> np.ndarray:
+        there = inputs.history_mask.reshape(B, H, *[1] * (x.ndim - 2))
+        return x if x.dtype == bool else np.where(there, x, np.nan)
+
+    def wider(x: np.ndarray) -> np.ndarray:
+        fill = False if x.dtype == bool else 1e30
+        return np.pad(x, ((0, 0), (0, 10), *[(0, 0)] * (x.ndim - 2)), constant_values=fill)
+
+    soft = call(plug, *inputs)
+    np.testing.assert_array_equal(call(plug, *inputs.items(garbage)), soft)
+    np.testing.assert_allclose(call(plug, *inputs.items(wider)), soft, rtol=1e-5, atol=1e-5)
+    for expected, found in zip(
+        *(jax.tree.leaves(gradients(plug, *x)) for x in (inputs, inputs.items(garbage))),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_the_order_of_the_items_does_not_matter(plug: UserEmbedder, inputs: Inputs) -> None:
+    backwards = call(plug, *inputs.items(lambda x: x[:, ::-1]))
+    np.testing.assert_allclose(backwards, call(plug, *inputs), rtol=1e-5, atol=1e-5)
 
 
 def test_an_empty_history_gives_the_null_persona_and_finite_gradients(
-    plug: UserEmbedder, inputs: tuple[np.ndarray, ...]
+    plug: UserEmbedder, inputs: Inputs
 ) -> None:
-    query, query_mask, history, _ = inputs
-    empty = np.zeros((B, H), bool)
-    soft = call(plug, query, query_mask, np.full_like(history, np.nan), empty)
-    np.testing.assert_allclose(soft[0, 1:], SCALE * plug.null_persona[...], rtol=1e-6)
-    grads = jax.jit(jax.grad(lambda plug: jnp.sum(plug(query, query_mask, history, empty) ** 2)))(
-        plug
-    )
+    empty = inputs.items(lambda x: np.zeros_like(x) if x.dtype == bool else np.full_like(x, np.nan))
+    nulls = [plug.null_persona, plug.null_difference]
+    expected = np.concatenate([null[...] for null in nulls if null is not None])
+    np.testing.assert_allclose(call(plug, *empty)[0, 1:], SCALE * expected, rtol=1e-6)
+    grads = gradients(plug, *empty)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
     assert np.abs(grads.null_persona[...]).max() > 0
     assert np.abs(grads.projector.up[...]).max() == 0
+    if plug.null_difference is not None:
+        assert np.abs(grads.null_difference[...]).max() > 0
 
 
-def test_uniform_is_the_mean_and_ignores_the_input(
-    plug: UserEmbedder, inputs: tuple[np.ndarray, ...]
-) -> None:
-    uniform = jax.jit(lambda plug, *inputs: plug.attention(*inputs, reading=Reading(uniform=True)))
-    weights = np.asarray(uniform(plug, *inputs))
+def test_every_parameter_gets_a_gradient(plug: UserEmbedder, inputs: Inputs) -> None:
+    some = inputs._replace(history_mask=inputs.history_mask & [[True], [True], [False]])
+    for path, grad in jax.tree_util.tree_leaves_with_path(gradients(plug, *some)):
+        name = jax.tree_util.keystr(path)
+        # Every head and every layer; keys' biases of the encoder shift all scores alike.
+        parts = grad if grad.ndim == 3 else grad[None]
+        assert "key_bias" in name or all(np.abs(part).max() > 1e-4 for part in parts), name
+
+
+def test_uniform_is_the_mean_and_ignores_the_input(plug: UserEmbedder, inputs: Inputs) -> None:
+    weights = np.asarray(attention(plug, *inputs, reading=Reading(uniform=True)))
     np.testing.assert_allclose(weights.sum(1), 1)
     assert set(weights[1]) == {np.float32(0), np.float32(1 / 3)}
+
+
+def test_without_instruction_the_others_stand_alone(plug: UserEmbedder, inputs: Inputs) -> None:
+    bare = call(plug, *inputs, reading=Reading(instruction=False))
+    np.testing.assert_allclose(bare, call(plug, *inputs)[:, 1:], rtol=1e-6)
+
+
+def test_an_untrained_extension_is_nearly_the_paper(inputs: Inputs) -> None:
+    paper, extended = make_plug(), make_plug(**EXTENSIONS)
+    more = jax.tree_util.tree_leaves_with_path(extended)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(paper):
+        np.testing.assert_array_equal(leaf, dict(more)[path])
+    np.testing.assert_allclose(
+        call(extended, *inputs)[:, :2], call(paper, *inputs[:4]), atol=2 * SCALE * FIRST_RECENCY
+    )
+    # Without the recency the attention is the paper's.
+    heads = make_plug(heads=3)
+    np.testing.assert_allclose(attention(heads, *inputs), attention(paper, *inputs), rtol=1e-5)
+    np.testing.assert_allclose(call(heads, *inputs), call(paper, *inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_heads_attend_differently_once_trained(inputs: Inputs) -> None:
+    plug = trained(make_plug(heads=3))
+    weights = plug._weights(*inputs[:5], PAPER, False)
+    assert weights.shape == (B, 3, H)
+    assert np.abs(weights[0, 0] - weights[0, 1]).max() > 0.01
+    np.testing.assert_allclose(weights.sum(2), 1, rtol=1e-5)
+
+
+def test_heads_must_divide_the_hidden_units() -> None:
+    with pytest.raises(InputError, match=r"config\.plug\.heads: 5 heads do not .* 24 hidden"):
+        make_plug(heads=5)
+    with pytest.raises(InputError, match=r"config\.plug\.heads: 3 .* 32 hidden"):
+        make_plug(heads=3, projector_size=32)
+
+
+def test_recency_is_a_power_law_of_age(inputs: Inputs) -> None:
+    plain, recent = trained(make_plug()), trained(make_plug(recency=True))
+    recent.input_encoder, rate = plain.input_encoder, jax.nn.softplus(recent.recency_rate[...])
+    expected = attention(plain, *inputs) * (1.0 + inputs.history_age) ** -rate
+    expected /= expected.sum(1, keepdims=True)
+    np.testing.assert_allclose(attention(recent, *inputs), expected, rtol=1e-4)
+    undated = inputs._replace(history_age=np.zeros((B, H), np.float32))
+    np.testing.assert_array_equal(attention(recent, *undated), attention(plain, *inputs))
 
 
 def test_selection_keeps_the_nearest_items_in_their_proportions() -> None:
@@ -127,13 +265,6 @@ def test_selection_keeps_the_nearest_items_in_their_proportions() -> None:
     assert not attention_weights(query, history, mask & False, 1.0, 2).any()
 
 
-def test_without_instruction_the_persona_stands_alone(
-    plug: UserEmbedder, inputs: tuple[np.ndarray, ...]
-) -> None:
-    bare = jax.jit(lambda plug, *inputs: plug(*inputs, reading=Reading(instruction=False)))
-    np.testing.assert_allclose(bare(plug, *inputs), call(plug, *inputs)[:, 1:], rtol=1e-6)
-
-
 def test_the_temperature_sharpens() -> None:
     query = jnp.eye(4)[:1]
     history = jnp.eye(4)[None]
@@ -144,10 +275,9 @@ def test_the_temperature_sharpens() -> None:
     assert np.isfinite(attention_weights(query, history, mask, 1e-6)).all()
 
 
-def test_a_learned_temperature_gets_a_gradient(inputs: tuple[np.ndarray, ...]) -> None:
+def test_a_learned_temperature_gets_a_gradient(inputs: Inputs) -> None:
     plug = make_plug(temperature=0.5, learned_temperature=True)
-    grads = jax.jit(jax.grad(lambda plug: jnp.sum(plug(*inputs)[:, 1:] ** 2)))(plug)
-    assert np.abs(grads.log_temperature[...]) > 0
+    assert np.abs(gradients(plug, *inputs).log_temperature[...]) > 0
     np.testing.assert_allclose(
         call(plug, *inputs), call(make_plug(temperature=0.5), *inputs), rtol=1e-5
     )
@@ -156,19 +286,21 @@ def test_a_learned_temperature_gets_a_gradient(inputs: tuple[np.ndarray, ...]) -
 def test_soft_tokens_start_at_the_scale_of_the_llms_embeddings() -> None:
     config = BertConfig(40, 64, 64, 1, 2, 8, 1, 1e-12)
     encoder = initialise(Bert(config, "cls", nnx.Param), jax.random.key(1))
-    plug = UserEmbedder(encoder, 256, SCALE, num_persona_tokens=3, rngs=nnx.Rngs(0))
+    settings = {"num_persona_tokens": 3, "difference": True}
+    plug = UserEmbedder(encoder, 256, SCALE, **settings, rngs=nnx.Rngs(0))
     one = np.zeros((1, 1, 64), np.float32)
     one[0, 0, 5] = 1
     query = np.ones((1, 4), np.int32), np.ones((1, 4), bool)
-    soft = call(plug, *query, one, np.ones((1, 1), bool))
-    assert soft.shape == (1, 4, 256)
+    soft = call(plug, *query, one, np.ones((1, 1), bool), None, one)
+    assert soft.shape == (1, 7, 256)
     np.testing.assert_allclose(np.linalg.norm(soft[0], axis=-1), SCALE, rtol=0.25)
 
 
+@pytest.mark.parametrize("option", ["paper", "all"])
 def test_bfloat16_computes_near_float32_and_keeps_float32_parameters(
-    inputs: tuple[np.ndarray, ...],
+    inputs: Inputs, option: str
 ) -> None:
-    half, full = make_plug(dtype="bfloat16"), make_plug()
+    half, full = (make_plug(dtype=t, **OPTIONS[option]) for t in ("bfloat16", "float32"))
     assert {x.dtype for x in jax.tree.leaves(half)} == {jnp.dtype("float32")}
     soft = call(half, *inputs)
     assert soft.dtype == jnp.bfloat16

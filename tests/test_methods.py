@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configs.common import base_config
+from pplug_jax.config import flatten
 from pplug_jax.data.retrieval import retrievers
 from pplug_jax.embedder import Reading
-from pplug_jax.methods import METHODS, histories, inputs_embeds
+from pplug_jax.methods import METHODS, configured, inputs_embeds, strangers
 
 
 def own_rows(users: list[int]) -> list[np.ndarray]:
@@ -23,14 +25,29 @@ def test_every_method_can_be_run_and_every_plug_trained():
         assert method.name == name
         assert method.retrieval is None or method.retrieval in retrievers(None, True)
         assert method.history in ("own", "another", "none")
-        assert method.plug is None or METHODS[method.plug].trained
-    assert [name for name, method in METHODS.items() if method.trained] == [
-        "pplug",
-        "instruction_only",
-        "pplug_no_instruction",
-        "pplug_mean",
-        "pplug_top4",
-    ]
+        assert method.weights is None or METHODS[method.weights].trained
+        assert not (method.plug and method.lora)
+        assert method.lora or not method.user_lora
+
+
+def test_a_methods_settings_are_fields_of_the_config():
+    config = base_config()
+    for method in METHODS.values():
+        found = flatten(configured(config, method, 7).to_dict())
+        changed = {
+            name for name, value in flatten(config.to_dict()).items() if found[name] != value
+        }
+        assert changed == {
+            "seed",
+            *(dict(METHODS[method.weights].settings) if method.weights else ()),
+        }
+
+
+def test_a_control_is_trained_as_what_it_controls():
+    config = base_config()
+    for name in ("shuffled_user", "mean_persona"):
+        method = dataclasses.replace(METHODS[name], plug="pplug_tokens")
+        assert configured(config, method, 0).plug.num_persona_tokens == 4
 
 
 def test_a_control_differs_from_the_method_that_it_controls_in_one_thing():
@@ -43,48 +60,34 @@ def test_a_control_differs_from_the_method_that_it_controls_in_one_thing():
         assert control == dataclasses.replace(plug, name=name, about=control.about, **changed)
 
 
-def test_own_and_no_history():
-    own = own_rows([0, 1, 2])
-    for mine, same in zip(own, histories(METHODS["pplug"], own, seed=0), strict=True):
-        np.testing.assert_array_equal(mine, same)
-    assert [len(r) for r in histories(METHODS["instruction_only"], own, seed=0)] == [0, 0, 0]
-
-
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.integers(0, 5))
-def test_another_history_is_never_the_users_own(users: list[int], seed: int):
+def test_a_stranger_is_never_the_user(users: list[int], seed: int):
     # A user's histories differ from question to question, as in a split by time.
-    others = histories(METHODS["shuffled_user"], own_rows(users), seed)
-    for user, other in zip(users, others, strict=True):
+    for user, stranger in zip(users, strangers(own_rows(users), seed), strict=True):
         if len(set(users)) > 1:
-            assert len(set(other // 100)) == 1
-            assert other[0] // 100 in set(users) - {user}
+            assert users[stranger] != user
         else:
-            assert len(other) == 0
+            assert stranger is None
 
 
-def test_another_history_is_none_that_is_empty_or_shares_a_text():
+def test_a_stranger_has_a_history_and_shares_no_text():
     own = [np.array([0, 1]), np.array([], int), np.array([1, 2]), np.array([3])]
     for seed in range(9):
-        found = [rows.tolist() for rows in histories(METHODS["shuffled_user"], own, seed)]
-        assert found[0] == found[2] == [3]
-        assert found[1] in ([0, 1], [1, 2], [3])
-        assert found[3] in ([0, 1], [1, 2])
+        found = strangers(own, seed)
+        assert found[0] == found[2] == 3
+        assert found[1] in (0, 2, 3)
+        assert found[3] in (0, 2)
 
 
-def test_another_history_is_a_function_of_the_seed():
+def test_strangers_are_a_function_of_the_seed():
     own = own_rows(list(range(20)))
-    first, again, other = (
-        [rows.tolist() for rows in histories(METHODS["shuffled_user"], own, seed)]
-        for seed in (1, 1, 2)
-    )
+    first, again, other = (strangers(own, seed) for seed in (1, 1, 2))
     assert first == again
     assert first != other
 
 
-def test_among_single_examples_every_history_is_given_once():
-    own = own_rows(list(range(20)))
-    given = histories(METHODS["shuffled_user"], own, seed=3)
-    assert sorted(rows[0] for rows in given) == [100 * i for i in range(20)]
+def test_among_single_examples_everyone_is_a_stranger_once():
+    assert sorted(strangers(own_rows(list(range(20))), seed=3)) == list(range(20))
 
 
 class ToyLLM:

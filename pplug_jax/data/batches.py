@@ -3,6 +3,7 @@
 Tokenised once, bucketed by length, assembled by Grain, sharded by host.
 """
 
+import bisect
 import functools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -13,7 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pplug_jax.data.history import HistoryStore
-from pplug_jax.data.lamp import Example
+from pplug_jax.data.lamp import Example, Item, date_order
+from pplug_jax.data.peers import Peers
 from pplug_jax.data.prompts import Tokenizer
 from pplug_jax.data.tasks import Task
 from pplug_jax.mesh import sharding
@@ -29,6 +31,8 @@ class Batch(NamedTuple):
     query, query_mask: (B, Q) int32 and bool, the input as the input encoder's tokens.
     history, history_mask: (B, H, E) float32 and (B, H) bool, the encoded history.
     index: (B,) int32, each row's place in the list of examples. weight: (B,) float32, 1 or 0.
+    history_age: (B, H) float32, how many items of the profile are newer; None where no plug asks.
+    history_difference: (B, H, E) float32, each item less its peers' mean; None where no plug asks.
     """
 
     prompt: jax.Array | np.ndarray
@@ -41,15 +45,45 @@ class Batch(NamedTuple):
     history_mask: jax.Array | np.ndarray
     index: jax.Array | np.ndarray
     weight: jax.Array | np.ndarray
+    history_age: jax.Array | np.ndarray | None = None
+    history_difference: jax.Array | np.ndarray | None = None
+
+    @property
+    def plug_inputs(self) -> tuple[jax.Array | np.ndarray | None, ...]:
+        """The positional arguments of `UserEmbedder.__call__`."""
+        return (
+            self.query,
+            self.query_mask,
+            self.history,
+            self.history_mask,
+            self.history_age,
+            self.history_difference,
+        )
 
 
 class Tokenized(NamedTuple):
-    """One example's variable-length arrays; `rows` are its history's rows in the store."""
+    """One example's variable-length arrays.
+
+    rows: (n,) int64, its history's rows in the store. ages: (n,) float32, `item_ages`.
+    """
 
     prompt: np.ndarray
     target: np.ndarray
     query: np.ndarray
     rows: np.ndarray
+    ages: np.ndarray
+
+
+def item_ages(profile: Sequence[Item]) -> np.ndarray:
+    """How many items of the profile are newer than each, (n,) float32.
+
+    0 for all where one has no date: the order of LaMP's lists alone tells too little of time.
+    """
+    if not all("date" in item for item in profile):
+        return np.zeros(len(profile), np.float32)
+    dates = [date_order(item) for item in profile]
+    order = sorted(dates)
+    return np.array([len(order) - bisect.bisect_right(order, date) for date in dates], np.float32)
 
 
 def tokenize(
@@ -76,6 +110,7 @@ def tokenize(
             store.rows(
                 [task.item_text(item, history_labels) for item in example.profile[-max_history:]]
             ),
+            item_ages(example.profile)[-max_history:],
         )
         for example in examples
     ]
@@ -156,20 +191,23 @@ class Plan(grain.sources.RandomAccessDataSource):
         return step, *self.epoch(step // self.per_epoch)[step % self.per_epoch]
 
 
-def drop_history(rows: np.ndarray, rng: np.random.Generator, rate: float) -> np.ndarray:
-    """History dropout as the official code's data has it.
+def drop_history(count: int, rng: np.random.Generator, rate: float) -> np.ndarray:
+    """The places of the items that are kept of `count`, in their order.
 
-    With probability 10/11, a history of more than 2 items loses 1 + floor(n * u) of them,
-    u uniform in [0, rate).
+    History dropout as the official code's data has it: with probability 10/11, a history of more
+    than 2 items loses 1 + floor(count * u) of them, u uniform in [0, rate).
     """
-    if rate == 0 or len(rows) <= 2 or rng.random() < 1 / 11:
-        return rows
-    dropped = min(len(rows) - 1, 1 + int(len(rows) * rng.uniform(0, rate)))
-    return np.sort(rng.permutation(rows)[dropped:])
+    if rate == 0 or count <= 2 or rng.random() < 1 / 11:
+        return np.arange(count)
+    dropped = min(count - 1, 1 + int(count * rng.uniform(0, rate)))
+    return np.sort(rng.permutation(count)[dropped:])
 
 
 class Assemble:
-    """(step, bucket, indices) -> this host's rows of the batch."""
+    """(step, bucket, indices) -> this host's rows of the batch.
+
+    recency: whether the batch says how old the items are. peers: to say how they differ, if asked.
+    """
 
     def __init__(
         self,
@@ -181,6 +219,8 @@ class Assemble:
         seed: int = 0,
         history_dropout: float = 0.0,
         persona_dropout: float = 0.0,
+        recency: bool = False,
+        peers: Peers | None = None,
     ):
         self.examples, self.buckets, self.store, self.batch_size = (
             examples,
@@ -193,6 +233,7 @@ class Assemble:
             history_dropout,
             persona_dropout,
         )
+        self.recency, self.peers = recency, peers
 
     def __call__(self, planned: tuple[int, int, np.ndarray]) -> Batch:
         step, bucket, indices = planned
@@ -207,6 +248,10 @@ class Assemble:
         )
         batch["history"] = np.zeros((B, H, E), np.float32)
         batch["history_mask"] = np.zeros((B, H), bool)
+        if self.recency:
+            batch["history_age"] = np.zeros((B, H), np.float32)
+        if self.peers:
+            batch["history_difference"] = np.zeros((B, H, E), np.float32)
         batch["index"] = np.zeros(B, np.int32)
         batch["weight"] = np.zeros(B, np.float32)
         for i, index in enumerate(indices):
@@ -216,11 +261,18 @@ class Assemble:
                 batch[name][i, : len(ids)] = ids
                 batch[f"{name}_mask"][i, : len(ids)] = True
             rng = np.random.default_rng((self.seed, 1, step, i))
-            rows = drop_history(example.rows, rng, self.history_dropout)
+            kept = drop_history(len(example.rows), rng, self.history_dropout)
             if self.persona_dropout and rng.random() < self.persona_dropout:
-                rows = rows[:0]
-            batch["history"][i, : len(rows)] = self.store.vectors(rows)
-            batch["history_mask"][i, : len(rows)] = True
+                kept = kept[:0]
+            vectors = self.store.vectors(example.rows[kept])
+            batch["history"][i, : len(kept)] = vectors
+            batch["history_mask"][i, : len(kept)] = True
+            if self.recency:
+                batch["history_age"][i, : len(kept)] = example.ages[kept]
+            if self.peers:
+                # Dropped items are still the user's own, never peers.
+                means = self.peers.means(example.rows)[kept]
+                batch["history_difference"][i, : len(kept)] = vectors - means
             batch["index"][i] = index
             batch["weight"][i] = 1
         rows = slice(jax.process_index(), None, jax.process_count())
@@ -235,7 +287,7 @@ def place_batch(batch: Batch, mesh: Mesh) -> Batch:
         axes = ("batch", *(None,) * (local.ndim - 1))
         return jax.make_array_from_process_local_data(sharding(mesh, axes, shape), local, shape)
 
-    return Batch(*map(place, batch))
+    return jax.tree.map(place, batch)
 
 
 def training_batches(plan: Plan, assemble: Assemble) -> grain.DatasetIterator:

@@ -71,6 +71,9 @@ class HistoryStore:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def __contains__(self, text: str) -> bool:
+        return text_key(text) in self._rows
+
     def add(self, texts: Iterable[str], batch_size: int = 64) -> int:
         """Encodes the texts that the store lacks, with a progress bar; returns how many.
 

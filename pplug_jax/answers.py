@@ -1,0 +1,242 @@
+"""A method's answers to the held-out examples, and what the plug made of each user."""
+
+import functools
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from pplug_jax.checkpoint import Checkpoints
+from pplug_jax.data import submission
+from pplug_jax.data.batches import Batch, Tokenized, place_batch, plan_batches
+from pplug_jax.data.lamp import Example
+from pplug_jax.embedder import Reading, UserEmbedder
+from pplug_jax.files import write_json
+from pplug_jax.generate import generate
+from pplug_jax.inputs import own_items, shown
+from pplug_jax.llm import LLM
+from pplug_jax.methods import Method, Weights, adapt, inputs_embeds
+from pplug_jax.models import Models, parameter_count
+from pplug_jax.progress import Progress
+from pplug_jax.user_lora import fit_user_loras
+
+
+class Answers(NamedTuple):
+    """What a method gave: a text for each example by its id, and what it took.
+
+    step: the trained weights', if any. trainable: parameters trained. bytes_per_user: what has to
+    be kept of a user, on average. milliseconds: an example's, in batches, without compiling.
+    """
+
+    texts: dict[str, str]
+    step: int | None
+    trainable: int
+    bytes_per_user: float
+    milliseconds: float
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("reading", "prefix_length", "max_new_tokens", "num_beams", "length_penalty"),
+)
+def _answer(
+    weights: Weights | None,
+    llm: LLM,
+    batch: Batch,
+    *,
+    reading: Reading,
+    prefix_length: int,
+    **decoding: Any,
+) -> jax.Array:
+    llm, soft = adapt(weights, llm, batch, reading)
+    embeds, mask = inputs_embeds(llm, soft, batch.prompt, batch.prompt_mask, prefix_length)
+    return generate(llm, embeds, mask, **decoding)
+
+
+def predict(
+    models: Models,
+    method: Method,
+    config: ml_collections.ConfigDict,
+    weights: Weights | None,
+    tokenized: Sequence[Tokenized],
+    own: Sequence[Sequence[Tokenized]] = (),
+) -> tuple[list[str], float]:
+    """The method's answer to each example, in their order, and an example's milliseconds.
+
+    own: each example's history items as examples, of a method with `user_lora`.
+    """
+    tokenizer, size = models.tokenizer, config.eval.batch_size
+    assemble = models.assemble(config, tokenized, size)
+    answers, times = [""] * len(tokenized), []
+    llm = models.llm
+    if method.user_lora:
+        llm, weights = weights.on(llm), None
+        items = [item for mine in own for item in mine]
+        ends = np.cumsum([len(mine) for mine in own])
+        users = [range(end - len(mine), end) for mine, end in zip(own, ends, strict=True)]
+    with Progress(f"answering with {method.name}", len(tokenized), "examples") as progress:
+        for bucket, indices in plan_batches(np.arange(len(tokenized)), assemble.buckets.of, size):
+            start = time.monotonic()
+            if method.user_lora:
+                mine = [users[i] for i in indices] + [range(0)] * (size - len(indices))
+                weights = fit_user_loras(models, llm, config, items, mine)
+            with jax.set_mesh(models.mesh):
+                tokens = _answer(
+                    weights,
+                    llm,
+                    place_batch(assemble((0, bucket, indices)), models.mesh),
+                    reading=method.reading,
+                    prefix_length=tokenizer.prefix_length,
+                    max_new_tokens=config.eval.max_new_tokens,
+                    num_beams=config.eval.num_beams,
+                    length_penalty=config.eval.length_penalty,
+                )
+            for index, row in zip(indices, np.asarray(tokens), strict=False):
+                answers[index] = tokenizer.decode(row)
+            times.append(1000 * (time.monotonic() - start) / len(indices))
+            progress.advance(len(indices))
+    return answers, float(np.median(times))
+
+
+def predictions_path(directory: Path, split: str, method: str) -> Path:
+    return directory / "predictions" / f"{split}.{method}.json"
+
+
+def answer(
+    models: Models,
+    method: Method,
+    config: ml_collections.ConfigDict,
+    examples: Sequence[Example],
+    tokenized: Callable[[], Sequence[Tokenized]],
+    directory: Path,
+    weights: Weights | None = None,
+) -> Answers:
+    """Runs a method on the held-out examples, unless its answers by the same weights are there.
+
+    config: `methods.configured`. tokenized: makes the examples' tokens, where they are needed.
+    weights: those just trained; by default the newest checkpoint's.
+
+    Writes predictions/ and, of a plug that reads the user, personas/ in `directory`.
+    """
+    task, split = models.task, config.data.eval_split
+    path = predictions_path(directory, split, method.name)
+    about = path.with_suffix(".about.json")
+    step = None
+    if method.weights:
+        checkpoints = Checkpoints(directory / "checkpoints" / method.weights, config.train.keep)
+        step = checkpoints.latest
+    if path.is_file() and about.is_file():
+        facts = json.loads(about.read_text())
+        texts = submission.read(path, task)
+        if facts["step"] == step and list(texts) == [example.id for example in examples]:
+            return Answers(texts, **facts)
+    if method.weights:
+        if weights is None:
+            weights = checkpoints.restore_weights(models.abstract_weights(method, config))
+        checkpoints.close()
+    start = time.monotonic()
+    inputs = shown(models, method, config, examples, tokenized())
+    preparing = 1000 * (time.monotonic() - start) / len(inputs) if method.retrieval else 0.0
+    own = []
+    if method.user_lora:
+        own = [models.tokenize(own_items(task, example)) for example in examples]
+    texts, milliseconds = predict(models, method, config, weights, inputs, own)
+    answers = Answers(
+        {example.id: text for example, text in zip(examples, texts, strict=True)},
+        step,
+        parameter_count(weights) if weights is not None else 0,
+        _bytes_per_user(models, method, config, examples, inputs),
+        preparing + milliseconds,
+    )
+    submission.write(path, task, answers.texts)
+    if task.judged:
+        submission.write_judged(path.with_suffix(".judge.jsonl"), task, examples, answers.texts)
+    if method.plug and method.history == "own":
+        write_personas(models, method, config, weights, examples, inputs, directory)
+    write_json(about, {k: v for k, v in answers._asdict().items() if k != "texts"})
+    return answers
+
+
+def _bytes_per_user(
+    models: Models,
+    method: Method,
+    config: ml_collections.ConfigDict,
+    examples: Iterable[Example],
+    inputs: Sequence[Tokenized],
+) -> float:
+    """Texts as UTF-8, vectors as the store's float16, a LoRA as float16."""
+    total = 0.0
+    if method.retrieval:
+        total += np.mean(
+            [
+                sum(len(models.item_text(item).encode()) for item in example.profile)
+                for example in examples
+            ]
+        )
+    if method.plug:
+        total += np.mean([len(each.rows) for each in inputs]) * models.encoder.size * 2
+    if method.user_lora:
+        total += parameter_count(models.abstract_weights(method, config)) * 2
+    return float(total)
+
+
+@functools.partial(jax.jit, static_argnames="reading")
+def _personas(plug: UserEmbedder, batch: Batch, reading: Reading) -> tuple[jax.Array, jax.Array]:
+    _, soft = adapt(plug, None, batch, reading)
+    return plug.attention(*batch.plug_inputs[:5], reading=reading), jnp.mean(
+        soft[:, reading.instruction :], axis=1
+    )
+
+
+def write_personas(
+    models: Models,
+    method: Method,
+    config: ml_collections.ConfigDict,
+    plug: UserEmbedder,
+    examples: Iterable[Example],
+    inputs: Sequence[Tokenized],
+    directory: Path,
+) -> None:
+    """Writes what the plug made of each user, for people to look at, as an npz of arrays.
+
+    lengths: (n,) items of each history. weights, other: (sum of lengths,) float32, the items'
+    attention weights for the example's input, and for the text of the user's newest item as an
+    input. other_item: (n,) that item's place, -1 for none. persona: (n, D) float32, the mean of
+    the persona tokens.
+    """
+    others = []
+    for example, each in zip(examples, inputs, strict=True):
+        text = example.profile[-1][models.task.cut] if len(each.rows) else ""
+        others.append(each._replace(query=np.array(models.encoder.queries([text])[0], np.int32)))
+    found = []
+    for tokenized in (inputs, others):
+        assemble = models.assemble(config, tokenized, config.eval.batch_size)
+        weights = [np.zeros(0)] * len(tokenized)
+        personas = np.zeros((len(tokenized), models.llm.config.hidden_size), np.float32)
+        for bucket, indices in plan_batches(
+            np.arange(len(tokenized)), assemble.buckets.of, config.eval.batch_size
+        ):
+            with jax.set_mesh(models.mesh):
+                batch = place_batch(assemble((0, bucket, indices)), models.mesh)
+                items, persona = _personas(plug, batch, method.reading)
+            for i, row in zip(indices, np.asarray(items), strict=False):
+                weights[i] = row[: len(tokenized[i].rows)]
+            personas[indices] = np.asarray(persona, np.float32)[: len(indices)]
+        found.append((np.concatenate(weights), personas))
+    lengths = np.array([len(each.rows) for each in inputs])
+    path = directory / "personas" / f"{config.data.eval_split}.{method.name}.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(
+        path,
+        lengths=lengths,
+        weights=found[0][0],
+        other=found[1][0],
+        other_item=lengths - 1,
+        persona=found[0][1],
+    )

@@ -1,0 +1,194 @@
+"""Every method over several seeds on users that no training has seen, in one table."""
+
+import functools
+import statistics
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+
+from pplug_jax.answers import Answers, answer, predictions_path
+from pplug_jax.config import ConfigError
+from pplug_jax.data.batches import Tokenized
+from pplug_jax.data.lamp import Example
+from pplug_jax.evaluate import empty_results, scores, statistics_of, title_of
+from pplug_jax.files import write_json, write_text
+from pplug_jax.inputs import Subset, TrainingInputs, unseen
+from pplug_jax.methods import METHODS, Method, configured
+from pplug_jax.metrics import METRICS, compare, value_of
+from pplug_jax.models import Models
+from pplug_jax.plots import plot_losses, plot_results
+from pplug_jax.progress import say
+from pplug_jax.tables import markdown, show_table
+from pplug_jax.train import fit, training_seconds
+from pplug_jax.tune import tune
+
+REFERENCES = ("none", "instruction_only", "shuffled_user", "pplug")  # what differences are from
+
+
+class Run(NamedTuple):
+    """A method with one seed; train_seconds and learning_rate of the weights that it uses."""
+
+    answers: Answers
+    train_seconds: float | None
+    learning_rate: float | None
+
+
+def compare_methods(models: Models, train: Sequence[Example], held_out: Sequence[Example]) -> None:
+    """Trains and evaluates what is not done yet, and writes results.json and results.md.
+
+    Each seed has a directory like a run's. A method without weights is run once.
+    """
+    config, workdir = models.config, models.workdir
+    tokenized = functools.cache(lambda: models.tokenize(held_out))
+    training = None
+    if any(METHODS[name].trained for name in config.methods):
+        rows = [[each.rows for each in models.tokenize(split)] for split in (train, held_out)]
+        kept = unseen(*rows)
+        if not kept:
+            raise ConfigError(
+                "config.data: all users of the training split are held out too; a comparison wants "
+                "users never seen, as LaMP's user-based files have them (data.time_based=False)"
+            )
+        if len(kept) < len(train):
+            say(f"{len(train) - len(kept)} training examples are left out: their users are tested")
+        training = TrainingInputs(models, Subset(train, kept))
+        training.save_peers()
+    rates = tune(models, training.examples) if training and config.tune.learning_rates else {}
+    runs: dict[str, list[Run]] = defaultdict(list)
+    for seed in config.seeds:
+        directory = workdir / f"seed_{seed}"
+        for name in config.methods:
+            method = METHODS[name]
+            if method.weights or seed == config.seeds[0]:
+                settings = configured(config, method, seed)
+                if method.weights in rates:
+                    settings.train.learning_rate = rates[method.weights]
+                runs[name].append(
+                    run_method(models, method, settings, training, held_out, tokenized, directory)
+                )
+    results = summary(models, held_out, runs)
+    results["facts"] = facts(models)
+    write_json(workdir / "results.json", results)
+    report(results, workdir)
+
+
+def run_method(
+    models: Models,
+    method: Method,
+    settings: ml_collections.ConfigDict,
+    training: TrainingInputs | None,
+    held_out: Sequence[Example],
+    tokenized: Callable[[], Sequence[Tokenized]],
+    directory: Path,
+) -> Run:
+    """Trains the method, if it has weights of its own, and answers, unless that was done before."""
+    weights = None
+    path = predictions_path(directory, settings.data.eval_split, method.name)
+    if method.trained and not path.is_file():
+        weights = fit(models, method, settings, training(method, settings), directory)
+        plot_losses(directory / "metrics.jsonl", directory / "plots" / "loss.png")
+    answers = answer(models, method, settings, held_out, tokenized, directory, weights)
+    if not method.weights:
+        return Run(answers, None, None)
+    seconds = training_seconds(directory, method.weights)
+    return Run(answers, seconds, settings.train.learning_rate)
+
+
+def summary(
+    models: Models, held_out: Sequence[Example], runs: dict[str, list[Run]]
+) -> dict[str, Any]:
+    """The table of results.json: of several seeds the mean of each example's statistics."""
+    config = models.config
+    samples = config.eval.bootstrap_samples
+    results = empty_results(config, held_out) | {"seeds": list(config.seeds)}
+    pooled: dict[str, dict[str, np.ndarray]] = {}
+    for name, of_seeds in runs.items():
+        each = [statistics_of(models, held_out, run.answers.texts) for run in of_seeds]
+        pooled[name] = {
+            metric: np.mean([found[metric] for found in each], axis=0) for metric in each[0]
+        }
+        entry = {"about": METHODS[name].about} | {
+            field: statistics.mean(getattr(run.answers, field) for run in of_seeds)
+            for field in ("trainable", "bytes_per_user", "milliseconds")
+        }
+        if of_seeds[0].train_seconds is not None:
+            entry["train_seconds"] = statistics.mean(run.train_seconds for run in of_seeds)
+            entry["learning_rate"] = of_seeds[0].learning_rate
+        entry |= scores(pooled[name], samples)
+        for metric in pooled[name]:
+            entry[metric]["seeds"] = [value_of(metric, found[metric]) for found in each]
+        results["methods"][name] = entry
+    for name, entry in results["methods"].items():
+        entry["versus"] = {
+            other: {
+                metric: compare(metric, pooled[name][metric], rows, samples)._asdict()
+                for metric, rows in pooled[other].items()
+            }
+            for other in REFERENCES
+            if other in pooled and other != name
+        }
+    return results
+
+
+def facts(models: Models) -> dict[str, str]:
+    """What a reader needs to place the figures."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    return {
+        "commit": commit or "unknown",
+        "jax": jax.__version__,
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "mesh": " x ".join(f"{axis}={size}" for axis, size in models.mesh.shape.items()),
+        "finished": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    }
+
+
+def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The table's header and cells. A difference with p < 0.05 is starred."""
+    entries = results["methods"]
+    metrics = [m for m in METRICS if all(m in entry for entry in entries.values())]
+    references = [other for other in REFERENCES if other in entries]
+    header = ["method", *(f"{metric} [95%]" for metric in metrics), "seeds' sd"]
+    header += [f"- {other}" for other in references]
+    header += ["trained", "bytes/user", "train s", "ms/example"]
+    cells = []
+    for name, entry in entries.items():
+        row = [name, *("{value:.3f} [{low:.3f}, {high:.3f}]".format(**entry[m]) for m in metrics)]
+        seeds = entry[metrics[0]]["seeds"] if metrics else []
+        row.append(f"{statistics.stdev(seeds):.3f}" if len(seeds) > 1 else "")
+        for other in references:
+            found = entry["versus"].get(other, {}).get(metrics[0]) if metrics else None
+            star = "*" if found and found["p_value"] < 0.05 else ""
+            row.append(f"{found['difference']:+.3f}{star}" if found else "")
+        seconds = entry.get("train_seconds")
+        row += [f"{entry['trainable']:,}", f"{entry['bytes_per_user']:,.0f}"]
+        row += ["" if seconds is None else f"{seconds:.0f}", f"{entry['milliseconds']:.0f}"]
+        cells.append(row)
+    return header, cells
+
+
+def report(results: dict[str, Any], workdir: Path) -> None:
+    """Prints the table and writes results.md."""
+    header, cells = rows(results)
+    title = title_of(results)
+    show_table(title, header, cells)
+    note = (
+        f"{results['n']} users, seeds {', '.join(map(str, results['seeds']))}; intervals are the "
+        "paired bootstrap's over examples; * is p < 0.05 by the paired permutation test."
+    )
+    write_text(workdir / "results.md", f"# {title}\n\n{markdown(header, cells)}\n\n{note}\n")
+    say(note)
+    if metrics := [m for m in METRICS if all(m in e for e in results["methods"].values())]:
+        plot_results(results, metrics[0], workdir / "plots" / "results.png")

@@ -1,0 +1,33 @@
+"""How far an answer's style is from the user's own: what ROUGE does not see."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pplug_jax.data.lamp import Example
+from pplug_jax.data.tasks import Task
+
+
+def features(text: str) -> np.ndarray:
+    """Whether there is a colon, how many words, and which share of them begin with a capital."""
+    words = text.split()
+    capitals = sum(word[0].isupper() for word in words) / max(1, len(words))
+    return np.array([":" in text, len(words), capitals], np.float64)
+
+
+def distances(task: Task, examples: Sequence[Example], predictions: Sequence[str]) -> np.ndarray:
+    """Each example's distance from the user's mean, (m, 1), of those who have written something.
+
+    The mean over `features` of the absolute difference between the answer and the mean of the
+    user's own, in standard deviations of all that users have written.
+    """
+    own = [
+        np.array([features(item[task.answer]) for item in example.profile]) for example in examples
+    ]
+    there = [i for i, texts in enumerate(own) if len(texts)]
+    if not there:
+        return np.zeros((0, 1))
+    deviation = np.concatenate([own[i] for i in there]).std(axis=0)
+    deviation = np.where(deviation > 0, deviation, 1)
+    differences = [np.abs(features(predictions[i]) - own[i].mean(axis=0)) for i in there]
+    return np.mean(differences / deviation, axis=1, keepdims=True)

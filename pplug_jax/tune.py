@@ -1,0 +1,61 @@
+"""Learning rates by the loss on training users held out, the same trials for every method."""
+
+import json
+import shutil
+from collections.abc import Sequence
+
+import numpy as np
+
+from pplug_jax.config import ConfigError
+from pplug_jax.data.lamp import Example
+from pplug_jax.files import write_json
+from pplug_jax.inputs import Subset, TrainingInputs, unseen
+from pplug_jax.methods import METHODS, configured
+from pplug_jax.models import Models
+from pplug_jax.progress import say
+from pplug_jax.train import fit, validation_loss
+
+
+def tune(models: Models, train: Sequence[Example]) -> dict[str, float]:
+    """The learning rate with the lowest loss on some training users, for each trained method.
+
+    Every method gets the same trials. tune.json keeps the losses; a rate that diverges has none.
+    """
+    config = models.config
+    path = models.workdir / "tune.json"
+    losses: dict[str, dict[str, float | None]] = (
+        json.loads(path.read_text()) if path.is_file() else {}
+    )
+    rows = [each.rows for each in models.tokenize(train)]
+    order = np.random.default_rng(config.seed).permutation(len(rows))
+    held_out, rest = np.split(order, [max(1, round(config.tune.held_out * len(order)))])
+    kept = unseen([rows[i] for i in rest], [rows[i] for i in held_out])
+    training = TrainingInputs(models, Subset(train, rest[kept]))
+    validation = TrainingInputs(models, Subset(train, held_out))
+    for method in (METHODS[name] for name in config.methods if METHODS[name].trained):
+        trials = losses.setdefault(method.name, {})
+        for rate in config.tune.learning_rates:
+            if str(rate) in trials:
+                continue
+            settings = configured(config, method, config.seed)
+            settings.train.learning_rate = rate
+            directory = models.workdir / "tune" / str(rate)
+            examples = training(method, settings)
+            settings.train.own_items = 0
+            try:
+                weights = fit(models, method, settings, examples, directory)
+                trials[str(rate)] = validation_loss(
+                    models, method, settings, weights, validation(method, settings)
+                )
+            except FloatingPointError:
+                trials[str(rate)] = None
+            shutil.rmtree(directory / "checkpoints" / method.name)
+            write_json(path, losses)
+    best = {}
+    for name, trials in losses.items():
+        told = {float(rate): loss for rate, loss in trials.items() if loss is not None}
+        if not told:
+            raise ConfigError(f"config.tune.learning_rates: {name} diverges at all of them")
+        best[name] = min(told, key=told.get)
+        say(f"learning rate of {name}: {best[name]:g}, validation loss {told[best[name]]:.4f}")
+    return best

@@ -1,0 +1,177 @@
+"""Methods over several seeds in one table; what is done is not done again."""
+
+import json
+from pathlib import Path
+
+import ml_collections
+import numpy as np
+import pytest
+from lamp_files import write_split
+from test_run import small_config
+
+from pplug_jax.checkpoint import Checkpoints
+from pplug_jax.config import ConfigError
+from pplug_jax.methods import METHODS as ALL
+from pplug_jax.methods import configured
+from pplug_jax.metrics import example_statistics
+from pplug_jax.models import Models
+from pplug_jax.run import run
+from pplug_jax.splits import read_split
+
+PPLUG = ALL["pplug"]
+METHODS = ("none", "bm25", "pplug", "shuffled_user", "task_lora", "user_lora")
+
+
+def comparison(**overrides: object) -> ml_collections.ConfigDict:
+    settings = {"methods": METHODS, "seeds": (0, 1), "train__epochs": 1.0, "lora__rank": 2}
+    return small_config(**settings | overrides)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("compared")
+    run(comparison(), workdir, "compare")
+    return workdir
+
+
+def results_of(workdir: Path) -> dict:
+    return json.loads((workdir / "results.json").read_text())
+
+
+def times(workdir: Path) -> dict[str, int]:
+    found = [*workdir.glob("seed_*/predictions/*"), *workdir.glob("seed_*/checkpoints/*/*")]
+    return {str(path.relative_to(workdir)): path.stat().st_mtime_ns for path in found}
+
+
+def test_the_table_is_the_mean_over_seeds(compared: Path) -> None:
+    results = results_of(compared)
+    assert results["seeds"] == [0, 1] and list(results["methods"]) == list(METHODS)
+    golds = [example.target for example in read_split(comparison(), "eval")]
+    for name in ("none", "pplug", "user_lora"):
+        found = []
+        for seed in (0, 1) if name != "none" else (0,):
+            path = compared / f"seed_{seed}" / "predictions" / f"dev.{name}.json"
+            texts = [gold["output"] for gold in json.loads(path.read_text())["golds"]]
+            found.append(example_statistics("LaMP_5", texts, golds)["rouge1"].mean())
+        entry = results["methods"][name]["rouge1"]
+        np.testing.assert_allclose(entry["seeds"], found)
+        np.testing.assert_allclose(entry["value"], np.mean(found))
+        assert entry["low"] <= entry["value"] <= entry["high"]
+
+
+def test_differences_are_paired_with_the_references(compared: Path) -> None:
+    entries = results_of(compared)["methods"]
+    versus = entries["pplug"]["versus"]
+    assert list(versus) == ["none", "shuffled_user"]
+    for other, found in versus.items():
+        difference = entries["pplug"]["rouge1"]["value"] - entries[other]["rouge1"]["value"]
+        np.testing.assert_allclose(found["rouge1"]["difference"], difference)
+        assert found["style"].keys() == {"difference", "low", "high", "p_value"}
+    assert list(entries["none"]["versus"]) == ["shuffled_user", "pplug"]
+
+
+def test_what_a_method_costs(compared: Path) -> None:
+    entries = results_of(compared)["methods"]
+    items = [len(example.profile) for example in read_split(comparison(), "eval")]
+    assert entries["none"]["bytes_per_user"] == entries["none"]["trainable"] == 0
+    assert entries["pplug"]["bytes_per_user"] == np.mean(items) * 128 * 2
+    assert entries["pplug"]["trainable"] > entries["task_lora"]["trainable"] > 0
+    assert entries["task_lora"]["bytes_per_user"] == 0
+    assert entries["user_lora"]["bytes_per_user"] == 2 * entries["task_lora"]["trainable"]
+    assert "train_seconds" not in entries["bm25"]
+    assert entries["pplug"]["train_seconds"] == entries["shuffled_user"]["train_seconds"] > 0
+    table = (compared / "results.md").read_text()
+    for name in METHODS:
+        assert f"| {name} |" in table
+
+
+def test_seeds_differ_and_methods_without_weights_run_once(compared: Path) -> None:
+    assert not (compared / "seed_1" / "predictions" / "dev.none.json").exists()
+    losses = [
+        json.loads((compared / f"seed_{seed}" / "metrics.jsonl").read_text().splitlines()[-3])
+        for seed in (0, 1)
+    ]
+    assert losses[0]["name"] == losses[1]["name"] == "task_lora/loss"
+    assert losses[0]["value"] != losses[1]["value"]
+
+
+def test_what_a_plug_made_of_the_users_is_written(compared: Path) -> None:
+    examples = read_split(comparison(), "eval")
+    found = np.load(compared / "seed_1" / "personas" / "dev.pplug.npz")
+    lengths = [len(example.profile) for example in examples]
+    assert found["lengths"].tolist() == lengths
+    assert found["other_item"].tolist() == [length - 1 for length in lengths]
+    assert len(np.unique(found["persona"].round(6), axis=0)) == len(examples)
+
+    config = configured(comparison(), PPLUG, 1)
+    models = Models(config, compared)
+    checkpoints = Checkpoints(compared / "seed_1" / "checkpoints" / "pplug")
+    plug = checkpoints.restore_weights(models.abstract_weights(PPLUG, config))
+    ends = np.cumsum(lengths)[:-1]
+    for i, name in ((2, "weights"), (5, "other")):
+        profile = examples[i].profile
+        input = models.task.query_text(examples[i].input)
+        query = models.encoder.queries([input if name == "weights" else profile[-1]["abstract"]])
+        items = models.store.vectors(models.store.rows([models.item_text(x) for x in profile]))
+        there = np.ones((1, len(profile)), bool)
+        wanted = plug.attention(
+            np.array(query), np.ones((1, len(query[0])), bool), items[None], there
+        )
+        np.testing.assert_allclose(np.split(found[name], ends)[i], wanted[0], atol=1e-5)
+
+
+def test_only_what_is_missing_is_done_again(
+    compared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, table = times(compared), (compared / "results.md").read_text()
+    gone = "seed_1/predictions/dev.user_lora.json"
+    (compared / gone).unlink()
+    run(comparison(), compared, "compare")
+    after = times(compared)
+    assert {name for name in before if before[name] != after[name]} == {
+        gone,
+        gone.replace(".json", ".about.json"),
+    }
+    strip = lambda text: [line.rsplit("|", 2)[0] for line in text.splitlines()]
+    assert strip((compared / "results.md").read_text()) == strip(table)
+    # More methods and seeds may come later.
+    run(comparison(methods=("none", "random"), seeds=(2,)), compared, "compare")
+    assert list(results_of(compared)["methods"]) == ["none", "random"]
+    assert (compared / "seed_2" / "predictions" / "dev.random.json").is_file()
+    assert "training" not in capsys.readouterr().out
+
+
+def test_the_learning_rate_with_the_lowest_validation_loss_is_taken(tmp_path: Path) -> None:
+    config = comparison(
+        methods=("none", "task_lora"), seeds=(0,), tune__learning_rates=(1e-7, 1e-2)
+    )
+    run(config, tmp_path, "compare")
+    losses = json.loads((tmp_path / "tune.json").read_text())["task_lora"]
+    assert losses["0.01"] < losses["1e-07"]
+    assert results_of(tmp_path)["methods"]["task_lora"]["learning_rate"] == 0.01
+    assert not list((tmp_path / "tune").glob("*/checkpoints/*"))
+
+
+def test_users_who_are_held_out_are_not_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def user(i: int, split: str) -> dict:
+        items = [{"id": "x", "title": f"T{i} {n}", "abstract": f"A{i} {n}"} for n in range(3)]
+        input = f"Generate a title for the following abstract of a paper: {split} {i}"
+        return {"id": f"{split}{i}", "input": input, "profile": items}
+
+    def write(split: str, users: range) -> None:
+        questions = [user(i, split) for i in users]
+        golds = [{"id": question["id"], "output": "A title"} for question in questions]
+        write_split(tmp_path / "data", split, questions, {"task": "LaMP_5", "golds": golds})
+
+    write("train", range(12))
+    write("dev", range(10, 14))
+    config = comparison(
+        data__path=str(tmp_path / "data"), methods=("none", "task_lora"), seeds=(0,)
+    )
+    run(config, tmp_path / "run", "compare")
+    assert "2 training examples are left out" in capsys.readouterr().out
+    write("dev", range(12))
+    with pytest.raises(ConfigError, match="all users of the training split are held out too"):
+        run(config, tmp_path / "other", "compare")

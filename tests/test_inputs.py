@@ -1,0 +1,90 @@
+"""What a method's examples show, whose users count as seen, and users' own items."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from configs.common import base_config
+from pplug_jax.data.batches import Tokenized
+from pplug_jax.data.lamp import Example
+from pplug_jax.data.tasks import TASKS
+from pplug_jax.inputs import Subset, WithOwnItems, own_items, shown, unseen
+from pplug_jax.methods import METHODS
+
+TASK = TASKS["LaMP_5"]
+
+
+def example(i: int, items: int) -> Example:
+    profile = tuple({"title": f"T{i}.{n}", "abstract": f"about {n}"} for n in range(items))
+    return Example(f"u{i}", f"the abstract of a paper: {i}", f"gold {i}", profile, f"name {i}")
+
+
+def tokenized(*rows: list[int]) -> list[Tokenized]:
+    token = np.array([1], np.int32)
+    return [Tokenized(token, token, token, np.array(r, int), np.array(r, np.float32)) for r in rows]
+
+
+@pytest.mark.parametrize(
+    ("method", "rows"),
+    [
+        ("pplug", [[0, 1], [2], []]),
+        ("pplug_mean", [[0, 1], [2], []]),
+        ("instruction_only", [[], [], []]),
+        ("none", [[], [], []]),
+        ("task_lora", [[], [], []]),
+        ("shuffled_user", [[2], [0, 1], None]),
+    ],
+)
+def test_whose_history_is_shown(method: str, rows: list[list[int] | None]) -> None:
+    config = base_config()
+    models = SimpleNamespace(tokenizer=None, task=TASK)
+    found = shown(models, METHODS[method], config, [], tokenized([0, 1], [2], []))
+    for each, wanted in zip(found, rows, strict=True):
+        assert wanted is None or each.rows.tolist() == wanted
+        assert each.ages.tolist() == each.rows.tolist()  # an item's age goes with it
+
+
+def test_users_with_half_a_history_in_common_are_one() -> None:
+    held_out = [np.array(r, int) for r in ([1, 2, 3, 4], [10], [])]
+    train = [np.array(r, int) for r in ([5, 6], [1, 7, 8], [1, 2, 8, 9], [4, 5], [9, 10], [])]
+    assert unseen(train, held_out) == [0, 1, 5]
+    assert unseen(train, []) == list(range(6))
+
+
+def test_own_items_are_examples_of_the_task_without_their_answer() -> None:
+    found = list(own_items(TASK, example(3, 3)))
+    assert [e.target for e in found] == ["T3.0", "T3.1", "T3.2"]
+    assert found[1].input == "Generate a title for the following abstract of a paper: about 1"
+    assert [item["title"] for item in found[1].profile] == ["T3.0", "T3.2"]
+    assert found[1].user == "name 3"
+    assert TASK.query_text(found[1].input) == "about 1"
+
+
+def test_an_item_that_stands_twice_is_no_history_of_itself() -> None:
+    item = {"title": "T", "abstract": "A"}
+    twice = Example("u", "", "", (item, dict(item), item | {"title": ""}))
+    found = list(own_items(TASK, twice))
+    assert len(found) == 2  # what has no answer is no example
+    assert all(len(e.profile) == 1 for e in found)
+
+
+def test_some_own_items_stand_behind_the_examples() -> None:
+    examples = [example(0, 5), example(1, 1), example(2, 0)]
+    assert list(WithOwnItems(TASK, examples, 0, 0)) == examples
+    more = WithOwnItems(TASK, examples, 2, seed=0)
+    found = list(more)
+    assert found[:3] == examples
+    assert [e.user for e in found[3:]] == ["name 0", "name 0", "name 1"]
+    assert found[3].target != found[4].target
+    assert list(more) == found
+    other = WithOwnItems(TASK, [example(0, 50)], 2, seed=1)
+    first = WithOwnItems(TASK, [example(0, 50)], 2, seed=0)
+    assert [e.id for e in other][1:] != [e.id for e in first][1:]
+
+
+def test_a_subset_reads_what_it_is_asked_for() -> None:
+    examples = [example(i, 1) for i in range(5)]
+    some = Subset(examples, np.array([3, 1]))
+    assert [e.id for e in some] == ["u3", "u1"]
+    assert len(some) == 2

@@ -1,0 +1,86 @@
+"""A served user is read as in training and evaluation."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from configs import lamp5
+from pplug_jax import Personalizer
+from pplug_jax.data.batches import Assemble, Buckets
+from pplug_jax.data.lamp import Example
+from pplug_jax.data.peers import Peers
+from pplug_jax.embedder import UserEmbedder
+from pplug_jax.errors import InputError
+from pplug_jax.methods import METHODS
+from pplug_jax.models import Models
+
+EXTENSIONS = {"heads": 4, "recency": True, "difference": True}
+OPTIONS = {"paper": {}, "all": EXTENSIONS} | {name: {name: EXTENSIONS[name]} for name in EXTENSIONS}
+INPUT = "Generate a title for the following abstract of a paper: Rivers are measured."
+SHARED = {"title": "A joint paper", "abstract": "By two authors.", "date": "2004"}
+
+
+def item(user: str, i: int) -> dict[str, str]:
+    return {"title": f"{user} on rivers {i}", "abstract": f"River {i}.", "date": f"200{i}-05"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """With a history store and pool of five training users."""
+    config = lamp5.get_config()
+    config.data.max_history = 4
+    config.plug.update(num_persona_tokens=2, projector_size=128)
+    models = Models(config, tmp_path_factory.mktemp("run"))
+    train = [
+        Example(user, INPUT, "A title", (*(item(user, i) for i in range(3)), SHARED))
+        for user in "abcde"
+    ]
+    models.store.add(models.item_text(item) for example in train for item in example.profile)
+    Peers.of(models.store, [each.rows for each in models.tokenize(train)]).save(models.workdir)
+    return models
+
+
+def trained_plug(models: Models, **settings: Any) -> UserEmbedder:
+    """As if: no parameter is 0 or the identity any more."""
+    config = models.config.copy_and_resolve_references()
+    config.plug.update(settings)
+    plug = models.new_weights(METHODS["pplug"], config)
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), plug)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_served_soft_prompt_is_that_of_the_evaluation(models: Models, option: str) -> None:
+    plug = trained_plug(models, **OPTIONS[option])
+    personalizer = Personalizer(models, plug)
+    profile = tuple(sorted([*(item(option, i) for i in range(7)), SHARED], key=lambda x: x["date"]))
+    texts = [models.item_text(item) for item in profile]
+    # New texts, but for the one that is in the pool too; the order of the dates is found.
+    assert sum(text in models.store for text in texts) == 1
+    served = personalizer.soft_prompt(INPUT, profile[::-1])
+    as_texts = personalizer.soft_prompt(INPUT, texts)
+
+    models.store.add(texts)
+    undated = tuple({k: v for k, v in item.items() if k != "date"} for item in profile)
+    examples = [Example("0", INPUT, None, history) for history in (profile, undated, ())]
+    tokenized = models.tokenize(examples)
+    buckets = Buckets(tokenized, 1, models.encoder.max_length)
+    peers = Peers.load(models.store, models.workdir)
+    assemble = Assemble(tokenized, buckets, models.store, 8, recency=True, peers=peers)
+    batch = assemble((0, 0, np.arange(3)))
+    soft = np.asarray(jax.jit(lambda plug, inputs: plug(*inputs))(plug, batch.plug_inputs))
+    empty = personalizer.soft_prompt(INPUT)
+    for found, expected in zip((served, as_texts, empty), soft[:3], strict=True):
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert np.abs(served - empty)[1:].max(axis=1).min() > 0.1  # in every token but I
+    assert (np.abs(served - as_texts).max() > 1e-3) == (plug.recency_rate is not None)
+
+
+def test_a_plug_that_needs_peers_says_so(models: Models, tmp_path: Path) -> None:
+    elsewhere = Models(models.config, tmp_path)
+    with pytest.raises(InputError, match=r"peers\.npy: no such file; train first"):
+        Personalizer(elsewhere, trained_plug(models, difference=True))
