@@ -5,7 +5,7 @@ import statistics
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,9 +111,7 @@ def summary(
     pooled: dict[str, dict[str, np.ndarray]] = {}
     for name, of_seeds in runs.items():
         each = [statistics_of(models, held_out, run.answers.texts) for run in of_seeds]
-        pooled[name] = {
-            metric: np.mean([found[metric] for found in each], axis=0) for metric in each[0]
-        }
+        pooled[name] = mean_statistics(each)
         entry = {"about": METHODS[name].about} | {
             field: statistics.mean(getattr(run.answers, field) for run in of_seeds)
             for field in ("trainable", "bytes_per_user", "milliseconds")
@@ -135,6 +133,11 @@ def summary(
             if other in pooled and other != name
         }
     return results
+
+
+def mean_statistics(seeds: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """{metric: each example's statistics, averaged over the seeds}."""
+    return {metric: np.mean([each[metric] for each in seeds], axis=0) for metric in seeds[0]}
 
 
 def facts(models: Models) -> dict[str, str]:

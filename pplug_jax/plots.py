@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,44 +10,71 @@ from matplotlib.figure import Figure
 
 from pplug_jax.metrics import METRICS
 
+DASHES = ("-", "--", ":")  # of the first ten methods, of the second, of the third
+
+
+def figure_for(methods: Collection[str]) -> Figure:
+    """High enough for a legend of the methods."""
+    return Figure(figsize=(9, max(4.5, 0.3 * len(methods))), layout="constrained")
+
+
+def error_bars(scores: Collection[Mapping[str, float]]) -> list[list[float]]:
+    """How far intervals reach below the values and above; a macro-F1 may lie outside its own."""
+    return [
+        [max(0, score["value"] - score["low"]) for score in scores],
+        [max(0, score["high"] - score["value"]) for score in scores],
+    ]
+
+
+def save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
 
 def plot_results(results: dict[str, Any], metric: str, path: Path) -> None:
     """Each method's score and 95% bootstrap interval."""
     names = list(results["methods"])
     entries = [results["methods"][name][metric] for name in names]
     values = [entry["value"] for entry in entries]
-    errors = [
-        [value - entry["low"] for value, entry in zip(values, entries, strict=True)],
-        [entry["high"] - value for value, entry in zip(values, entries, strict=True)],
-    ]
     figure = Figure(figsize=(7, 0.5 * len(names) + 1.2), layout="constrained")
     axes = figure.subplots()
-    axes.errorbar(values, range(len(names)), xerr=errors, fmt="o", capsize=4)
+    axes.errorbar(values, range(len(names)), xerr=error_bars(entries), fmt="o", capsize=4)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     better = ", lower is better" if METRICS[metric].lower_is_better else ""
     axes.set_xlabel(f"{metric}{better}, 95% bootstrap interval, n = {results['n']}")
     axes.set_title(f"{results['task']}: {results['data']}, {results['split']}")
     axes.grid(axis="x", alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
-def plot_losses(metrics: Path, path: Path) -> None:
-    """The training loss of every trained method, from `metrics.jsonl`."""
-    curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
+def read_losses(metrics: Path) -> dict[str, dict[int, float]]:
+    """{method: {step: loss}} of a `metrics.jsonl`; of a step that was taken twice, the later."""
+    losses: dict[str, dict[int, float]] = defaultdict(dict)
     for line in metrics.read_text().splitlines():
         record = json.loads(line)
         method, _, name = record["name"].rpartition("/")
         if name == "loss":
-            curves[method].append((record["step"], record["value"]))
-    figure = Figure(figsize=(7, 4), layout="constrained")
+            losses[method][record["step"]] = record["value"]
+    return losses
+
+
+def plot_losses(metrics: Path, path: Path) -> None:
+    """The training loss of every trained method, from `metrics.jsonl`."""
+    plot_curves({method: [losses] for method, losses in read_losses(metrics).items()}, path)
+
+
+def plot_curves(curves: Mapping[str, Sequence[Mapping[int, float]]], path: Path) -> None:
+    """Each method's losses {step: loss}, one for each seed; a method's seeds are in one colour."""
+    figure = figure_for(curves)
     axes = figure.subplots()
-    for method, points in curves.items():
-        axes.plot(*zip(*points, strict=True), label=method)
+    for i, (name, seeds) in enumerate(curves.items()):
+        for k, losses in enumerate(seeds):
+            look = {"color": f"C{i % 10}", "ls": DASHES[i // 10 % 3]}
+            look |= {"lw": 1.5 if len(seeds) == 1 else 0.8, "label": name if k == 0 else None}
+            axes.plot(*zip(*losses.items(), strict=True), **look)
     axes.set_xlabel("step")
     axes.set_ylabel("loss per target token")
-    axes.legend()
+    figure.legend(loc="outside right upper")
     axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save(figure, path)

@@ -142,13 +142,11 @@ def test_only_what_is_missing_is_done_again(
 
 
 def test_the_learning_rate_with_the_lowest_validation_loss_is_taken(tmp_path: Path) -> None:
-    config = comparison(
-        methods=("none", "task_lora"), seeds=(0,), tune__learning_rates=(1e-7, 1e-2)
-    )
+    config = comparison(methods=("none", "task_lora"), seeds=(0,), tune__learning_rates=(1e-3, 1.0))
     run(config, tmp_path, "compare")
     losses = json.loads((tmp_path / "tune.json").read_text())["task_lora"]
-    assert losses["0.01"] < losses["1e-07"]
-    assert results_of(tmp_path)["methods"]["task_lora"]["learning_rate"] == 0.01
+    assert losses["0.001"] < losses["1.0"]
+    assert results_of(tmp_path)["methods"]["task_lora"]["learning_rate"] == 0.001
     assert not list((tmp_path / "tune").glob("*/checkpoints/*"))
 
 
@@ -175,3 +173,19 @@ def test_users_who_are_held_out_are_not_trained_on(
     write("dev", range(12))
     with pytest.raises(ConfigError, match="all users of the training split are held out too"):
         run(config, tmp_path / "other", "compare")
+
+
+def test_variants_are_trained_on_what_they_say(tmp_path: Path) -> None:
+    names = ("pplug+retrieval", "pplug_own_items", "pplug_difference")
+    run(comparison(methods=names, seeds=(0,)), tmp_path, "compare")
+    steps = {name: Checkpoints(tmp_path / "seed_0" / "checkpoints" / name).latest for name in names}
+    # 24 users in batches of 8, and 2 items of each.
+    assert steps == {"pplug+retrieval": 3, "pplug_own_items": 9, "pplug_difference": 3}
+    entries = results_of(tmp_path)["methods"]
+    assert entries["pplug_difference"]["trainable"] > entries["pplug+retrieval"]["trainable"]
+    assert (
+        entries["pplug+retrieval"]["bytes_per_user"] > entries["pplug_own_items"]["bytes_per_user"]
+    )
+    examples = read_split(comparison(), "train")
+    pool = {text for example in examples for text in map(str, example.profile)}
+    assert len(np.load(tmp_path / "peers.npy")) == len(pool)

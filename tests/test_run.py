@@ -18,7 +18,7 @@ import pytest
 from lamp_files import write_split
 
 from configs import lamp5, llms
-from pplug_jax import Personalizer, evaluate
+from pplug_jax import Personalizer, answers
 from pplug_jax.checkpoint import CheckpointError, Checkpoints
 from pplug_jax.config import ConfigError, check_batches, check_config
 from pplug_jax.data.lamp import DataError
@@ -123,7 +123,7 @@ def test_a_second_start_does_nothing_again(
         raise AssertionError("was run again")
 
     before = (finished / "results.json").read_text()
-    monkeypatch.setattr(evaluate, "predict", never)
+    monkeypatch.setattr(answers, "predict", never)
     monkeypatch.setattr("pplug_jax.train.train_step", never)
     monkeypatch.setattr("pplug_jax.encoder.Encoder.encode", never)
     run(small_config(), finished, "train_and_evaluate")
