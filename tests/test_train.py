@@ -18,6 +18,7 @@ from pplug_jax.embedder import UserEmbedder
 from pplug_jax.encoder.bert import Bert, BertConfig
 from pplug_jax.llm import load_llm
 from pplug_jax.llm.decoder import Decoder, DecoderConfig, Frozen, Rope
+from pplug_jax.llm.lora import Lora
 from pplug_jax.mesh import make_mesh, place
 from pplug_jax.methods import inputs_embeds
 from pplug_jax.tools.initialise import initialise
@@ -215,6 +216,24 @@ def test_every_mesh_gives_the_same_step(shape: tuple[int, int, int]) -> None:
             sharded_llm.layers.gate[...].addressable_shards[0].data.size * 4
             == llm.layers.gate[...].size
         )
+
+
+def test_a_lora_is_trained_alone_and_alike_on_a_mesh() -> None:
+    llm, batch = make_llm(hidden=48, mlp=64), make_batch()
+    lora = Lora(llm, rank=2, alpha=4.0, rngs=nnx.Rngs(0))
+    one, metrics = step(lora, llm, batch)
+    mesh = make_mesh(2, 2, 2)
+    many, sharded_metrics = step(lora, place(llm, mesh), place_batch(batch, mesh), mesh)
+    np.testing.assert_allclose(sharded_metrics["loss"], metrics["loss"], rtol=1e-5)
+    np.testing.assert_allclose(sharded_metrics["grad_norm"], metrics["grad_norm"], rtol=1e-4)
+    # The first step moves B alone, by its gradient's sign, and few gradients are near 0.
+    for name, up in one.up.items():
+        assert np.abs(up[...]).max() > 0
+        assert np.mean(np.abs(np.asarray(many.up[name][...]) - up[...]) < 1e-5) > 0.99, name
+    # Without history or plug, an untrained LoRA's loss is the LLM's.
+    bare, _ = jax.jit(loss_fn, static_argnums=3)(lora, llm, batch, 1)
+    zero = jax.tree.map(lambda x: x * 0, lora)
+    np.testing.assert_allclose(jax.jit(loss_fn, static_argnums=3)(zero, llm, batch, 1)[0], bare)
 
 
 def test_no_device_holds_every_row() -> None:
