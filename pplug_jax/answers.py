@@ -21,7 +21,7 @@ from pplug_jax.files import write_json
 from pplug_jax.generate import generate
 from pplug_jax.inputs import own_items, shown
 from pplug_jax.llm import LLM
-from pplug_jax.methods import Method, Weights, adapt, inputs_embeds
+from pplug_jax.methods import Method, Weights, adapt, inputs_embeds, token_losses
 from pplug_jax.models import Models, parameter_count
 from pplug_jax.progress import Progress
 from pplug_jax.user_lora import fit_user_loras
@@ -30,11 +30,13 @@ from pplug_jax.user_lora import fit_user_loras
 class Answers(NamedTuple):
     """What a method gave: a text for each example by its id, and what it took.
 
-    step: the trained weights', if any. trainable: parameters trained. bytes_per_user: what has to
-    be kept of a user, on average. milliseconds: an example's, in batches, without compiling.
+    losses: of each example's gold, the sum over its tokens and their number. step: the trained
+    weights', if any. trainable: parameters trained. bytes_per_user: what has to be kept of a user,
+    on average. milliseconds: an example's, in batches, of which the median is taken.
     """
 
     texts: dict[str, str]
+    losses: list[tuple[float, float]]
     step: int | None
     trainable: int
     bytes_per_user: float
@@ -59,6 +61,14 @@ def _answer(
     return generate(llm, embeds, mask, **decoding)
 
 
+@functools.partial(jax.jit, static_argnames=("prefix_length", "reading"))
+def _gold_losses(
+    weights: Weights | None, llm: LLM, batch: Batch, prefix_length: int, reading: Reading
+) -> jax.Array:
+    losses = token_losses(weights, llm, batch, prefix_length, reading=reading)
+    return jnp.stack([jnp.sum(losses, axis=1), jnp.sum(batch.target_mask, axis=1)], axis=1)
+
+
 def predict(
     models: Models,
     method: Method,
@@ -66,14 +76,15 @@ def predict(
     weights: Weights | None,
     tokenized: Sequence[Tokenized],
     own: Sequence[Sequence[Tokenized]] = (),
-) -> tuple[list[str], float]:
-    """The method's answer to each example, in their order, and an example's milliseconds.
+) -> tuple[list[str], np.ndarray, float]:
+    """The method's answer to each example, its gold's losses, and an example's milliseconds.
 
-    own: each example's history items as examples, of a method with `user_lora`.
+    own: each example's history items as examples, of a method with `user_lora`. The losses (n, 2)
+    are `Answers.losses`.
     """
     tokenizer, size = models.tokenizer, config.eval.batch_size
     assemble = models.assemble(config, tokenized, size)
-    answers, times = [""] * len(tokenized), []
+    answers, losses, times = [""] * len(tokenized), np.zeros((len(tokenized), 2)), []
     llm = models.llm
     if method.user_lora:
         llm, weights = weights.on(llm), None
@@ -87,10 +98,11 @@ def predict(
                 mine = [users[i] for i in indices] + [range(0)] * (size - len(indices))
                 weights = fit_user_loras(models, llm, config, items, mine)
             with jax.set_mesh(models.mesh):
+                batch = place_batch(assemble((0, bucket, indices)), models.mesh)
                 tokens = _answer(
                     weights,
                     llm,
-                    place_batch(assemble((0, bucket, indices)), models.mesh),
+                    batch,
                     reading=method.reading,
                     prefix_length=tokenizer.prefix_length,
                     max_new_tokens=config.eval.max_new_tokens,
@@ -100,8 +112,11 @@ def predict(
             for index, row in zip(indices, np.asarray(tokens), strict=False):
                 answers[index] = tokenizer.decode(row)
             times.append(1000 * (time.monotonic() - start) / len(indices))
+            with jax.set_mesh(models.mesh):
+                found = _gold_losses(weights, llm, batch, tokenizer.prefix_length, method.reading)
+            losses[indices] = np.asarray(found)[: len(indices)]
             progress.advance(len(indices))
-    return answers, float(np.median(times))
+    return answers, losses, float(np.median(times))
 
 
 def predictions_path(directory: Path, split: str, method: str) -> Path:
@@ -146,9 +161,10 @@ def answer(
     own = []
     if method.user_lora:
         own = [models.tokenize(own_items(task, example)) for example in examples]
-    texts, milliseconds = predict(models, method, config, weights, inputs, own)
+    texts, losses, milliseconds = predict(models, method, config, weights, inputs, own)
     answers = Answers(
         {example.id: text for example, text in zip(examples, texts, strict=True)},
+        losses.tolist(),
         step,
         parameter_count(weights) if weights is not None else 0,
         _bytes_per_user(models, method, config, examples, inputs),

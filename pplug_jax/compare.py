@@ -17,11 +17,12 @@ from pplug_jax.answers import Answers, answer, predictions_path
 from pplug_jax.config import ConfigError
 from pplug_jax.data.batches import Tokenized
 from pplug_jax.data.lamp import Example
-from pplug_jax.evaluate import empty_results, scores, statistics_of, title_of
+from pplug_jax.data.tasks import TASKS
+from pplug_jax.evaluate import empty_results, metric_columns, scores, statistics_of, title_of
 from pplug_jax.files import write_json, write_text
 from pplug_jax.inputs import Subset, TrainingInputs, unseen
 from pplug_jax.methods import METHODS, Method, configured
-from pplug_jax.metrics import METRICS, compare, value_of
+from pplug_jax.metrics import compare, value_of
 from pplug_jax.models import Models
 from pplug_jax.plots import plot_losses, plot_results
 from pplug_jax.progress import say
@@ -110,7 +111,7 @@ def summary(
     results = empty_results(config, held_out) | {"seeds": list(config.seeds)}
     pooled: dict[str, dict[str, np.ndarray]] = {}
     for name, of_seeds in runs.items():
-        each = [statistics_of(models, held_out, run.answers.texts) for run in of_seeds]
+        each = [statistics_of(models, held_out, run.answers) for run in of_seeds]
         pooled[name] = mean_statistics(each)
         entry = {"about": METHODS[name].about} | {
             field: statistics.mean(getattr(run.answers, field) for run in of_seeds)
@@ -160,19 +161,18 @@ def facts(models: Models) -> dict[str, str]:
 
 def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The table's header and cells. A difference with p < 0.05 is starred."""
+    header, columns = metric_columns(results)
     entries = results["methods"]
-    metrics = [m for m in METRICS if all(m in entry for entry in entries.values())]
     references = [other for other in REFERENCES if other in entries]
-    header = ["method", *(f"{metric} [95%]" for metric in metrics), "seeds' sd"]
-    header += [f"- {other}" for other in references]
+    header = ["method", *header, "seeds' sd", *(f"- {other}" for other in references)]
     header += ["trained", "bytes/user", "train s", "ms/example"]
+    metric = next(iter(TASKS[results["task"]].metrics), None)
     cells = []
-    for name, entry in entries.items():
-        row = [name, *("{value:.3f} [{low:.3f}, {high:.3f}]".format(**entry[m]) for m in metrics)]
-        seeds = entry[metrics[0]]["seeds"] if metrics else []
-        row.append(f"{statistics.stdev(seeds):.3f}" if len(seeds) > 1 else "")
+    for (name, entry), scored in zip(entries.items(), columns, strict=True):
+        seeds = entry.get(metric, {}).get("seeds", ())
+        row = [name, *scored, f"{statistics.stdev(seeds):.3f}" if len(seeds) > 1 else ""]
         for other in references:
-            found = entry["versus"].get(other, {}).get(metrics[0]) if metrics else None
+            found = entry["versus"].get(other, {}).get(metric)
             star = "*" if found and found["p_value"] < 0.05 else ""
             row.append(f"{found['difference']:+.3f}{star}" if found else "")
         seconds = entry.get("train_seconds")
@@ -193,5 +193,6 @@ def report(results: dict[str, Any], workdir: Path) -> None:
     )
     write_text(workdir / "results.md", f"# {title}\n\n{markdown(header, cells)}\n\n{note}\n")
     say(note)
-    if metrics := [m for m in METRICS if all(m in e for e in results["methods"].values())]:
-        plot_results(results, metrics[0], workdir / "plots" / "results.png")
+    metric = next(iter(TASKS[results["task"]].metrics), None)
+    if all(metric in entry for entry in results["methods"].values()):
+        plot_results(results, metric, workdir / "plots" / "results.png")

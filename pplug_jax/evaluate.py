@@ -8,8 +8,9 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from pplug_jax.answers import answer
+from pplug_jax.answers import Answers, answer
 from pplug_jax.data.lamp import Example
+from pplug_jax.data.tasks import TASKS
 from pplug_jax.files import write_json, write_text
 from pplug_jax.methods import METHODS, configured
 from pplug_jax.metrics import METRICS, compare, example_statistics, interval, value_of
@@ -22,9 +23,9 @@ from pplug_jax.tables import markdown, show_table
 
 
 def statistics_of(
-    models: Models, examples: Sequence[Example], texts: dict[str, str]
+    models: Models, examples: Sequence[Example], answers: Answers
 ) -> dict[str, np.ndarray]:
-    """Each example's statistics for the task's metrics, and for `style` where users have one.
+    """Each example's statistics for the task's metrics, `loss`, and `style` where users have one.
 
     Nothing where the outputs are withheld or only a judge can score.
     """
@@ -32,9 +33,11 @@ def statistics_of(
     golds = [example.target for example in examples]
     if not task.metrics or None in golds:
         return {}
-    statistics = example_statistics(task.name, list(texts.values()), golds)
+    texts = list(answers.texts.values())
+    statistics = example_statistics(task.name, texts, golds)
+    statistics["loss"] = np.array(answers.losses)
     if task.question and "rouge1" in task.metrics:
-        statistics["style"] = distances(task, examples, list(texts.values()))
+        statistics["style"] = distances(task, examples, texts)
     return statistics
 
 
@@ -65,9 +68,9 @@ def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
         settings = configured(config, method, config.seed)
         answers = answer(models, method, settings, examples, tokenized, workdir)
         texts[name] = answers.texts
-        statistics[name] = statistics_of(models, examples, answers.texts)
+        statistics[name] = statistics_of(models, examples, answers)
         facts = answers._asdict()
-        del facts["texts"]
+        del facts["texts"], facts["losses"]
         results["methods"][name] = {"about": method.about} | facts
         results["methods"][name] |= scores(statistics[name], config.eval.bootstrap_samples)
         write_json(workdir / f"{stem}.json", results)
@@ -110,19 +113,32 @@ def title_of(results: dict[str, Any]) -> str:
 
 
 def _cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    entries = results["methods"].values()
-    metrics = [metric for metric in METRICS if all(metric in entry for entry in entries)]
-    header = ["method", *(f"{metric} (95% interval)" for metric in metrics), "n", "ms/example"]
+    header, columns = metric_columns(results)
     rows = [
-        [
-            name,
-            *("{value:.3f} [{low:.3f}, {high:.3f}]".format(**entry[m]) for m in metrics),
-            str(results["n"]),
-            f"{entry['milliseconds']:.0f}",
-        ]
-        for name, entry in results["methods"].items()
+        [name, *cells, str(results["n"]), f"{entry['milliseconds']:.0f}"]
+        for (name, entry), cells in zip(results["methods"].items(), columns, strict=True)
     ]
-    return header, rows
+    return ["method", *header, "n", "ms/example"], rows
+
+
+def metric_columns(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The metrics that all methods have, as a header and a list of cells for each method.
+
+    The task's own metrics are told with their intervals.
+    """
+    entries = list(results["methods"].values())
+    metrics = [metric for metric in METRICS if all(metric in entry for entry in entries)]
+    own = TASKS[results["task"]].metrics
+    header = [f"{metric} (95% interval)" if metric in own else metric for metric in metrics]
+    forms = [
+        "{value:.3f} [{low:.3f}, {high:.3f}]" if metric in own else "{value:.3f}"
+        for metric in metrics
+    ]
+    cells = [
+        [form.format(**entry[metric]) for metric, form in zip(metrics, forms, strict=True)]
+        for entry in entries
+    ]
+    return header, cells
 
 
 def verdicts(statistics: dict[str, dict[str, np.ndarray]], metric: str, samples: int) -> list[str]:

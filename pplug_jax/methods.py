@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 
+from pplug_jax.data.batches import Batch
 from pplug_jax.embedder import PAPER, Reading, UserEmbedder
 from pplug_jax.llm import LLM
 from pplug_jax.llm.lora import Lora
@@ -178,7 +180,7 @@ def strangers(own: Sequence[np.ndarray], seed: int) -> list[int | None]:
 
 
 def adapt(
-    weights: Weights | None, llm: LLM, batch: Any, reading: Reading = PAPER, remat: bool = False
+    weights: Weights | None, llm: LLM, batch: Batch, reading: Reading = PAPER, remat: bool = False
 ) -> tuple[LLM, jax.Array | None]:
     """The LLM as the weights change it, and the soft tokens that they make for `batch`."""
     if isinstance(weights, UserEmbedder):
@@ -206,3 +208,19 @@ def inputs_embeds(
         jnp.concatenate([embeds[:, :prefix_length], soft, embeds[:, prefix_length:]], axis=1),
         jnp.concatenate([mask[:, :prefix_length], there, mask[:, prefix_length:]], axis=1),
     )
+
+
+def token_losses(
+    weights: Weights | None,
+    llm: LLM,
+    batch: Batch,
+    prefix_length: int,
+    remat: bool = False,
+    reading: Reading = PAPER,
+) -> jax.Array:
+    """-log p(y_t | I, P, x, y_<t) of the target's tokens, (B, T) float32, 0 at padding."""
+    llm, soft = adapt(weights, llm, batch, reading, remat)
+    embeds, mask = inputs_embeds(llm, soft, batch.prompt, batch.prompt_mask, prefix_length)
+    hidden = llm.target_hidden(embeds, mask, batch.target, batch.target_mask, remat)
+    losses = optax.softmax_cross_entropy_with_integer_labels(llm.unembed(hidden), batch.target)
+    return losses * batch.target_mask

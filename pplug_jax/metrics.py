@@ -28,6 +28,10 @@ def _mean(means: np.ndarray) -> np.ndarray:
     return means[..., 0]
 
 
+def _ratio(means: np.ndarray) -> np.ndarray:
+    return means[..., 0] / means[..., 1]
+
+
 class Metric(NamedTuple):
     """How a metric is computed.
 
@@ -114,6 +118,8 @@ METRICS = {
     "rouge1": Metric(_each(_rouge("rouge1"))),
     "rougeL": Metric(_each(_rouge("rougeL"))),
     "meteor": Metric(_each(_meteor)),
+    # The golds' tokens': each example's sum and count, of answers.predict.
+    "loss": Metric(None, _ratio, lower_is_better=True),
     "style": Metric(None, lower_is_better=True),  # style.distances: it takes the histories
 }
 

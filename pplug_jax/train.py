@@ -28,7 +28,7 @@ from pplug_jax.data.batches import (
 from pplug_jax.embedder import PAPER, Reading, soft_tokens
 from pplug_jax.llm import LLM
 from pplug_jax.mesh import replicated
-from pplug_jax.methods import Method, Weights, adapt, inputs_embeds
+from pplug_jax.methods import Method, Weights, token_losses
 from pplug_jax.models import Models
 from pplug_jax.progress import Progress, say
 from pplug_jax.writer import Writer
@@ -73,11 +73,8 @@ def loss_fn(
     reading: Reading = PAPER,
 ) -> tuple[jax.Array, jax.Array]:
     """The sum over target tokens of -log p(y_t | I, P, x, y_<t), and their number; () float32."""
-    llm, soft = adapt(weights, llm, batch, reading, remat)
-    embeds, mask = inputs_embeds(llm, soft, batch.prompt, batch.prompt_mask, prefix_length)
-    logits = llm.unembed(llm.target_hidden(embeds, mask, batch.target, batch.target_mask, remat))
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.target)
-    return jnp.sum(losses * batch.target_mask), jnp.sum(batch.target_mask).astype(jnp.float32)
+    losses = token_losses(weights, llm, batch, prefix_length, remat, reading)
+    return jnp.sum(losses), jnp.sum(batch.target_mask).astype(jnp.float32)
 
 
 def train_step(

@@ -14,7 +14,7 @@ from pplug_jax.data.batches import Assemble, Batch, Buckets, Tokenized, place_ba
 from pplug_jax.llm import LLM
 from pplug_jax.llm.lora import Lora
 from pplug_jax.mesh import place
-from pplug_jax.methods import adapt, inputs_embeds
+from pplug_jax.methods import token_losses
 from pplug_jax.models import Models
 
 
@@ -33,15 +33,10 @@ def _step(
     """One update of every row's LoRA on that row's example; rows of weight 0 stay as they are."""
 
     def loss(lora: Lora) -> jax.Array:
-        adapted, _ = adapt(lora, llm, batch)
-        embeds, mask = inputs_embeds(adapted, None, batch.prompt, batch.prompt_mask, prefix_length)
-        hidden = adapted.target_hidden(embeds, mask, batch.target, batch.target_mask)
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            adapted.unembed(hidden), batch.target
-        )
         # The rows' sum: each LoRA gets the gradient of its own row's mean alone.
         tokens = jnp.maximum(jnp.sum(batch.target_mask, axis=1), 1)
-        return jnp.sum(jnp.sum(losses * batch.target_mask, axis=1) / tokens)
+        losses = token_losses(lora, llm, batch, prefix_length)
+        return jnp.sum(jnp.sum(losses, axis=1) / tokens)
 
     updates, state = optax.adam(learning_rate).update(jax.grad(loss)(lora), state, lora)
     active = batch.weight[None, :, None, None]  # the parameters are (layers, users, ..)

@@ -11,12 +11,14 @@ from test_run import small_config
 
 from pplug_jax.checkpoint import Checkpoints
 from pplug_jax.config import ConfigError
+from pplug_jax.data.batches import Tokenized
 from pplug_jax.methods import METHODS as ALL
 from pplug_jax.methods import configured
 from pplug_jax.metrics import example_statistics
 from pplug_jax.models import Models
 from pplug_jax.run import run
 from pplug_jax.splits import read_split
+from pplug_jax.train import validation_loss
 
 PPLUG = ALL["pplug"]
 METHODS = ("none", "bm25", "pplug", "shuffled_user", "task_lora", "user_lora")
@@ -59,6 +61,18 @@ def test_the_table_is_the_mean_over_seeds(compared: Path) -> None:
         assert entry["low"] <= entry["value"] <= entry["high"]
 
 
+def test_the_golds_loss_is_that_of_all_their_tokens(compared: Path) -> None:
+    models = Models(comparison(), compared)
+    tokenized = models.tokenize(read_split(comparison(), "eval"))
+    loss = validation_loss(models, ALL["none"], models.config, None, shown_bare(tokenized))
+    entry = results_of(compared)["methods"]["none"]["loss"]
+    np.testing.assert_allclose(entry["value"], loss, rtol=1e-5)
+
+
+def shown_bare(tokenized: list[Tokenized]) -> list[Tokenized]:
+    return [each._replace(rows=each.rows[:0], ages=each.ages[:0]) for each in tokenized]
+
+
 def test_differences_are_paired_with_the_references(compared: Path) -> None:
     entries = results_of(compared)["methods"]
     versus = entries["pplug"]["versus"]
@@ -66,6 +80,7 @@ def test_differences_are_paired_with_the_references(compared: Path) -> None:
     for other, found in versus.items():
         difference = entries["pplug"]["rouge1"]["value"] - entries[other]["rouge1"]["value"]
         np.testing.assert_allclose(found["rouge1"]["difference"], difference)
+        assert found["loss"]["difference"] != 0
         assert found["style"].keys() == {"difference", "low", "high", "p_value"}
     assert list(entries["none"]["versus"]) == ["shuffled_user", "pplug"]
 

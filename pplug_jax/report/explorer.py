@@ -1,0 +1,127 @@
+"""What the page's script needs to show single users: texts, scores, weights, the map."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pplug_jax.data.lamp import Example
+from pplug_jax.metrics import METRICS
+from pplug_jax.report.runs import Run, Split
+from pplug_jax.report.scores import Statistics
+
+MAX_ITEMS = 40  # of a history: the heaviest, or the newest where there are no weights
+MAX_ITEM_TEXT = 300  # characters
+MAX_TEXT = 1200  # of an input, a gold or an output
+
+
+def principal_plane(personas: np.ndarray) -> tuple[np.ndarray, list[float]]:
+    """The two directions of most variance (PCA): coordinates (n, 2), the directions' shares.
+
+    personas: (n, D) float. An axis points where its largest coordinate is positive.
+    """
+    centred = personas.astype(np.float64) - personas.mean(axis=0, dtype=np.float64)
+    u, s, _ = np.linalg.svd(centred, full_matrices=False)
+    points = np.zeros((len(personas), 2))
+    points[:, : min(2, len(s))] = (u * s)[:, :2]
+    furthest = points[np.abs(points).argmax(axis=0), [0, 1]]
+    shares = s**2 / max(np.sum(s**2), np.finfo(float).tiny)
+    return points * np.where(furthest < 0, -1, 1), [*shares.tolist(), 0.0][:2]
+
+
+def explorer(
+    run: Run,
+    split: Split,
+    answers: Mapping[str, Sequence[str]],
+    statistics: Mapping[str, Statistics],
+    personas: Mapping[str, Mapping[str, np.ndarray]],
+) -> dict[str, Any]:
+    """The users shown, and of each method that left personas their map."""
+    # Macro-F1 says nothing of one example.
+    some = next(iter(statistics.values()), {})
+    scored = [metric for metric, rows in some.items() if rows.shape[1] == 1]
+    scores = {
+        name: np.stack([METRICS[metric].value(of[metric]) for metric in scored], axis=1)
+        for name, of in statistics.items()
+    }
+    ends = np.cumsum(split.lengths)
+    examples = []
+    for i, example in split.shown.items():
+        rows = slice(ends[i] - split.lengths[i], ends[i])
+        weights = {
+            name: {
+                "own": arrays["weights"][rows],
+                "other": arrays["other"][rows] if arrays["other_item"][i] >= 0 else None,
+                "item": int(arrays["other_item"][i]),
+            }
+            for name, arrays in personas.items()
+        }
+        outputs = {name: _cut(texts[i], MAX_TEXT) for name, texts in answers.items()}
+        of_methods = {name: _rounded(of[i]) for name, of in scores.items()}
+        examples.append(_texts(run, example, weights) | {"outputs": outputs, "scores": of_methods})
+    shown = list(split.shown)
+    maps = {}
+    for name, arrays in personas.items():
+        points, shares = principal_plane(arrays["persona"][shown])
+        maps[name] = {"points": [_rounded(point) for point in points], "shares": shares}
+        if name != "none" and {name, "none"} <= scores.keys():
+            gain = scores[name][shown, 0] - scores["none"][shown, 0]
+            better = -1 if METRICS[scored[0]].lower_is_better else 1
+            maps[name]["gain"] = _rounded(better * gain)
+    return {
+        "examples": examples,
+        "scored": scored,
+        "maps": maps,
+        "classes": bool(run.task.labels) and None not in split.golds,
+    }
+
+
+def _texts(
+    run: Run, example: Example, weights: Mapping[str, Mapping[str, np.ndarray | None]]
+) -> dict[str, Any]:
+    """An example's texts, and the weights of the items that are shown."""
+    items = run.history(example)
+    known = [of for w in weights.values() for of in (w["own"], w["other"]) if of is not None]
+    places = _shown_items(len(items), known, (w["item"] for w in weights.values()))
+    with_label = run.config.data.history_labels
+    return {
+        "id": example.id,
+        "user": example.user,
+        "length": len(items),
+        "input": _cut(example.input, MAX_TEXT),
+        "gold": None if example.target is None else _cut(example.target, MAX_TEXT),
+        "items": [
+            {
+                "place": place,
+                "text": _cut(run.task.item_text(items[place], with_label), MAX_ITEM_TEXT),
+            }
+            for place in places
+        ],
+        "weights": {
+            name: {
+                "own": _rounded(w["own"][places]),
+                "other": None if w["other"] is None else _rounded(w["other"][places]),
+                "item": w["item"],
+            }
+            for name, w in weights.items()
+        },
+    }
+
+
+def _shown_items(length: int, weights: Sequence[np.ndarray], others: Iterable[int]) -> list[int]:
+    """The places of the items that the page shows of a history of `length`."""
+    if length <= MAX_ITEMS:
+        return list(range(length))
+    importance = np.max(weights, axis=0) if len(weights) else np.arange(length)
+    wanted = {other for other in others if other >= 0}
+    ranked = np.argsort(-importance, kind="stable").tolist()
+    return sorted(list(dict.fromkeys([*wanted, *ranked]))[:MAX_ITEMS])
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    """Four digits are more than a page can show."""
+    return [float(f"{value:.4g}") for value in values.tolist()]

@@ -1,0 +1,176 @@
+"""The page: one file with its texts, figures and script, which needs no network and no server."""
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import stdev
+from typing import Any
+
+import jinja2
+
+from pplug_jax.config import flatten
+from pplug_jax.errors import InputError
+from pplug_jax.files import write_text
+from pplug_jax.metrics import METRICS, example_statistics
+from pplug_jax.progress import say
+from pplug_jax.report import explorer, figures
+from pplug_jax.report.runs import (
+    Run,
+    read_curves,
+    read_examples,
+    read_personas,
+    read_predictions,
+    read_run,
+    spread,
+)
+from pplug_jax.report.scores import length_bins, over_seeds, scores_by_length, scores_by_top_k
+
+MAX_POINTS = 400  # of a loss curve
+
+# What an entry of results.json holds besides its metrics, as columns of tables.
+COSTS = {
+    "trainable": "trainable parameters",
+    "bytes_per_user": "bytes per user",
+    "train_seconds": "training, s",
+    "milliseconds": "ms per example",
+}
+SETTINGS = {"learning_rate": "learning rate", "step": "answered at step"}
+HERE = Path(__file__).parent
+
+
+def report(workdirs: Sequence[Path]) -> Path:
+    """Writes the page and the files behind it into the first workdir's `report`.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        InputError: a workdir that was not evaluated, or by an older version.
+    """
+    runs = [read_run(workdir) for workdir in workdirs]
+    run, folder = runs[0], runs[0].workdir / "report"
+    figures.write_results(folder, runs, COSTS)
+    curves = read_curves(run)
+    if curves:
+        figures.write_losses(folder, curves)
+    by_top_k = scores_by_top_k(runs)
+    if by_top_k:
+        methods = next(iter(by_top_k.values())).values()
+        places = sorted({top_k for scores in methods for top_k in scores})
+        figures.write_scores(folder / "top_k", "top_k", "retrieved items", places, by_top_k)
+    problem = ""
+    examples: dict[str, Any] = {"bins": [], "by_length": {}, "explorer": None}
+    try:
+        examples = _examples(run, folder)
+    except InputError as error:
+        # A workdir may be looked at where its data are not.
+        problem = str(error)
+        say(f"the report lacks history lengths, users and map: {problem}")
+    losses = {
+        name: [_thinned(list(points.items())) for points in seeds.values()]
+        for name, seeds in curves.items()
+    }
+    lower = [name for name, metric in METRICS.items() if metric.lower_is_better]
+    data = {
+        "methods": list(dict.fromkeys(name for each in runs for name in each.results["methods"])),
+        "metrics": run.metrics,
+        "lower": lower,
+        "runs": [{"metrics": each.metrics, "methods": each.results["methods"]} for each in runs],
+        "losses": losses,
+        "bins": [each.name for each in examples["bins"]],
+        "lengths": examples["by_length"],
+        "top_k": by_top_k,
+        "explorer": examples["explorer"],
+    }
+    page = _render(
+        data=_finite(data),
+        runs=runs,
+        metrics=run.metrics,
+        lower=lower,
+        costs=COSTS,
+        settings=SETTINGS,
+        losses=losses,
+        by_top_k=by_top_k,
+        problem=problem,
+        limits={
+            "items": explorer.MAX_ITEMS,
+            "item_text": explorer.MAX_ITEM_TEXT,
+            "text": explorer.MAX_TEXT,
+        },
+        config=flatten(json.loads(run.config.to_json())),
+        **examples,
+    )
+    write_text(folder / "index.html", [page])
+    return folder / "index.html"
+
+
+def _examples(run: Run, folder: Path) -> dict[str, Any]:
+    """What is known of single examples as files; for the page bins, their scores, the explorer.
+
+    Raises:
+        InputError: the data are not there, or not those of the results, predictions or personas.
+    """
+    split = read_examples(run)
+    answers = [read_predictions(run, path, split) for path in run.folders.values()]
+    personas = read_personas(run, next(iter(run.folders.values())), split)
+    bins, by_length, statistics = [], {}, [{}]
+    if any(answers) and run.metrics and None not in split.golds:
+        statistics = [
+            {
+                name: example_statistics(run.task.name, texts, split.golds)
+                for name, texts in methods.items()
+            }
+            for methods in answers
+        ]
+        bins = length_bins(split.lengths)
+        by_length = scores_by_length(
+            bins, over_seeds(statistics), run.config.eval.bootstrap_samples
+        )
+        names = [each.name for each in bins]
+        named = {
+            metric: {name: dict(zip(names, scores, strict=True)) for name, scores in of.items()}
+            for metric, of in by_length.items()
+        }
+        figures.write_scores(folder / "history_length", "items", "items of history", names, named)
+    users = explorer.explorer(run, split, answers[0], statistics[0], personas)
+    figures.write_map(folder, users)
+    return {"bins": bins, "by_length": by_length, "explorer": users}
+
+
+def _render(**content: Any) -> str:
+    """The page; `data` is for its script, all else for the template."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # `tojson` writes <, >, & and ' as \uXXXX, and all that is not ASCII.
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    environment.filters |= {"stdev": stdev, "figure": _figure}
+    script, style = ((HERE / name).read_text("utf-8") for name in ("page.js", "page.css"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template("page.html").render(
+        script=script, style=style, digest=digest, **content
+    )
+
+
+def _figure(value: float, sign: str = "") -> str:
+    """A score for people; one may be huge, of a rating of 200 digits."""
+    return f"{value:{sign}.3f}" if abs(value) < 1e6 else f"{value:{sign}.3g}"
+
+
+def _thinned(points: Sequence[Any]) -> list[Any]:
+    return [points[i] for i in spread(len(points), MAX_POINTS)]
+
+
+def _finite(tree: Any) -> Any:
+    """JSON has neither infinity nor NaN."""
+    if isinstance(tree, dict):
+        return {key: _finite(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree

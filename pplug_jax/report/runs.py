@@ -1,0 +1,204 @@
+"""What a run has left in its workdir, and the examples that it was evaluated on."""
+
+import dataclasses
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_collections
+import numpy as np
+
+from pplug_jax.answers import predictions_path
+from pplug_jax.config import flatten
+from pplug_jax.data import submission
+from pplug_jax.data.lamp import Example, Item
+from pplug_jax.data.records import raise_bad
+from pplug_jax.data.tasks import TASKS, Task
+from pplug_jax.errors import InputError
+from pplug_jax.metrics import METRICS
+from pplug_jax.plots import read_losses
+from pplug_jax.splits import read_split
+
+# What the page shows of a split; the rest would only make it slow. All examples are scored.
+MAX_EXAMPLES = 500
+
+# What the report reads of a config, `read_split` included.
+FIELDS = (
+    "seed",
+    "data.path",
+    "data.time_based",
+    "data.on_error",
+    "data.eval_split",
+    "data.sample_eval_users",
+    "data.max_history",
+    "data.sort_by_date",
+    "data.history_labels",
+    "eval.top_k",
+    "eval.bootstrap_samples",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A workdir's config and results."""
+
+    workdir: Path
+    config: ml_collections.ConfigDict
+    results: dict[str, Any]
+
+    @property
+    def task(self) -> Task:
+        return TASKS[self.config.task]
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Those measured, the task's own first; none where the golds are withheld."""
+        entries = self.results["methods"].values()
+        known = dict.fromkeys((*self.task.metrics, *METRICS))
+        return tuple(m for m in known if any(isinstance(e.get(m), dict) for e in entries))
+
+    @property
+    def others(self) -> list[str]:
+        """The methods that some method was compared with."""
+        entries = self.results["methods"].values()
+        compared = {name for entry in entries for name in entry.get("versus", {})}
+        return [name for name in self.results["methods"] if name in compared]
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Where each seed's predictions, personas and losses are, by the seed's name."""
+        seeds = self.results.get("seeds")
+        if not seeds:
+            return {"": self.workdir}
+        return {str(seed): self.workdir / f"seed_{seed}" for seed in seeds}
+
+    def known(self, fields: Mapping[str, str]) -> dict[str, str]:
+        """The fields {field: name} that some method has."""
+        entries = self.results["methods"].values()
+        return {
+            field: name
+            for field, name in fields.items()
+            if any(entry.get(field) is not None for entry in entries)
+        }
+
+    def history(self, example: Example) -> tuple[Item, ...]:
+        """The items that a plug reads, oldest first."""
+        return example.profile[-self.config.data.max_history :]
+
+
+class Split(NamedTuple):
+    """The evaluated examples.
+
+    lengths: (n,) int, the history items that each user has for a method to read.
+    shown: the examples that the page shows, by their place in the split.
+    """
+
+    ids: list[str]
+    golds: list[str | None]
+    lengths: np.ndarray
+    shown: dict[int, Example]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(
+            f"{path} is missing: the report is about a workdir that `python -m pplug_jax.main` has "
+            "evaluated (--mode=train_and_evaluate or --mode=evaluate)"
+        )
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is no JSON ({error}): evaluate again") from error
+
+
+def read_run(workdir: Path) -> Run:
+    """
+    Raises:
+        InputError: it is no workdir that was evaluated, or one of an older version; the message
+            says which file or field is missing.
+    """
+    config, results = (_load(workdir / name) for name in ("config.json", "results.json"))
+    if config.get("task") not in TASKS or not results.get("methods"):
+        raise InputError(f"{workdir} has no results of a known task: evaluate again")
+    there = flatten(config)
+    if missing := [field for field in FIELDS if field not in there]:
+        raise InputError(
+            f"{workdir / 'config.json'} has no {', '.join(missing)}: the workdir was made by an "
+            "older version; run the command again with a new --workdir"
+        )
+    return Run(workdir, ml_collections.ConfigDict(config), results)
+
+
+def spread(count: int, most: int) -> list[int]:
+    """The places of at most `most` of `count` things, evenly over them."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
+
+
+def read_examples(run: Run) -> Split:
+    """Goes through the split once and keeps some examples, spread evenly over it.
+
+    Raises:
+        InputError: the data are not there, or not those of the results.
+    """
+    skip = run.config.data.on_error == "skip"
+    examples = read_split(run.config, "eval", (lambda bad: None) if skip else raise_bad)
+    if len(examples) != run.results["n"]:
+        raise InputError(
+            f"the split {run.results['split']} has {len(examples)} examples, the results are of "
+            f"{run.results['n']}: the data have changed, evaluate again"
+        )
+    kept = set(spread(len(examples), MAX_EXAMPLES))
+    split = Split([], [], np.zeros(len(examples), int), {})
+    for i, example in enumerate(examples):
+        split.ids.append(example.id)
+        split.golds.append(example.target)
+        split.lengths[i] = len(run.history(example))
+        if i in kept:
+            split.shown[i] = example
+    return split
+
+
+def read_predictions(run: Run, folder: Path, split: Split) -> dict[str, list[str]]:
+    """Each method's answers in the split's order; without the methods that have no file.
+
+    Raises:
+        InputError: a file that answers other examples.
+    """
+    answers = {}
+    for name in run.results["methods"]:
+        path = predictions_path(folder, run.results["split"], name)
+        if path.is_file():
+            found = submission.read(path, run.task)
+            if missing := [id for id in split.ids if id not in found]:
+                raise InputError(f"{path} has no answer to id {missing[0]!r}: evaluate again")
+            answers[name] = [found[id] for id in split.ids]
+    return answers
+
+
+def read_personas(run: Run, folder: Path, split: Split) -> dict[str, dict[str, np.ndarray]]:
+    """The arrays of each method that left personas, as `answers.write_personas` tells them.
+
+    Raises:
+        InputError: a file of other examples.
+    """
+    personas = {}
+    for name in run.results["methods"]:
+        path = folder / "personas" / f"{run.results['split']}.{name}.npz"
+        if path.is_file():
+            with np.load(path) as arrays:
+                personas[name] = dict(arrays)
+            if not np.array_equal(personas[name]["lengths"], split.lengths):
+                raise InputError(f"{path} is of other histories than the data's: evaluate again")
+    return personas
+
+
+def read_curves(run: Run) -> dict[str, dict[str, dict[int, float]]]:
+    """{method: {seed: {step: loss}}}."""
+    curves: dict[str, dict[str, dict[int, float]]] = defaultdict(dict)
+    for seed, folder in run.folders.items():
+        if (path := folder / "metrics.jsonl").is_file():
+            for method, losses in read_losses(path).items():
+                curves[method][seed] = losses
+    return dict(curves)
