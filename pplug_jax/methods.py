@@ -104,6 +104,7 @@ _CONTROLS = (
         "as many soft tokens, trained without any history",
         plug="instruction_only",
         history="none",
+        reading=Reading(uniform=True),  # no query is needed to weigh nothing
     ),
     Method("shuffled_user", "pplug given another user's history", plug="pplug", history="another"),
     Method(
