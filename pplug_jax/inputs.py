@@ -64,18 +64,17 @@ def unseen(train: Sequence[np.ndarray], held_out: Sequence[np.ndarray]) -> list[
     Two histories are taken for one user's where they share half of the shorter one's texts: files
     need not name users, and co-authors share some.
     """
-    whose = defaultdict(list)
+    sizes, whose = [], defaultdict(list)
     for i, rows in enumerate(held_out):
-        for row in set(rows.tolist()):
+        own = set(rows.tolist())
+        sizes.append(len(own))
+        for row in own:
             whose[row].append(i)
 
     def held(rows: np.ndarray) -> bool:
         own = set(rows.tolist())
         shared = Counter(i for row in own for i in whose.get(row, ()))
-        return any(
-            2 * count >= min(len(own), len(set(held_out[i].tolist())))
-            for i, count in shared.items()
-        )
+        return any(2 * count >= min(len(own), sizes[i]) for i, count in shared.items())
 
     return [i for i, rows in enumerate(train) if not held(rows)]
 
