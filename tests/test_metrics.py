@@ -12,15 +12,29 @@ from hypothesis import strategies as st
 
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.errors import InputError
-from pplug_jax.metrics import METRICS, check_metrics, compare, example_statistics, interval, score
+from pplug_jax.metrics import (
+    METRICS,
+    check_metrics,
+    compare,
+    example_statistics,
+    interval,
+    score,
+    value_of,
+)
 
 TASK = "LaMP_5"
 LONG_TASK = "topic_writing"
 
 
 def test_every_metric_of_every_task_is_there():
-    assert {metric for task in TASKS.values() for metric in task.metrics} == set(METRICS)
-    assert {name for name, metric in METRICS.items() if metric.lower_is_better} == {"mae", "rmse"}
+    of_tasks = {name for name, metric in METRICS.items() if metric.statistics}
+    assert {metric for task in TASKS.values() for metric in task.metrics} == of_tasks
+    lower = {name for name, metric in METRICS.items() if metric.lower_is_better}
+    assert lower == {"mae", "rmse", "loss", "style"}
+
+
+def test_a_loss_is_that_of_all_tokens_together():
+    assert value_of("loss", np.array([[6.0, 2.0], [1.0, 8.0]])) == 0.7
 
 
 # Texts
