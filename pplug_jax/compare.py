@@ -159,40 +159,60 @@ def facts(models: Models) -> dict[str, str]:
     }
 
 
-def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The table's header and cells. A difference with p < 0.05 is starred."""
-    header, columns = metric_columns(results)
+def difference_rows(results: dict[str, Any], metric: str) -> tuple[list[str], list[list[str]]]:
+    """The methods' differences from the references: header and cells; p < 0.05 is starred."""
     entries = results["methods"]
     references = [other for other in REFERENCES if other in entries]
-    header = ["method", *header, "seeds' sd", *(f"- {other}" for other in references)]
-    header += ["trained", "bytes/user", "train s", "ms/example"]
-    metric = next(iter(TASKS[results["task"]].metrics), None)
     cells = []
-    for (name, entry), scored in zip(entries.items(), columns, strict=True):
-        seeds = entry.get(metric, {}).get("seeds", ())
-        row = [name, *scored, f"{statistics.stdev(seeds):.3f}" if len(seeds) > 1 else ""]
+    for name, entry in entries.items():
+        cells.append([name])
         for other in references:
             found = entry["versus"].get(other, {}).get(metric)
-            star = "*" if found and found["p_value"] < 0.05 else ""
-            row.append(f"{found['difference']:+.3f}{star}" if found else "")
+            star = "*" if found and found["p_value"] < 0.05 else " "
+            cells[-1].append(f"{found['difference']:+.3f}{star}" if found else "")
+    return ["method", *references], cells
+
+
+def cost_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """What the methods cost, and how far the seeds are apart: header and cells."""
+    metric = next(iter(TASKS[results["task"]].metrics), None)
+    cells = []
+    for name, entry in results["methods"].items():
+        seeds = entry.get(metric, {}).get("seeds", ())
         seconds = entry.get("train_seconds")
-        row += [f"{entry['trainable']:,}", f"{entry['bytes_per_user']:,.0f}"]
-        row += ["" if seconds is None else f"{seconds:.0f}", f"{entry['milliseconds']:.0f}"]
-        cells.append(row)
+        cells.append(
+            [
+                name,
+                f"{statistics.stdev(seeds):.3f}" if len(seeds) > 1 else "",
+                f"{entry['trainable']:,}",
+                f"{entry['bytes_per_user']:,.0f}",
+                "" if seconds is None else f"{seconds:.0f}",
+                f"{entry['milliseconds']:.0f}",
+            ]
+        )
+    header = ["method", "seeds' sd", "trained", "bytes/user", "train s", "ms/example"]
     return header, cells
 
 
 def report(results: dict[str, Any], workdir: Path) -> None:
-    """Prints the table and writes results.md."""
-    header, cells = rows(results)
+    """Prints the tables and writes results.md."""
     title = title_of(results)
-    show_table(title, header, cells)
+    header, columns = metric_columns(results)
+    cells = [[name, *row] for name, row in zip(results["methods"], columns, strict=True)]
+    tables = {title: (["method", *header], cells)}
+    first = next(iter(TASKS[results["task"]].metrics), None)
+    for metric in (first, "loss"):
+        if all(metric in entry for entry in results["methods"].values()):
+            tables[f"{metric}: difference from"] = difference_rows(results, metric)
+    tables["costs"] = cost_rows(results)
+    for caption, table in tables.items():
+        show_table(caption, *table)
     note = (
         f"{results['n']} users, seeds {', '.join(map(str, results['seeds']))}; intervals are the "
         "paired bootstrap's over examples; * is p < 0.05 by the paired permutation test."
     )
-    write_text(workdir / "results.md", f"# {title}\n\n{markdown(header, cells)}\n\n{note}\n")
+    parts = [f"## {caption}\n\n{markdown(*table)}" for caption, table in tables.items()]
+    write_text(workdir / "results.md", "\n\n".join([*parts, note, ""]).removeprefix("#"))
     say(note)
-    metric = next(iter(TASKS[results["task"]].metrics), None)
-    if all(metric in entry for entry in results["methods"].values()):
-        plot_results(results, metric, workdir / "plots" / "results.png")
+    if all(first in entry for entry in results["methods"].values()):
+        plot_results(results, first, workdir / "plots" / "results.png")
