@@ -1,5 +1,6 @@
 """A method's answers to the held-out examples, and what the plug made of each user."""
 
+import contextlib
 import functools
 import json
 import time
@@ -123,6 +124,10 @@ def predictions_path(directory: Path, split: str, method: str) -> Path:
     return directory / "predictions" / f"{split}.{method}.json"
 
 
+def personas_path(directory: Path, split: str, method: str) -> Path:
+    return directory / "personas" / f"{split}.{method}.npz"
+
+
 def answer(
     models: Models,
     method: Method,
@@ -130,12 +135,12 @@ def answer(
     examples: Sequence[Example],
     tokenized: Callable[[], Sequence[Tokenized]],
     directory: Path,
-    weights: Weights | None = None,
+    weights: Callable[[], Weights],
 ) -> Answers:
     """Runs a method on the held-out examples, unless its answers by the same weights are there.
 
     config: `methods.configured`. tokenized: makes the examples' tokens, where they are needed.
-    weights: those just trained; by default the newest checkpoint's.
+    weights: gives the method's trained ones, where they are needed.
 
     Writes predictions/ and, of a plug that reads the user, personas/ in `directory`.
     """
@@ -144,29 +149,29 @@ def answer(
     about = path.with_suffix(".about.json")
     step = None
     if method.weights:
-        checkpoints = Checkpoints(directory / "checkpoints" / method.weights, config.train.keep)
-        step = checkpoints.latest
+        with contextlib.closing(Checkpoints(directory / "checkpoints" / method.weights)) as found:
+            step = found.latest
     if path.is_file() and about.is_file():
         facts = json.loads(about.read_text())
         texts = submission.read(path, task)
         if facts["step"] == step and list(texts) == [example.id for example in examples]:
             return Answers(texts, **facts)
-    if method.weights:
-        if weights is None:
-            weights = checkpoints.restore_weights(models.abstract_weights(method, config))
-        checkpoints.close()
+    trained = weights() if method.weights else None
     start = time.monotonic()
     inputs = shown(models, method, config, examples, tokenized())
     preparing = 1000 * (time.monotonic() - start) / len(inputs) if method.retrieval else 0.0
     own = []
     if method.user_lora:
-        own = [models.tokenize(own_items(task, example)) for example in examples]
-    texts, losses, milliseconds = predict(models, method, config, weights, inputs, own)
+        own = [
+            shown(models, method, config, (), models.tokenize(own_items(task, example)))
+            for example in examples
+        ]
+    texts, losses, milliseconds = predict(models, method, config, trained, inputs, own)
     answers = Answers(
         {example.id: text for example, text in zip(examples, texts, strict=True)},
         losses.tolist(),
         step,
-        parameter_count(weights) if weights is not None else 0,
+        parameter_count(trained) if trained is not None else 0,
         _bytes_per_user(models, method, config, examples, inputs),
         preparing + milliseconds,
     )
@@ -174,7 +179,7 @@ def answer(
     if task.judged:
         submission.write_judged(path.with_suffix(".judge.jsonl"), task, examples, answers.texts)
     if method.plug and method.history == "own":
-        write_personas(models, method, config, weights, examples, inputs, directory)
+        write_personas(models, method, config, trained, examples, inputs, directory)
     write_json(about, {k: v for k, v in answers._asdict().items() if k != "texts"})
     return answers
 
@@ -246,7 +251,7 @@ def write_personas(
             personas[indices] = np.asarray(persona, np.float32)[: len(indices)]
         found.append((np.concatenate(weights), personas))
     lengths = np.array([len(each.rows) for each in inputs])
-    path = directory / "personas" / f"{config.data.eval_split}.{method.name}.npz"
+    path = personas_path(directory, config.data.eval_split, method.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(
         path,

@@ -50,8 +50,7 @@ def compare_methods(models: Models, train: Sequence[Example], held_out: Sequence
     tokenized = functools.cache(lambda: models.tokenize(held_out))
     training = None
     if any(METHODS[name].trained for name in config.methods):
-        rows = [[each.rows for each in models.tokenize(split)] for split in (train, held_out)]
-        kept = unseen(*rows)
+        kept = unseen(models.history_rows(train), models.history_rows(held_out))
         if not kept:
             raise ConfigError(
                 "config.data: all users of the training split are held out too; a comparison wants "
@@ -90,10 +89,11 @@ def run_method(
     directory: Path,
 ) -> Run:
     """Trains the method, if it has weights of its own, and answers, unless that was done before."""
-    weights = None
+    weights = functools.partial(models.restore_weights, method, settings, directory)
     path = predictions_path(directory, settings.data.eval_split, method.name)
     if method.trained and not path.is_file():
-        weights = fit(models, method, settings, training(method, settings), directory)
+        trained = fit(models, method, settings, training(method, settings), directory)
+        weights = lambda: trained
         plot_losses(directory / "metrics.jsonl", directory / "plots" / "loss.png")
     answers = answer(models, method, settings, held_out, tokenized, directory, weights)
     if not method.weights:
@@ -173,9 +173,8 @@ def difference_rows(results: dict[str, Any], metric: str) -> tuple[list[str], li
     return ["method", *references], cells
 
 
-def cost_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """What the methods cost, and how far the seeds are apart: header and cells."""
-    metric = next(iter(TASKS[results["task"]].metrics), None)
+def cost_rows(results: dict[str, Any], metric: str | None) -> tuple[list[str], list[list[str]]]:
+    """What the methods cost, and how far the seeds are apart in the metric: header and cells."""
     cells = []
     for name, entry in results["methods"].items():
         seeds = entry.get(metric, {}).get("seeds", ())
@@ -204,7 +203,7 @@ def report(results: dict[str, Any], workdir: Path) -> None:
     for metric in (first, "loss"):
         if all(metric in entry for entry in results["methods"].values()):
             tables[f"{metric}: difference from"] = difference_rows(results, metric)
-    tables["costs"] = cost_rows(results)
+    tables["costs"] = cost_rows(results, first)
     for caption, table in tables.items():
         show_table(caption, *table)
     note = (

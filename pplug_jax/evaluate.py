@@ -12,7 +12,7 @@ from pplug_jax.answers import Answers, answer
 from pplug_jax.data.lamp import Example
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.files import write_json, write_text
-from pplug_jax.methods import METHODS, configured
+from pplug_jax.methods import METHODS, Weights, configured
 from pplug_jax.metrics import METRICS, compare, example_statistics, interval, value_of
 from pplug_jax.models import Models
 from pplug_jax.plots import plot_results
@@ -61,12 +61,26 @@ def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
     own = json.loads((workdir / "config.json").read_text())["data"]["eval_split"]
     stem = "results" if config.data.eval_split == own else f"results.{config.data.eval_split}"
     results = empty_results(config, examples)
+
+    @functools.cache
+    def restored(name: str) -> Weights:  # several methods may use the same
+        method = METHODS[name]
+        return models.restore_weights(method, configured(config, method, config.seed), workdir)
+
     texts: dict[str, dict[str, str]] = {}
     statistics: dict[str, dict[str, np.ndarray]] = {}
     for name in config.methods:
         method = METHODS[name]
         settings = configured(config, method, config.seed)
-        answers = answer(models, method, settings, examples, tokenized, workdir)
+        answers = answer(
+            models,
+            method,
+            settings,
+            examples,
+            tokenized,
+            workdir,
+            functools.partial(restored, method.weights),
+        )
         texts[name] = answers.texts
         statistics[name] = statistics_of(models, examples, answers)
         facts = answers._asdict()

@@ -137,7 +137,7 @@ class TrainingInputs:
         config = self.models.config
         methods = (METHODS[name] for name in config.methods)
         if any(configured(config, method, 0).plug.difference for method in methods if method.plug):
-            rows = (each.rows for each in self.tokenized(0))
+            rows = self.models.history_rows(self.examples)
             Peers.of(self.models.store, rows).save(self.models.workdir)
 
     def __call__(self, method: Method, config: ml_collections.ConfigDict) -> list[Tokenized]:

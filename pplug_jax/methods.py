@@ -131,7 +131,7 @@ _LORA = (
     ),
 )
 
-# The paper's plug with one thing added each; docs/results.md says what each gave.
+# The paper's plug with one thing changed each.
 _ADDED = (
     _variant("pplug_cold", "a fixed temperature of 0.1", plug__temperature=0.1),
     _variant(

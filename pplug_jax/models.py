@@ -1,5 +1,6 @@
 """The loaded parts that training, evaluation and serving share: mesh, LLM, encoder, store."""
 
+import contextlib
 import functools
 import math
 from collections.abc import Iterable, Sequence
@@ -8,13 +9,14 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from etils import epath
 from flax import nnx
 
 from pplug_jax import hf
-from pplug_jax.checkpoint import is_saved, restore_module, save_module
+from pplug_jax.checkpoint import Checkpoints, is_saved, restore_module, save_module
 from pplug_jax.config import ConfigError, check_batches
-from pplug_jax.data.batches import Assemble, Buckets, Tokenized, tokenize
+from pplug_jax.data.batches import Assemble, Buckets, Tokenized, history_rows, tokenize
 from pplug_jax.data.history import HistoryStore
 from pplug_jax.data.lamp import Example, Item
 from pplug_jax.data.peers import Peers
@@ -64,7 +66,6 @@ class Models:
         llm_path = model_path(config.llm.path, "llm")
         self.encoder_path = model_path(config.encoder.path, "encoder")
         self.llm = self._load_llm(llm_path)
-        self.soft_norm = float(jax.jit(lambda llm: llm.embedding_norm())(self.llm))
         tokenizer = hf.load_tokenizer(llm_path, self.llm.config.vocab_size)
         self.tokenizer = Tokenizer(
             tokenizer,
@@ -115,6 +116,14 @@ class Models:
     def item_text(self, item: Item) -> str:
         """A history item as the encoder reads it."""
         return self.task.item_text(item, self.config.data.history_labels)
+
+    def history_rows(self, examples: Iterable[Example]) -> list[np.ndarray]:
+        """Each example's history as rows of the store, without tokenising anything."""
+        data = self.config.data
+        return [
+            history_rows(self.task, each, self.store, data.max_history, data.history_labels)
+            for each in examples
+        ]
 
     def tokenize(self, examples: Iterable[Example]) -> list[Tokenized]:
         """`data.batches.tokenize` with this task, tokenizer, store and the config's lengths."""
@@ -171,14 +180,18 @@ class Models:
                 f"but the LLM was made for {self.llm.config.max_length}"
             )
 
+    @functools.cached_property
+    def _soft_norm(self) -> float:
+        return float(jax.jit(lambda llm: llm.embedding_norm())(self.llm))
+
     def _build_plug(
-        self, config: ml_collections.ConfigDict, encoder: Bert, key: jax.Array
+        self, config: ml_collections.ConfigDict, norm: float, encoder: Bert, key: jax.Array
     ) -> UserEmbedder:
         """A plug with `encoder` for Enc_inp, whose other parts are drawn from the key."""
         return UserEmbedder(
             encoder,
             self.llm.config.hidden_size,
-            self.soft_norm,
+            norm,
             num_persona_tokens=config.num_persona_tokens,
             projector_size=config.projector_size,
             temperature=config.temperature,
@@ -209,9 +222,20 @@ class Models:
         if method.lora:
             build = functools.partial(self._build_lora, config.lora)
             return place_abstract(jax.eval_shape(build, key), self.mesh)
-        build = functools.partial(self._build_plug, config.plug)
+        build = functools.partial(self._build_plug, config.plug, self._soft_norm)
         encoder = abstract_bert(self.encoder_path, **self._input_encoder(config.plug))
         return place_abstract(jax.eval_shape(build, encoder, key), self.mesh)
+
+    def restore_weights(
+        self, method: Method, config: ml_collections.ConfigDict, directory: Path
+    ) -> Weights:
+        """The trained weights that the method uses, of the newest checkpoint in `directory`.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        with contextlib.closing(Checkpoints(directory / "checkpoints" / method.weights)) as found:
+            return found.restore_weights(self.abstract_weights(method, config))
 
     def new_weights(self, method: Method, config: ml_collections.ConfigDict) -> Weights:
         """The method's weights before training, on the mesh, drawn from the config's seed.
@@ -222,7 +246,7 @@ class Models:
         if method.lora:
             build = jax.jit(functools.partial(self._build_lora, config.lora))
             return place(build(key), self.mesh)
-        build = jax.jit(functools.partial(self._build_plug, config.plug))
+        build = jax.jit(functools.partial(self._build_plug, config.plug, self._soft_norm))
         encoder = load_bert(self.encoder_path, self.mesh, **self._input_encoder(config.plug))
         return place(build(encoder, key), self.mesh)
 

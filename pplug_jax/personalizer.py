@@ -9,7 +9,6 @@ import jax
 import ml_collections
 import numpy as np
 
-from pplug_jax.checkpoint import Checkpoints
 from pplug_jax.data.batches import item_ages
 from pplug_jax.data.lamp import by_date
 from pplug_jax.embedder import UserEmbedder
@@ -45,10 +44,7 @@ class Personalizer:
             raise InputError(f"{path}: no such file; {workdir} is not the workdir of a run")
         config = ml_collections.ConfigDict(json.loads(path.read_text()))
         models, method = Models(config, workdir), METHODS["pplug"]
-        checkpoints = Checkpoints(workdir / "checkpoints" / method.name)
-        plug = checkpoints.restore_weights(models.abstract_weights(method, config))
-        checkpoints.close()
-        return cls(models, plug)
+        return cls(models, models.restore_weights(method, config, workdir))
 
     def soft_prompt(self, input: str, history: Sequence[str | dict[str, Any]] = ()) -> np.ndarray:
         """The soft tokens [I ; P] for this input, (k + 1, D) float32; with Diff (2k + 1, D).

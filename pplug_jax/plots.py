@@ -1,7 +1,5 @@
 """The pictures of a run: every method's score with its interval, and the loss curves."""
 
-import json
-from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from pplug_jax.metrics import METRICS
+from pplug_jax.writer import read_scalars
 
 DASHES = ("-", "--", ":")  # of the first ten methods, of the second, of the third
 
@@ -48,20 +47,11 @@ def plot_results(results: dict[str, Any], metric: str, path: Path) -> None:
     save(figure, path)
 
 
-def read_losses(metrics: Path) -> dict[str, dict[int, float]]:
-    """{method: {step: loss}} of a `metrics.jsonl`; of a step that was taken twice, the later."""
-    losses: dict[str, dict[int, float]] = defaultdict(dict)
-    for line in metrics.read_text().splitlines():
-        record = json.loads(line)
-        method, _, name = record["name"].rpartition("/")
-        if name == "loss":
-            losses[method][record["step"]] = record["value"]
-    return losses
-
-
 def plot_losses(metrics: Path, path: Path) -> None:
     """The training loss of every trained method, from `metrics.jsonl`."""
-    plot_curves({method: [losses] for method, losses in read_losses(metrics).items()}, path)
+    plot_curves(
+        {method: [losses] for method, losses in read_scalars(metrics, "loss").items()}, path
+    )
 
 
 def plot_curves(curves: Mapping[str, Sequence[Mapping[int, float]]], path: Path) -> None:

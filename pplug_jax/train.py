@@ -1,7 +1,6 @@
 """Fits a plug or a LoRA: the loss, the jit-compiled step, and the loop around them."""
 
 import functools
-import json
 import math
 import signal
 import time
@@ -31,7 +30,7 @@ from pplug_jax.mesh import replicated
 from pplug_jax.methods import Method, Weights, token_losses
 from pplug_jax.models import Models
 from pplug_jax.progress import Progress, say
-from pplug_jax.writer import Writer
+from pplug_jax.writer import Writer, read_scalars
 
 
 @functools.lru_cache
@@ -261,11 +260,11 @@ def fit(
 def training_seconds(directory: Path, method: str) -> float:
     """How long `fit` has worked on the method's steps, those of all starts together."""
     seconds, before = 0.0, 0
-    for line in (directory / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        if record["name"] == f"{method}/steps_per_second":
-            seconds += (record["step"] - before) / record["value"]
-            before = record["step"]
+    for step, speed in read_scalars(directory / "metrics.jsonl", "steps_per_second")[
+        method
+    ].items():
+        seconds += (step - before) / speed
+        before = step
     return seconds
 
 

@@ -26,7 +26,7 @@ def tune(models: Models, train: Sequence[Example]) -> dict[str, float]:
     losses: dict[str, dict[str, float | None]] = (
         json.loads(path.read_text()) if path.is_file() else {}
     )
-    rows = [each.rows for each in models.tokenize(train)]
+    rows = models.history_rows(train)
     order = np.random.default_rng(config.seed).permutation(len(rows))
     held_out, rest = np.split(order, [max(1, round(config.tune.held_out * len(order)))])
     kept = unseen([rows[i] for i in rest], [rows[i] for i in held_out])

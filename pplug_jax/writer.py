@@ -1,6 +1,7 @@
 """Scalars to `metrics.jsonl` and TensorBoard events."""
 
 import json
+from collections import defaultdict
 from pathlib import Path
 
 from tensorboardX import SummaryWriter
@@ -42,3 +43,14 @@ class Writer:
     def close(self) -> None:
         self.file.close()
         self.events.close()
+
+
+def read_scalars(path: Path, key: str) -> dict[str, dict[int, float]]:
+    """{method: {step: value}} of a `metrics.jsonl`; of a step that was taken twice, the later."""
+    found: dict[str, dict[int, float]] = defaultdict(dict)
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        method, _, name = record["name"].rpartition("/")
+        if name == key:
+            found[method][record["step"]] = record["value"]
+    return found

@@ -86,6 +86,14 @@ def item_ages(profile: Sequence[Item]) -> np.ndarray:
     return np.array([len(order) - bisect.bisect_right(order, date) for date in dates], np.float32)
 
 
+def history_rows(
+    task: Task, example: Example, store: HistoryStore, max_history: int, history_labels: bool
+) -> np.ndarray:
+    """The rows of the newest `max_history` items in the store, (n,) int64."""
+    items = example.profile[-max_history:]
+    return store.rows([task.item_text(item, history_labels) for item in items])
+
+
 def tokenize(
     task: Task,
     examples: Iterable[Example],
@@ -107,9 +115,7 @@ def tokenize(
             tokenizer.prompt(example.input, max_input_length),
             tokenizer.target(example.target or "", max_target_length),
             np.array(store.encoder.queries([task.query_text(example.input)])[0], np.int32),
-            store.rows(
-                [task.item_text(item, history_labels) for item in example.profile[-max_history:]]
-            ),
+            history_rows(task, example, store, max_history, history_labels),
             item_ages(example.profile)[-max_history:],
         )
         for example in examples

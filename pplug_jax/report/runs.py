@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import ml_collections
 import numpy as np
 
-from pplug_jax.answers import predictions_path
+from pplug_jax.answers import personas_path, predictions_path
 from pplug_jax.config import flatten
 from pplug_jax.data import submission
 from pplug_jax.data.lamp import Example, Item
@@ -18,8 +18,8 @@ from pplug_jax.data.records import raise_bad
 from pplug_jax.data.tasks import TASKS, Task
 from pplug_jax.errors import InputError
 from pplug_jax.metrics import METRICS
-from pplug_jax.plots import read_losses
 from pplug_jax.splits import read_split
+from pplug_jax.writer import read_scalars
 
 # What the page shows of a split; the rest would only make it slow. All examples are scored.
 MAX_EXAMPLES = 500
@@ -185,7 +185,7 @@ def read_personas(run: Run, folder: Path, split: Split) -> dict[str, dict[str, n
     """
     personas = {}
     for name in run.results["methods"]:
-        path = folder / "personas" / f"{run.results['split']}.{name}.npz"
+        path = personas_path(folder, run.results["split"], name)
         if path.is_file():
             with np.load(path) as arrays:
                 personas[name] = dict(arrays)
@@ -199,6 +199,6 @@ def read_curves(run: Run) -> dict[str, dict[str, dict[int, float]]]:
     curves: dict[str, dict[str, dict[int, float]]] = defaultdict(dict)
     for seed, folder in run.folders.items():
         if (path := folder / "metrics.jsonl").is_file():
-            for method, losses in read_losses(path).items():
+            for method, losses in read_scalars(path, "loss").items():
                 curves[method][seed] = losses
     return dict(curves)

@@ -5,11 +5,15 @@ One for real texts: add larger sizes and, for each source, `--data=TASK:PATH:SHA
 `--data=LaMP_5:DIR:0.6 --data=LaMP_5:corpus.jsonl.gz:0.4`: a directory of the task's files, of which
 only the training split is read, or lines of single items (`{"title": .., "abstract": ..}`).
 
-A training sequence has one of four forms: a paper's bare input and its title; the same behind one
+A training sequence has one of six forms: a paper's bare input and its title; the same behind one
 or a few other papers of the author as demonstrations, in LaMP's retrieval form; the same behind
-notes that name the author's style; or a list of an author's titles behind such notes. Notes are
-there only on the generator's authors. So the model can title without knowing the user, can use
-demonstrations, and obeys what stands in front.
+notes that name the author's style; a list of an author's titles behind such notes; the bare input
+behind other titles of the author's; or a text to repeat, from which copying is learnt within few
+steps. Notes are there only on the generator's authors. So the model can title without knowing the
+user, can use demonstrations, and obeys what stands in front.
+
+Of files, the outputs of the training questions are left out, wherever they stand: a model that
+knows them by heart would leave a plug nothing to learn from them.
 """
 
 import functools
@@ -64,12 +68,15 @@ flags.DEFINE_float(
     "prompt_weight", 0.1, "Weight of the prompt's tokens in the loss; the title's have 1."
 )
 flags.DEFINE_multi_float(
-    "shares", [0.1, 0.1, 0.5, 0.3], "Of the batches: bare, demonstrations, notes, lists."
+    "shares",
+    [0.1, 0.1, 0.5, 0.3, 0, 0],
+    "Of the batches: bare, demonstrations, notes, list, titles, repeat.",
 )
 flags.DEFINE_integer("seed", 0, "Seed of everything.")
 
 SAMPLE = TASKS["LaMP_5"]
 SEPARATOR = "\n"
+FORMS = ("bare", "demonstrations", "notes", "list", "titles", "repeat")
 
 
 class Author(NamedTuple):
@@ -88,32 +95,30 @@ def sample_authors(rng: random.Random) -> Iterator[Author]:
         yield Author(SAMPLE, rng.sample(papers, len(papers)), "".join(f" {note}" for note in some))
 
 
-def file_authors(task: Task, path: Path, rng: random.Random) -> Iterator[Author]:
-    """Those of a task's training split, or one for each line of a file; over and over."""
-    if path.is_dir():
-        profiles = [
-            [*example.profile, task.own_item(example.input, example.target)]
-            for example in lamp.read(path, "train", task)
-        ]
-    else:
-        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
-            profiles = [[json.loads(line)] for line in lines]
+def file_authors(rng: random.Random) -> Iterator[Author]:
+    """Those of the training splits, or one for each line of a file, by share; over and over."""
+    sources, shares, outputs = [], [], set()
+    for source in FLAGS.data:
+        name, path, share = source.split(":")
+        task, path = TASKS[name], Path(path)
+        if path.is_dir():
+            examples = list(lamp.read(path, "train", task))
+            outputs.update(example.target for example in examples)
+            profiles = [example.profile for example in examples]
+        else:
+            with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
+                profiles = [[json.loads(line)] for line in lines]
+        sources.append((task, profiles))
+        shares.append(float(share))
     while True:
-        for profile in rng.sample(profiles, len(profiles)):
-            yield Author(task, rng.sample(profile, len(profile)))
+        task, profiles = rng.choices(sources, shares)[0]
+        items = [item for item in rng.choice(profiles) if task.own_example(item)[1] not in outputs]
+        if items:
+            yield Author(task, rng.sample(items, len(items)))
 
 
 def authors(rng: random.Random) -> Iterator[Author]:
-    """Endless authors, of the sources in their shares."""
-    if not FLAGS.data:
-        yield from sample_authors(rng)
-    sources, shares = [], []
-    for source in FLAGS.data:
-        task, path, share = source.split(":")
-        sources.append(file_authors(TASKS[task], Path(path), rng))
-        shares.append(float(share))
-    while True:
-        yield next(rng.choices(sources, shares)[0])
+    return file_authors(rng) if FLAGS.data else sample_authors(rng)
 
 
 def train_tokenizer(rng: random.Random) -> transformers.PreTrainedTokenizerFast:
@@ -133,7 +138,7 @@ def batches(
     parts = Tokenizer(tokenizer, separator=SEPARATOR)
     source = authors(rng)
     while True:
-        form = rng.choices(("bare", "demonstrations", "notes", "list"), FLAGS.shares)[0]
+        form = rng.choices(FORMS, FLAGS.shares)[0]
         shown = rng.randint(1, FLAGS.demonstrations)
         rows = []
         for task, items, notes in itertools.islice(source, FLAGS.batch_size):
@@ -142,6 +147,12 @@ def batches(
             if form == "demonstrations":
                 others = items[1 : 1 + shown]
                 prompt = demonstration_prompt(task, prompt, others, tokenizer, FLAGS.max_length)
+            if form == "titles":
+                titles = [title for _, title in examples[1 : 1 + 2 * shown]]
+                prompt = SEPARATOR.join([*titles, prompt])
+            if form == "repeat":
+                examples = [("", prompt)]
+                prompt = f"Repeat: {prompt}"
             prompts = {"notes": [f"{notes} {prompt}"], "list": [notes, "", "", ""]}
             ids, weights = [*parts.prefix], [0.0] * parts.prefix_length
             for text, (_, answer) in zip(prompts.get(form, [prompt]), examples, strict=False):
