@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from benchmarks.fit import SHAPES
 from configs import lamp5
 from pplug_jax import hf
 from pplug_jax.generate import generate
 from pplug_jax.llm import LLM, abstract_llm, llama, load_llm
 from pplug_jax.llm.decoder import Decoder
+from pplug_jax.llm.shapes import PUBLISHED
 from pplug_jax.models import ASSETS
 from pplug_jax.run import run
 from pplug_jax.tools.initialise import initialise
@@ -39,7 +39,7 @@ def write_random(directory: Path) -> None:
     """Random weights in the shape of Llama 3.2 1B, with the bundled tokenizer."""
     for file in (ASSETS / "tiny_llama").glob("*token*"):
         (directory / file.name).write_bytes(file.read_bytes())
-    shape = SHAPES["llama3_1b"]
+    shape = PUBLISHED["meta-llama/Llama-3.2-1B-Instruct"]
     shape.save_pretrained(directory)
     llm = initialise(Decoder(llama.config_from_hf(shape, ()), "bfloat16"), jax.random.key(0))
     hf.save_weights(llm, directory, llama.SOURCES, jnp.bfloat16)

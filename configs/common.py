@@ -37,7 +37,8 @@ def base_config() -> ml_collections.ConfigDict:
     c.data.sort_by_date = True  # profiles whose items all have dates
     c.data.history_labels = True  # read a history item with its tag or score, where it has one
     c.data.buckets = 3  # padded prompt lengths, and so compiled shapes
-    c.data.history_store = ""  # directory; empty: WORKDIR/history
+    # A directory on a disk; empty: WORKDIR/history, or history/ where the workdir is gs://...
+    c.data.history_store = ""
 
     c.llm = ml_collections.ConfigDict()
     c.llm.path = ""  # Hugging Face directory, URL (gs://...) or hub id; assets/NAME is bundled
@@ -82,7 +83,10 @@ def base_config() -> ml_collections.ConfigDict:
     c.train.remat = False  # recompute the LLM's activations in the backward pass
     c.train.log_every = 20
     c.train.checkpoint_every = 200
-    c.train.keep = 2
+    c.train.keep = 2  # newest checkpoints
+    # Share of the training examples that are held out: the checkpoint with the lowest loss on them
+    # is kept and used. 0: the last is.
+    c.train.validation = 0.0
 
     c.lora = ml_collections.ConfigDict()  # of the methods task_lora and user_lora
     c.lora.rank = 8
@@ -91,8 +95,8 @@ def base_config() -> ml_collections.ConfigDict:
     c.lora.user_learning_rate = 1e-4
 
     c.tune = ml_collections.ConfigDict()  # before --mode=compare
-    c.tune.learning_rates = ()  # tried for every trained method; empty: train.learning_rate
-    c.tune.held_out = 0.1  # share of the training examples to compare them on
+    # Tried for every trained method and judged by train.validation; empty: train.learning_rate.
+    c.tune.learning_rates = ()
 
     c.eval = ml_collections.ConfigDict()
     c.eval.batch_size = 64
@@ -103,6 +107,7 @@ def base_config() -> ml_collections.ConfigDict:
     c.eval.bootstrap_samples = 2000
 
     c.mesh = ml_collections.ConfigDict()
+    c.mesh.slices = 1  # TPU slices, or pods, that work together
     c.mesh.data = -1  # what the other axes leave
     c.mesh.fsdp = 1
     c.mesh.tensor = 1

@@ -12,14 +12,15 @@ class Preset(NamedTuple):
     """path: hub id. chat: with its chat template. max_input_length: tokens of an input.
 
     v5e_8, v5p_16: how many of the slice's 8 chips (16 and 95 GiB each; v5p counts two cores a chip)
-    share one copy of the weights. `python -m benchmarks.fit NAME SLICE` shows whether it fits.
+    share one copy of the weights; None where all of them together are too small. As few as fit, as
+    `--mode=plan` has it: docs/pods.md.
     learning_rate: the paper's; it was found for FlanT5-XXL.
     """
 
     path: str
     chat: bool
     max_input_length: int
-    v5e_8: int
+    v5e_8: int | None
     v5p_16: int
     learning_rate: float = 1e-4
 
@@ -27,9 +28,12 @@ class Preset(NamedTuple):
 PRESETS = {
     "gemma3_1b": Preset("google/gemma-3-1b-it", True, 512, 1, 1),
     "gemma3_4b": Preset("google/gemma-3-4b-it", True, 512, 4, 1),
+    "gemma3_12b": Preset("google/gemma-3-12b-it", True, 512, 8, 1),
+    "gemma3_27b": Preset("google/gemma-3-27b-it", True, 512, 8, 1),
     "gemma2_9b": Preset("google/gemma-2-9b-it", True, 512, 8, 1),
     "llama3_1b": Preset("meta-llama/Llama-3.2-1B-Instruct", True, 512, 1, 1),
     "llama3_8b": Preset("meta-llama/Llama-3.1-8B-Instruct", True, 512, 8, 1),
+    "llama3_70b": Preset("meta-llama/Llama-3.3-70B-Instruct", True, 512, None, 2),
     "qwen3_8b": Preset("Qwen/Qwen3-8B", True, 512, 8, 1),
     "flan_t5_base": Preset("google/flan-t5-base", False, 256, 1, 1),
     "flan_t5_xxl": Preset("google/flan-t5-xxl", False, 256, 8, 1),  # the paper
@@ -66,4 +70,7 @@ def use(c: ml_collections.ConfigDict, argument: str) -> None:
     c.encoder.query_prefix = "Represent this sentence for searching relevant passages: "
     c.encoder.dtype = "bfloat16"
     if machine:
-        c.mesh.fsdp = getattr(preset, SLICES[machine])
+        copies = getattr(preset, SLICES[machine])
+        if copies is None:
+            raise ValueError(f"{argument}: {name} does not fit a {machine}; see docs/pods.md")
+        c.mesh.fsdp = copies

@@ -17,6 +17,7 @@ from pplug_jax.checkpoint import Checkpoints
 from pplug_jax.data import submission
 from pplug_jax.data.batches import Batch, Tokenized, place_batch, plan_batches
 from pplug_jax.data.lamp import Example
+from pplug_jax.distributed import fetch, is_primary, wait_for_all
 from pplug_jax.embedder import Reading, UserEmbedder
 from pplug_jax.files import write_json
 from pplug_jax.generate import generate
@@ -48,7 +49,7 @@ class Answers(NamedTuple):
     jax.jit,
     static_argnames=("reading", "prefix_length", "max_new_tokens", "num_beams", "length_penalty"),
 )
-def _answer(
+def answer_tokens(
     weights: Weights | None,
     llm: LLM,
     batch: Batch,
@@ -63,7 +64,7 @@ def _answer(
 
 
 @functools.partial(jax.jit, static_argnames=("prefix_length", "reading"))
-def _gold_losses(
+def gold_losses(
     weights: Weights | None, llm: LLM, batch: Batch, prefix_length: int, reading: Reading
 ) -> jax.Array:
     losses = token_losses(weights, llm, batch, prefix_length, reading=reading)
@@ -100,7 +101,7 @@ def predict(
                 weights = fit_user_loras(models, llm, config, items, mine)
             with jax.set_mesh(models.mesh):
                 batch = place_batch(assemble((0, bucket, indices)), models.mesh)
-                tokens = _answer(
+                tokens = answer_tokens(
                     weights,
                     llm,
                     batch,
@@ -110,12 +111,12 @@ def predict(
                     num_beams=config.eval.num_beams,
                     length_penalty=config.eval.length_penalty,
                 )
-            for index, row in zip(indices, np.asarray(tokens), strict=False):
+            for index, row in zip(indices, fetch(tokens), strict=False):
                 answers[index] = tokenizer.decode(row)
             times.append(1000 * (time.monotonic() - start) / len(indices))
             with jax.set_mesh(models.mesh):
-                found = _gold_losses(weights, llm, batch, tokenizer.prefix_length, method.reading)
-            losses[indices] = np.asarray(found)[: len(indices)]
+                found = gold_losses(weights, llm, batch, tokenizer.prefix_length, method.reading)
+            losses[indices] = fetch(found)[: len(indices)]
             progress.advance(len(indices))
     return answers, losses, float(np.median(times))
 
@@ -150,7 +151,7 @@ def answer(
     step = None
     if method.weights:
         with contextlib.closing(Checkpoints(directory / "checkpoints" / method.weights)) as found:
-            step = found.latest
+            step = found.best
     if path.is_file() and about.is_file():
         facts = json.loads(about.read_text())
         texts = submission.read(path, task)
@@ -181,6 +182,7 @@ def answer(
     if method.plug and method.history == "own":
         write_personas(models, method, config, trained, examples, inputs, directory)
     write_json(about, {k: v for k, v in answers._asdict().items() if k != "texts"})
+    wait_for_all(f"answers of {method.name}")
     return answers
 
 
@@ -246,18 +248,21 @@ def write_personas(
             with jax.set_mesh(models.mesh):
                 batch = place_batch(assemble((0, bucket, indices)), models.mesh)
                 items, persona = _personas(plug, batch, method.reading)
-            for i, row in zip(indices, np.asarray(items), strict=False):
+            for i, row in zip(indices, fetch(items), strict=False):
                 weights[i] = row[: len(tokenized[i].rows)]
-            personas[indices] = np.asarray(persona, np.float32)[: len(indices)]
+            personas[indices] = fetch(persona)[: len(indices)]
         found.append((np.concatenate(weights), personas))
+    if not is_primary():
+        return
     lengths = np.array([len(each.rows) for each in inputs])
     path = personas_path(directory, config.data.eval_split, method.name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(
-        path,
-        lengths=lengths,
-        weights=found[0][0],
-        other=found[1][0],
-        other_item=lengths - 1,
-        persona=found[0][1],
-    )
+    with path.open("wb") as file:
+        np.savez(
+            file,
+            lengths=lengths,
+            weights=found[0][0],
+            other=found[1][0],
+            other_item=lengths - 1,
+            persona=found[0][1],
+        )

@@ -1,21 +1,28 @@
 """Orbax checkpoints: of a training run, and of a module that is only restored.
 
-A training run's hold what is trained, the optimiser, the data iterator and the step; never the LLM.
+A training run's hold what is trained, the optimiser and the step, which is also the place in the
+data; never the LLM.
 """
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
+from pplug_jax.distributed import is_primary, wait_for_all
 from pplug_jax.errors import InputError
+from pplug_jax.progress import say
 
 
 class CheckpointError(InputError):
     """A checkpoint could not be written or read; the message says what to do."""
+
+
+def _validation_loss(metrics: dict[str, float]) -> float:
+    return metrics["validation_loss"]
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -33,17 +40,34 @@ def _restored_like(tree: Any, arrays: dict[str, Any]) -> Any:
 
 
 class Checkpoints:
-    """Those of one method, the newest `keep` of them; saving goes on in the background."""
+    """Those of one method: the newest `keep`, and the one with the lowest validation loss.
 
-    def __init__(self, directory: str | Path, keep: int = 2):
-        self.directory = Path(directory).absolute()
+    Saving goes on in the background.
+    """
+
+    def __init__(self, directory: epath.PathLike, keep: int = 2):
+        self.directory = epath.Path(directory).absolute()
         self.manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+            options=ocp.CheckpointManagerOptions(
+                create=True,
+                best_fn=_validation_loss,
+                best_mode="min",
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [
+                        policies.LatestN(keep),
+                        policies.BestN(
+                            get_metric_fn=_validation_loss,
+                            reverse=True,
+                            n=1,
+                            keep_checkpoints_without_metrics=False,
+                        ),
+                    ]
+                ),
+            ),
             item_handlers={
                 "weights": _array_handler(),
                 "optimizer": _array_handler(),
-                "data": grain.checkpoint.CheckpointHandler(),
             },
         )
 
@@ -52,7 +76,14 @@ class Checkpoints:
         """The newest whole checkpoint's step."""
         return self.manager.latest_step()
 
-    def save(self, step: int, weights: Any, opt_state: Any, data: grain.DatasetIterator) -> None:
+    @property
+    def best(self) -> int | None:
+        """The step with the lowest validation loss; the newest where none was validated."""
+        return self.manager.best_step() or self.latest
+
+    def save(
+        self, step: int, weights: Any, opt_state: Any, validation_loss: float | None = None
+    ) -> None:
         """Begins to write a checkpoint.
 
         Raises:
@@ -64,10 +95,10 @@ class Checkpoints:
         items = ocp.args.Composite(
             weights=ocp.args.PyTreeSave(_named(weights)),
             optimizer=ocp.args.PyTreeSave(_named(opt_state)),
-            data=grain.checkpoint.CheckpointSave(data),
         )
         try:
-            self.manager.save(step, args=items)
+            metrics = None if validation_loss is None else {"validation_loss": validation_loss}
+            self.manager.save(step, args=items, metrics=metrics)
         except Exception as error:
             raise self._failed(error) from error
 
@@ -79,19 +110,19 @@ class Checkpoints:
         except Exception as error:
             raise self._failed(error) from error
 
-    def restore(
-        self, weights: Any, opt_state: Any, data: grain.DatasetIterator
-    ) -> tuple[Any, Any, int]:
-        """The newest one, laid out as `weights` and `opt_state`; `data` is set to its place."""
-        step = self.latest
-        restored = self.manager.restore(
-            step,
-            args=ocp.args.Composite(
-                weights=_restore_args(weights),
-                optimizer=_restore_args(opt_state),
-                data=grain.checkpoint.CheckpointRestore(data),
-            ),
-        )
+    def restore(self, weights: Any, opt_state: Any) -> tuple[Any, Any, int]:
+        """The newest one, laid out as `weights` and `opt_state`, and its step.
+
+        One that cannot be read is told of and set aside, and the one before is taken.
+
+        Raises:
+            CheckpointError: none can be read.
+        """
+        steps = sorted(self.manager.all_steps(), reverse=True)
+        args = {"weights": _restore_args(weights), "optimizer": _restore_args(opt_state)}
+        step, restored = self._first_readable(steps, **args)
+        for torn in steps[: steps.index(step)]:
+            self._set_aside(torn)
         return (
             _restored_like(weights, restored["weights"]),
             _restored_like(opt_state, restored["optimizer"]),
@@ -99,18 +130,39 @@ class Checkpoints:
         )
 
     def restore_weights(self, weights: Any) -> Any:
-        """The newest checkpoint's weights alone, laid out as `weights`.
+        """The best one's weights alone, laid out as `weights`; if torn, the newest of the others'.
 
         Raises:
-            CheckpointError: there is none.
+            CheckpointError: there is none, or none can be read.
         """
-        step = self.latest
-        if step is None:
+        best = self.best
+        if best is None:
             raise CheckpointError(f"{self.directory}: no checkpoint; train first (--mode=train)")
-        restored = self.manager.restore(
-            step, args=ocp.args.Composite(weights=_restore_args(weights))
-        )
+        others = sorted(set(self.manager.all_steps()) - {best}, reverse=True)
+        _, restored = self._first_readable([best, *others], weights=_restore_args(weights))
         return _restored_like(weights, restored["weights"])
+
+    def _first_readable(self, steps: Sequence[int], **args: Any) -> tuple[int, Any]:
+        problems = []
+        for step in steps:
+            try:
+                return step, self.manager.restore(step, args=ocp.args.Composite(**args))
+            # Orbax and TensorStore raise many kinds for a file that is cut or gone.
+            except Exception as error:  # noqa: BLE001
+                problems.append(f"step {step}: {error}")
+                say(f"warning: {self.directory}: step {step} cannot be read and is passed over")
+        raise CheckpointError(
+            f"{self.directory}: no checkpoint can be read ({'; '.join(problems)}); delete the "
+            "directory to train anew"
+        )
+
+    def _set_aside(self, step: int) -> None:
+        """Renames a torn checkpoint, so that the step can be saved again."""
+        path = self.directory / str(step)
+        if is_primary():
+            path.rename(path.with_name(f"{step}.torn"))
+        wait_for_all(f"step {step} is set aside")
+        self.manager.reload()
 
     def close(self) -> None:
         self.manager.close()

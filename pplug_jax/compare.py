@@ -60,7 +60,7 @@ def compare_methods(models: Models, train: Sequence[Example], held_out: Sequence
             say(f"{len(train) - len(kept)} training examples are left out: their users are tested")
         training = TrainingInputs(models, Subset(train, kept))
         training.save_peers()
-    rates = tune(models, training.examples) if training and config.tune.learning_rates else {}
+    rates = tune(models, training) if training and config.tune.learning_rates else {}
     runs: dict[str, list[Run]] = defaultdict(list)
     for seed in config.seeds:
         directory = workdir / f"seed_{seed}"
@@ -89,12 +89,12 @@ def run_method(
     directory: Path,
 ) -> Run:
     """Trains the method, if it has weights of its own, and answers, unless that was done before."""
-    weights = functools.partial(models.restore_weights, method, settings, directory)
     path = predictions_path(directory, settings.data.eval_split, method.name)
     if method.trained and not path.is_file():
-        trained = fit(models, method, settings, training(method, settings), directory)
-        weights = lambda: trained
+        examples, validation = training(method, settings), training.validation(method, settings)
+        fit(models, method, settings, examples, directory, validation)
         plot_losses(directory / "metrics.jsonl", directory / "plots" / "loss.png")
+    weights = functools.partial(models.restore_weights, method, settings, directory)
     answers = answer(models, method, settings, held_out, tokenized, directory, weights)
     if not method.weights:
         return Run(answers, None, None)

@@ -7,6 +7,7 @@ from typing import Any
 import ml_collections
 
 from pplug_jax.data.tasks import TASKS
+from pplug_jax.distributed import wait_for_all
 from pplug_jax.errors import InputError
 from pplug_jax.files import write_json
 from pplug_jax.methods import METHODS, configured
@@ -69,6 +70,11 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         )
     if config.data.on_error not in ("stop", "skip"):
         raise ConfigError(f"config.data.on_error {config.data.on_error!r} is unknown; stop or skip")
+    if config.tune.learning_rates and not config.train.validation:
+        raise ConfigError(
+            "config.tune.learning_rates are judged on examples that are held out: "
+            "say which share of them, as --config.train.validation=0.1"
+        )
     if config.train.batch_size % config.train.accumulation:
         raise ConfigError(
             f"config.train.batch_size {config.train.batch_size} does not divide into "
@@ -102,7 +108,9 @@ def claim_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     path = workdir / "config.json"
     ours = json.loads(config.to_json())
     if not path.is_file():
+        wait_for_all("all have looked for config.json")
         write_json(path, ours)
+        wait_for_all("config.json is there")
         return
     there, now = flatten(json.loads(path.read_text())), flatten(ours)
     different = sorted(

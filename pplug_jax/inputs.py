@@ -58,25 +58,45 @@ def shown(
     ]
 
 
-def unseen(train: Sequence[np.ndarray], held_out: Sequence[np.ndarray]) -> list[int]:
-    """The training examples whose users are not held out; arguments are rows of histories.
+class SameUser:
+    """Which of some histories, each (n,) int rows of the store, are the user's whose one is given.
 
     Two histories are taken for one user's where they share half of the shorter one's texts: files
     need not name users, and co-authors share some.
     """
-    sizes, whose = [], defaultdict(list)
-    for i, rows in enumerate(held_out):
-        own = set(rows.tolist())
-        sizes.append(len(own))
-        for row in own:
-            whose[row].append(i)
 
-    def held(rows: np.ndarray) -> bool:
-        own = set(rows.tolist())
-        shared = Counter(i for row in own for i in whose.get(row, ()))
-        return any(2 * count >= min(len(own), sizes[i]) for i, count in shared.items())
+    def __init__(self, histories: Sequence[np.ndarray]):
+        self.sizes, self.whose = [], defaultdict(list)
+        for i, rows in enumerate(histories):
+            own = set(rows.tolist())
+            self.sizes.append(len(own))
+            for row in own:
+                self.whose[row].append(i)
 
+    def __call__(self, rows: np.ndarray) -> set[int]:
+        own = set(rows.tolist())
+        shared = Counter(i for row in own for i in self.whose.get(row, ()))
+        return {i for i, count in shared.items() if 2 * count >= min(len(own), self.sizes[i])}
+
+
+def unseen(train: Sequence[np.ndarray], held_out: Sequence[np.ndarray]) -> list[int]:
+    """The training examples whose users are not held out; arguments are rows of histories."""
+    held = SameUser(held_out)
     return [i for i, rows in enumerate(train) if not held(rows)]
+
+
+def split_users(
+    histories: Sequence[np.ndarray], share: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """Examples to train on, and about a `share` that is held out, of users who have no others."""
+    same, held = SameUser(histories), set()
+    for i in np.random.default_rng(seed).permutation(len(histories)).tolist():
+        if len(held) >= share * len(histories):
+            break
+        held |= {i} | same(histories[i])
+    rest = [i for i in range(len(histories)) if i not in held]
+    kept = unseen([histories[i] for i in rest], [histories[i] for i in held])
+    return [rest[i] for i in kept], sorted(held)
 
 
 def own_items(task: Task, example: Example) -> Iterator[Example]:
@@ -120,11 +140,21 @@ class WithOwnItems:
 
 
 class TrainingInputs:
-    """Training examples as each method is trained on them; tokenised once for all."""
+    """Training examples as each method is trained on them; tokenised once for all.
+
+    examples: without those that `config.train.validation` holds out. held_out: these, of other
+    users.
+    """
 
     def __init__(self, models: Models, examples: Sequence[Example]):
         self.models, self.examples = models, examples
+        self.held_out: Sequence[Example] = ()
+        if share := models.config.train.validation:
+            rows = models.history_rows(examples)
+            kept, held_out = split_users(rows, share, models.config.seed)
+            self.examples, self.held_out = Subset(examples, kept), Subset(examples, held_out)
         self.tokenized = functools.cache(lambda own: models.tokenize(self._with_own_items(own)))
+        self.tokenized_held_out = functools.cache(lambda: models.tokenize(self.held_out))
 
     def _with_own_items(self, count: int) -> WithOwnItems:
         return WithOwnItems(self.models.task, self.examples, count, self.models.config.seed)
@@ -143,3 +173,7 @@ class TrainingInputs:
     def __call__(self, method: Method, config: ml_collections.ConfigDict) -> list[Tokenized]:
         own = config.train.own_items
         return shown(self.models, method, config, self._with_own_items(own), self.tokenized(own))
+
+    def validation(self, method: Method, config: ml_collections.ConfigDict) -> list[Tokenized]:
+        """The examples that are held out, as the method shows them."""
+        return shown(self.models, method, config, self.held_out, self.tokenized_held_out())

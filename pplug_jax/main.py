@@ -5,17 +5,23 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import app, flags, logging
+from etils import epath
 from ml_collections import config_flags
 
+from pplug_jax.distributed import start
 from pplug_jax.errors import InputError
+from pplug_jax.plan import plan
 from pplug_jax.run import run
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A config file of configs/, as FILE or FILE:ARGUMENT.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where everything is written; by default runs/ and the config's name."
+    "workdir",
+    None,
+    "Where everything is written, also gs://...; by default runs/ and the config's name.",
 )
 _MODE = flags.DEFINE_enum(
     "mode",
@@ -29,13 +35,22 @@ _MODE = flags.DEFINE_enum(
         "convert",
         "download",
         "check_data",
+        "plan",
     ],
     "What to do; `compare` trains and evaluates over several seeds, on users never seen; `encode` "
     "only fills the history store, `convert` only writes the loaded LLM as an Orbax checkpoint, "
     "from which later starts restore it; `download` fetches LaMP's public files, `check_data` "
-    "reads all files of the task and says what is in them.",
+    "reads all files of the task and says what is in them; `plan` compiles for a TPU slice, "
+    "without one, and says whether it fits and how fast it can be.",
+)
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Of --mode=plan: a TPU slice such as v5e:4x4 or v5p:2x2x2, or all."
+)
+_SUGGEST = flags.DEFINE_bool(
+    "suggest", False, "Of --mode=plan: find the slice's best mesh and batch size."
 )
 flags.mark_flag_as_required("config")
+ALONE = ("download", "check_data", "plan")  # the modes in which each process works for itself
 
 
 def default_workdir(config_file: str) -> Path:
@@ -64,19 +79,33 @@ def _quiet() -> None:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    if (_MODE.value == "plan") != bool(_TOPOLOGY.value):
+        raise app.UsageError("--mode=plan and --topology belong together")
     _quiet()
     config = _CONFIG.value
     workdir = (
-        Path(_WORKDIR.value)
+        epath.Path(_WORKDIR.value)
         if _WORKDIR.value
         else default_workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
     )
     try:
-        run(config, workdir, _MODE.value)
+        if _MODE.value not in ALONE:
+            start()
+        if _MODE.value == "plan":
+            plan(config, _TOPOLOGY.value, _SUGGEST.value)
+        else:
+            run(config, workdir, _MODE.value)
     except (InputError, FileNotFoundError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; run the same command again to go on")
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        sys.exit(
+            f"error: another process of the job was lost ({str(error).splitlines()[0]}); "
+            "start all of them again to go on from the last checkpoint"
+        )
 
 
 if __name__ == "__main__":

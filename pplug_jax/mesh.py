@@ -4,16 +4,20 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pplug_jax.errors import InputError
 
-AXES = ("data", "fsdp", "tensor")
+# Slices are joined by the data-centre network, which is slow: only rows are split over them, and a
+# step sends each of them one gradient of the plug. All other axes lie within a slice.
+AXES = ("slice", "data", "fsdp", "tensor")
 
 # Logical axis of an array -> mesh axes it is split over. Every other logical axis is replicated.
 RULES: dict[str, str | tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("slice", "data", "fsdp"),
     "embed": "fsdp",
     "vocab": "tensor",
     "heads": "tensor",
@@ -23,23 +27,35 @@ RULES: dict[str, str | tuple[str, ...]] = {
 
 
 def make_mesh(
-    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    slices: int = 1,
 ) -> Mesh:
-    """A mesh over `devices` (all by default); `data=-1` takes what the other two axes leave.
+    """A mesh over `devices` (all by default); `data=-1` takes what the other axes leave.
 
     Raises:
-        InputError: the axes do not multiply to the number of devices.
+        InputError: the axes do not multiply to the number of devices, or there are other slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     if data == -1:
-        data = max(1, len(devices) // (fsdp * tensor))
-    shape = (data, fsdp, tensor)
+        data = max(1, len(devices) // (slices * fsdp * tensor))
+    shape = (slices, data, fsdp, tensor)
     if math.prod(shape) != len(devices):
         raise InputError(
-            f"the mesh data={data} x fsdp={fsdp} x tensor={tensor} needs {math.prod(shape)} "
-            f"devices, but there are {len(devices)}: change config.mesh"
+            f"the mesh slices={slices} x data={data} x fsdp={fsdp} x tensor={tensor} needs "
+            f"{math.prod(shape)} devices, but there are {len(devices)}: change config.mesh"
         )
-    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    found = len({getattr(device, "slice_index", 0) for device in devices})
+    if found == 1:  # one slice, or a platform without, which may be told to act as several
+        return jax.make_mesh(shape, AXES, types, devices=devices)
+    if slices != found:
+        raise InputError(f"there are {found} slices: set config.mesh.slices={found}")
+    placed = create_hybrid_device_mesh((1, *shape[1:]), (slices, 1, 1, 1), devices)
+    return Mesh(placed, AXES, axis_types=types)
 
 
 def sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
@@ -80,6 +96,31 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_parts(mesh: Mesh) -> int:
     """The number of pieces that a global batch is cut into."""
     return math.prod(mesh.shape[name] for name in RULES["batch"])
+
+
+def local_rows(mesh: Mesh, size: int) -> np.ndarray:
+    """Which rows of a batch of `size` lie on this process' devices, in order; (n,) int64."""
+    pieces = sharding(mesh, ("batch",), (size,)).addressable_devices_indices_map((size,))
+    return np.unique(np.concatenate([np.arange(size)[piece] for piece in pieces.values()]))
+
+
+def place_rows(local: np.ndarray, mesh: Mesh) -> jax.Array:
+    """A global array (B, ...), split over its rows, of which `local` is this process' part.
+
+    local: (n, ...), the rows that `local_rows(mesh, B)` names.
+    """
+    parts = batch_parts(mesh)
+    size = len(local) * parts // len(local_rows(mesh, parts))
+    shape = (size, *local.shape[1:])
+    rows = local_rows(mesh, size)
+
+    def piece(index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(size)
+        first = np.searchsorted(rows, start)
+        return local[first : first + stop - start]
+
+    where = sharding(mesh, ("batch", *[None] * (local.ndim - 1)), shape)
+    return jax.make_array_from_callback(shape, where, piece)
 
 
 def shardings(module: nnx.Module, mesh: Mesh) -> nnx.State:

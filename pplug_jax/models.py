@@ -27,10 +27,11 @@ from pplug_jax.encoder import load_encoder
 from pplug_jax.encoder.bert import Bert
 from pplug_jax.encoder.encode import abstract_bert, load_bert
 from pplug_jax.errors import InputError
+from pplug_jax.files import is_remote
 from pplug_jax.hub import local_directory
 from pplug_jax.llm import LLM, abstract_llm, load_llm
 from pplug_jax.llm.lora import Lora
-from pplug_jax.mesh import batch_parts, make_mesh, place, place_abstract
+from pplug_jax.mesh import batch_parts, local_rows, make_mesh, place, place_abstract
 from pplug_jax.methods import METHODS, Method, Weights, configured
 
 ASSETS = Path(__file__).parent / "assets"
@@ -84,7 +85,8 @@ class Models:
             query_prefix=config.encoder.query_prefix,
             item_prefix=config.encoder.item_prefix,
         )
-        self.store = HistoryStore(config.data.history_store or workdir / "history", self.encoder)
+        local = "history" if is_remote(workdir) else workdir / "history"
+        self.store = HistoryStore(config.data.history_store or local, self.encoder)
 
     def _load_llm(self, path: Path) -> LLM:
         settings = self._llm_settings
@@ -160,7 +162,7 @@ class Models:
             examples,
             buckets,
             self.store,
-            batch_size,
+            local_rows(self.mesh, batch_size),
             recency=config.plug.recency,
             peers=self.peers if config.plug.difference else None,
             **training,

@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 
 from pplug_jax.data.batches import item_ages
 from pplug_jax.data.lamp import by_date
@@ -32,13 +32,13 @@ class Personalizer:
         self.peers = None if plug.difference_projector is None else models.peers
 
     @classmethod
-    def from_checkpoint(cls, workdir: str | Path) -> "Personalizer":
+    def from_checkpoint(cls, workdir: epath.PathLike) -> "Personalizer":
         """Loads what `pplug_jax.main` left in `workdir`.
 
         Raises:
             InputError: no run is there, or it has no trained plug yet, or its models are gone.
         """
-        workdir = Path(workdir)
+        workdir = epath.Path(workdir)
         path = workdir / "config.json"
         if not path.is_file():
             raise InputError(f"{path}: no such file; {workdir} is not the workdir of a run")

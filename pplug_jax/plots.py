@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from pplug_jax.distributed import is_primary
 from pplug_jax.metrics import METRICS
 from pplug_jax.writer import read_scalars
 
@@ -26,8 +27,11 @@ def error_bars(scores: Collection[Mapping[str, float]]) -> list[list[float]]:
 
 
 def save(figure: Figure, path: Path) -> None:
+    if not is_primary():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with path.open("wb") as file:
+        figure.savefig(file, dpi=120, format="png")
 
 
 def plot_results(results: dict[str, Any], metric: str, path: Path) -> None:

@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from pplug_jax.distributed import is_primary
+
 console = Console()
 if not console.is_terminal:
     console = Console(width=120)  # a file or a pipe has no width of its own
@@ -14,8 +16,9 @@ SECONDS_BETWEEN_LINES = 15
 
 
 def say(text: str) -> None:
-    """Prints a line as it is: no markup, no wrapping."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    """Prints a line as it is, once for all processes: no markup, no wrapping."""
+    if is_primary():
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class Progress:
@@ -26,7 +29,7 @@ class Progress:
         self.done = self.before = done  # what an earlier run did says nothing about the time left
         self.start = self.said = time.monotonic()
         self.bar: Bar | None = None
-        if console.is_terminal:
+        if console.is_terminal and is_primary():
             columns = (
                 BarColumn(),
                 MofNCompleteColumn(),

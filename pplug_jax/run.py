@@ -149,7 +149,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
         training.save_peers()
         for method in (METHODS[name] for name in config.methods if METHODS[name].trained):
             settings = configured(config, method, config.seed)
-            fit(models, method, settings, training(method, settings), workdir)
+            examples = training(method, settings)
+            fit(models, method, settings, examples, workdir, training.validation(method, settings))
             plot_losses(workdir / "metrics.jsonl", workdir / "plots" / "loss.png")
     if mode in ("evaluate", "train_and_evaluate"):
         evaluate(models, held_out)

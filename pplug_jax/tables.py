@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from pplug_jax.distributed import is_primary
 from pplug_jax.progress import console
 
 Rows = Sequence[Sequence[str]]
@@ -16,7 +17,8 @@ def show_table(title: str, header: Sequence[str], rows: Rows) -> None:
         table.add_column(cell, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console.print(table)
+    if is_primary():
+        console.print(table)
 
 
 def markdown(header: Sequence[str], rows: Rows) -> str:

@@ -24,6 +24,7 @@ from pplug_jax.data.batches import (
     plan_batches,
     training_batches,
 )
+from pplug_jax.distributed import is_preempted
 from pplug_jax.embedder import PAPER, Reading, soft_tokens
 from pplug_jax.llm import LLM
 from pplug_jax.mesh import replicated
@@ -130,12 +131,22 @@ def jit_step(weights: Weights, opt_state: optax.OptState) -> Callable[..., Any]:
 
 
 class Stop:
-    """Notes SIGTERM and Ctrl-C while the loop runs, so that it can save before it ends."""
+    """Notes SIGTERM and Ctrl-C while the loop runs, so that it can save before it ends.
+
+    Of several processes all stop where one gets SIGTERM, which JAX notes; Ctrl-C ends them at once.
+    """
 
     def __enter__(self) -> Self:
         self.signal: signal.Signals | None = None
-        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        noted = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        self.before = {s: signal.signal(s, self._note) for s in noted}
         return self
+
+    def asked(self, step: int) -> bool:
+        """Whether to stop after `step`; to be asked at every step."""
+        if is_preempted(step):
+            self.signal = signal.SIGTERM
+        return self.signal is not None
 
     def _note(self, number: int, frame: object) -> None:
         if self.signal is not None:  # a second Ctrl-C: at once
@@ -153,11 +164,13 @@ def fit(
     config: ml_collections.ConfigDict,
     examples: Sequence[Tokenized],
     directory: Path,
+    validation: Sequence[Tokenized] = (),
 ) -> Weights:
     """Trains the weights of `method` on `examples`, going on from the newest checkpoint.
 
-    config: `methods.configured`. examples: `inputs.training_inputs`. directory: of checkpoints/,
-    metrics.jsonl and tensorboard/.
+    config: `methods.configured`. examples: `inputs.TrainingInputs`'. directory: of checkpoints/,
+    metrics.jsonl and tensorboard/. validation: each checkpoint tells its loss on these examples,
+    if any. Returns the last step's weights, which need not be the best.
 
     Raises:
         SystemExit: on SIGTERM or Ctrl-C, after a checkpoint was saved.
@@ -174,7 +187,6 @@ def fit(
         persona_dropout=config.plug.persona_dropout,
     )
     plan = Plan(assemble.buckets.of, config.train.batch_size, config.train.epochs, config.seed)
-    data = training_batches(plan, assemble)
     weights = models.new_weights(method, config)
     optimizer = make_optimizer(
         len(plan),
@@ -193,7 +205,8 @@ def fit(
                 f"{directory}: the checkpoint is of step {checkpoints.latest}, but this run "
                 f"has {len(plan)}; the data have changed since: give another --workdir"
             )
-        weights, opt_state, step = checkpoints.restore(weights, opt_state, data)
+        weights, opt_state, step = checkpoints.restore(weights, opt_state)
+    data = training_batches(plan, assemble, step)
     writer = Writer(directory, method.name, step)
     soft = soft_tokens(config.plug, method.reading) if method.plug else 0
     try:
@@ -204,9 +217,9 @@ def fit(
             since, tokens, recent, info = time.monotonic(), 0, [], ""
             while step < len(plan):
                 batch = next(data)
-                tokens += int(
-                    batch.prompt_mask.sum() + batch.target_mask.sum() + soft * batch.weight.sum()
-                )
+                own = batch.prompt_mask.sum() + batch.target_mask.sum() + soft * batch.weight.sum()
+                # Of several processes each sees its own rows alone.
+                tokens += int(own) * config.train.batch_size // len(batch.weight)
                 with jax.set_mesh(mesh):
                     weights, opt_state, metrics = update(
                         weights,
@@ -240,9 +253,16 @@ def fit(
                     ).format(**values)
                     since, tokens, recent = time.monotonic(), 0, []
                 progress.advance(1, info)
-                stopped = stop.signal is not None and step < len(plan)
+                stopped = stop.asked(step) and step < len(plan)
                 if stopped or step % config.train.checkpoint_every == 0 or step == len(plan):
-                    checkpoints.save(step, weights, opt_state, data)
+                    loss = None
+                    if validation and not stopped:
+                        before = time.monotonic()
+                        loss = validation_loss(models, method, config, weights, validation)
+                        writer.write(step, validation_loss=loss)
+                        since += time.monotonic() - before
+                    checkpoints.save(step, weights, opt_state, loss)
+                    writer.flush()
                 if stopped:
                     checkpoints.wait()
                     say(

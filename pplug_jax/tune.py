@@ -1,23 +1,21 @@
 """Learning rates by the loss on training users held out, the same trials for every method."""
 
 import json
-import shutil
-from collections.abc import Sequence
 
-import numpy as np
+from etils import epath
 
 from pplug_jax.config import ConfigError
-from pplug_jax.data.lamp import Example
+from pplug_jax.distributed import is_primary, wait_for_all
 from pplug_jax.files import write_json
-from pplug_jax.inputs import Subset, TrainingInputs, unseen
+from pplug_jax.inputs import TrainingInputs
 from pplug_jax.methods import METHODS, configured
 from pplug_jax.models import Models
 from pplug_jax.progress import say
 from pplug_jax.train import fit, validation_loss
 
 
-def tune(models: Models, train: Sequence[Example]) -> dict[str, float]:
-    """The learning rate with the lowest loss on some training users, for each trained method.
+def tune(models: Models, training: TrainingInputs) -> dict[str, float]:
+    """The learning rate with the lowest loss on the users held out, for each trained method.
 
     Every method gets the same trials. tune.json keeps the losses; a rate that diverges has none.
     """
@@ -26,12 +24,6 @@ def tune(models: Models, train: Sequence[Example]) -> dict[str, float]:
     losses: dict[str, dict[str, float | None]] = (
         json.loads(path.read_text()) if path.is_file() else {}
     )
-    rows = models.history_rows(train)
-    order = np.random.default_rng(config.seed).permutation(len(rows))
-    held_out, rest = np.split(order, [max(1, round(config.tune.held_out * len(order)))])
-    kept = unseen([rows[i] for i in rest], [rows[i] for i in held_out])
-    training = TrainingInputs(models, Subset(train, rest[kept]))
-    validation = TrainingInputs(models, Subset(train, held_out))
     for method in (METHODS[name] for name in config.methods if METHODS[name].trained):
         trials = losses.setdefault(method.name, {})
         for rate in config.tune.learning_rates:
@@ -41,16 +33,17 @@ def tune(models: Models, train: Sequence[Example]) -> dict[str, float]:
             settings.train.learning_rate = rate
             directory = models.workdir / "tune" / str(rate)
             examples = training(method, settings)
-            settings.train.own_items = 0
             try:
                 weights = fit(models, method, settings, examples, directory)
                 trials[str(rate)] = validation_loss(
-                    models, method, settings, weights, validation(method, settings)
+                    models, method, settings, weights, training.validation(method, settings)
                 )
             except FloatingPointError:
                 trials[str(rate)] = None
-            shutil.rmtree(directory / "checkpoints" / method.name)
+            if is_primary():
+                epath.Path(directory / "checkpoints" / method.name).rmtree()
             write_json(path, losses)
+            wait_for_all(f"a trial of {method.name}")
     best = {}
     for name, trials in losses.items():
         told = {float(rate): loss for rate, loss in trials.items() if loss is not None}

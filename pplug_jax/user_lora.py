@@ -13,7 +13,7 @@ from flax import nnx
 from pplug_jax.data.batches import Assemble, Batch, Buckets, Tokenized, place_batch
 from pplug_jax.llm import LLM
 from pplug_jax.llm.lora import Lora
-from pplug_jax.mesh import place
+from pplug_jax.mesh import local_rows, place
 from pplug_jax.methods import token_losses
 from pplug_jax.models import Models
 
@@ -63,7 +63,7 @@ def fit_user_loras(
         return lora
     state = optax.adam(settings.user_learning_rate).init(lora)
     buckets = Buckets(items, 1, models.encoder.model.config.max_length)
-    assemble = Assemble(items, buckets, models.store, count)
+    assemble = Assemble(items, buckets, models.store, rows := local_rows(models.mesh, count))
     orders = []
     for own in users:
         rng = np.random.default_rng((config.seed, *own[:1]))
@@ -74,7 +74,7 @@ def fit_user_loras(
         left = np.array([step < len(order) for order in orders])
         indices = [order[step] if step < len(order) else 0 for order in orders]
         batch = assemble((0, 0, np.array(indices)))
-        batch = batch._replace(weight=left.astype(np.float32))
+        batch = batch._replace(weight=left.astype(np.float32)[rows])
         with jax.set_mesh(models.mesh):
             lora, state = _step(
                 lora,

@@ -4,25 +4,32 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
+from etils import epath
 from tensorboardX import SummaryWriter
 
-from pplug_jax.files import write_text
+from pplug_jax.distributed import is_primary
+from pplug_jax.files import is_remote, write_text
 
 
 class Writer:
     """Writes the scalars of `name` (a trained method) to files that all methods of a workdir share.
 
+    Of several processes the first writes. In a bucket metrics.jsonl appears anew at each `flush`.
+
     A run that goes on from step `start` takes back what a killed one had written beyond it.
     """
 
     def __init__(self, workdir: str | Path, name: str, start: int):
-        path = Path(workdir) / "metrics.jsonl"
-        if path.is_file():
-            lines = path.read_text().splitlines()
-            write_text(path, [f"{line}\n" for line in lines if self._stays(line, name, start)])
-        self.file = path.open("a")
-        self.events = SummaryWriter(str(Path(workdir) / "tensorboard" / name), purge_step=start + 1)
-        self.name = name
+        self.name, self.active = name, is_primary()
+        if not self.active:
+            return
+        workdir = epath.Path(workdir)
+        self.path = workdir / "metrics.jsonl"
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.lines = [f"{line}\n" for line in lines if self._stays(line, name, start)]
+        write_text(self.path, self.lines)
+        self.file = None if is_remote(workdir) else self.path.open("a")
+        self.events = SummaryWriter(str(workdir / "tensorboard" / name), purge_step=start + 1)
 
     @staticmethod
     def _stays(line: str, name: str, start: int) -> bool:
@@ -33,16 +40,28 @@ class Writer:
         return not record["name"].startswith(f"{name}/") or record["step"] <= start
 
     def write(self, step: int, **values: float) -> None:
+        if not self.active:
+            return
         for key, value in values.items():
-            self.file.write(
-                json.dumps({"step": step, "name": f"{self.name}/{key}", "value": value}) + "\n"
-            )
+            record = {"step": step, "name": f"{self.name}/{key}", "value": value}
+            self.lines.append(json.dumps(record) + "\n")
+            if self.file:
+                self.file.write(self.lines[-1])
             self.events.add_scalar(key, value, step)
-        self.file.flush()
+        if self.file:
+            self.file.flush()
+
+    def flush(self) -> None:
+        """Makes sure that all is there; for the moments when a checkpoint is saved."""
+        if self.active and not self.file:
+            write_text(self.path, self.lines)
 
     def close(self) -> None:
-        self.file.close()
-        self.events.close()
+        self.flush()
+        if self.active:
+            if self.file:
+                self.file.close()
+            self.events.close()
 
 
 def read_scalars(path: Path, key: str) -> dict[str, dict[int, float]]:

@@ -19,12 +19,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import hypothesis
 import nltk
 import pytest
 import transformers
+from fsspec.implementations.memory import MemoryFileSystem
 from nltk.corpus import wordnet
 from parity import save_random
 
@@ -196,3 +197,21 @@ def nltk_data(tmp_path: Path, no_nltk_data: list[str]) -> Path:
         path.chmod(0o700)
     nltk.data.path.append(str(tmp_path))
     return tmp_path
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> str:
+    """gs://.. of a bucket that lies in memory; Orbax' arrays alone cannot go there."""
+
+    class Bucket(MemoryFileSystem):
+        protocol = "gs"
+        store: ClassVar[dict] = {}
+        pseudo_dirs: ClassVar[list] = [""]
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return super()._strip_protocol(path.removeprefix("gs://"))
+
+    backend = "etils.epath.backend._FileSystemSpecBackend._get_filesystem"
+    monkeypatch.setattr(backend, lambda self, name: Bucket())
+    return "gs://bucket"

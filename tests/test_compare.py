@@ -158,7 +158,12 @@ def test_only_what_is_missing_is_done_again(
 
 
 def test_the_learning_rate_with_the_lowest_validation_loss_is_taken(tmp_path: Path) -> None:
-    config = comparison(methods=("none", "task_lora"), seeds=(0,), tune__learning_rates=(1e-3, 1.0))
+    config = comparison(
+        methods=("none", "task_lora"),
+        seeds=(0,),
+        tune__learning_rates=(1e-3, 1.0),
+        train__validation=0.25,
+    )
     run(config, tmp_path, "compare")
     losses = json.loads((tmp_path / "tune.json").read_text())["task_lora"]
     assert losses["0.001"] < losses["1.0"]

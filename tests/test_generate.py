@@ -176,9 +176,13 @@ def test_cached_steps_give_the_hidden_states_of_a_full_forward(path: Path, side:
     np.testing.assert_array_equal(cache.mask.sum(1), np.array(LENGTHS) + 4)
 
 
+FACTORISATIONS = [(8 // (b * c), b, c) for b in (1, 2, 4, 8) for c in (1, 2, 4, 8) if b * c <= 8]
+
+
+@pytest.mark.parametrize("shape", FACTORISATIONS, ids=str)
 @two_eos
-def test_on_eight_devices(ending: Ending) -> None:
-    eight = load_llm(ending.path, mesh=make_mesh(2, 2, 2), dtype="float32")
+def test_on_eight_devices(ending: Ending, shape: tuple[int, int, int]) -> None:
+    eight = load_llm(ending.path, mesh=make_mesh(*shape), dtype="float32")
     tokens, mask = prompts("left")
     one, sharded = (
         generate(llm, llm.embed(tokens), mask, max_new_tokens=T, num_beams=4)

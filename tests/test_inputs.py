@@ -9,7 +9,7 @@ from configs.common import base_config
 from pplug_jax.data.batches import Tokenized
 from pplug_jax.data.lamp import Example
 from pplug_jax.data.tasks import TASKS
-from pplug_jax.inputs import Subset, WithOwnItems, own_items, shown, unseen
+from pplug_jax.inputs import Subset, WithOwnItems, own_items, shown, split_users, unseen
 from pplug_jax.methods import METHODS
 
 TASK = TASKS["LaMP_5"]
@@ -50,6 +50,18 @@ def test_users_with_half_a_history_in_common_are_one() -> None:
     train = [np.array(r, int) for r in ([5, 6], [1, 7, 8], [1, 2, 8, 9], [4, 5], [9, 10], [])]
     assert unseen(train, held_out) == [0, 1, 5]
     assert unseen(train, []) == list(range(6))
+
+
+def test_a_share_of_the_users_is_held_out_with_all_they_have() -> None:
+    # 20 users of 1 to 5 questions, whose histories differ by an item or two; one without history.
+    users = [user for user in range(20) for _ in range(user % 5 + 1)]
+    histories = [np.arange(10 * user + i % 2, 10 * user + 8) for i, user in enumerate(users)]
+    histories.append(np.zeros(0, np.int64))
+    kept, held = split_users(histories, 0.3, seed=1)
+    assert sorted([*kept, *held]) == list(range(len(histories)))
+    assert 0.3 * len(histories) <= len(held) < 0.3 * len(histories) + 5
+    assert not {users[i] for i in kept if i < 60} & {users[i] for i in held if i < 60}
+    assert split_users(histories, 0.3, seed=1) == (kept, held) != split_users(histories, 0.3, 2)
 
 
 def test_own_items_are_examples_of_the_task_without_their_answer() -> None:

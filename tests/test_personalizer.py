@@ -69,7 +69,7 @@ def test_a_served_soft_prompt_is_that_of_the_evaluation(models: Models, option: 
     tokenized = models.tokenize(examples)
     buckets = Buckets(tokenized, 1, models.encoder.max_length)
     peers = Peers.load(models.store, models.workdir)
-    assemble = Assemble(tokenized, buckets, models.store, 8, recency=True, peers=peers)
+    assemble = Assemble(tokenized, buckets, models.store, range(8), recency=True, peers=peers)
     batch = assemble((0, 0, np.arange(3)))
     soft = np.asarray(jax.jit(lambda plug, inputs: plug(*inputs))(plug, batch.plug_inputs))
     empty = personalizer.soft_prompt(INPUT)

@@ -15,6 +15,7 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
+from etils import epath
 from lamp_files import write_split
 
 from configs import lamp5, llms
@@ -344,6 +345,10 @@ def test_a_preset_says_what_it_needs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("machine", ["", *llms.SLICES])
 @pytest.mark.parametrize("name", llms.PRESETS)
 def test_presets(name: str, machine: str) -> None:
+    if machine and getattr(llms.PRESETS[name], llms.SLICES[machine]) is None:
+        with pytest.raises(ValueError, match=f"{name} does not fit a {machine}"):
+            lamp5.get_config(f"{name}@{machine}")
+        return
     config = lamp5.get_config(f"{name}@{machine}" if machine else name)
     check_config(config)
     assert 8 % config.mesh.fsdp == 0 and config.mesh.tensor == 1
@@ -398,3 +403,19 @@ def test_the_command_shows_bad_input_as_one_line(tmp_path: Path) -> None:
     assert process.returncode == 1
     assert "error: config.llm.path: there is no directory '/nowhere'" in output
     assert "Traceback" not in output
+
+
+def test_a_workdir_in_a_bucket(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    workdir = epath.Path(bucket) / "run"
+    config = small_config(methods=("none", "bm25"))
+    for _ in range(2):  # the second start finds what the first one left
+        run(config, workdir, "train_and_evaluate")
+        results = json.loads((workdir / "results.json").read_text())
+        assert list(results["methods"]) == ["none", "bm25"]
+    assert (workdir / "plots" / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in (workdir / "predictions").iterdir()]
+    # Vectors are mapped into memory, which wants a disk.
+    assert [path.name for path in tmp_path.iterdir()] == ["history"]

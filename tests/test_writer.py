@@ -3,9 +3,12 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from etils import epath
 
+import pplug_jax.writer
 from pplug_jax.writer import Writer
 
 
@@ -64,3 +67,20 @@ def test_tensorboard_events_are_written_for_each_method(tmp_path: Path):
     for name in ("pplug", "instruction_only"):
         (events,) = (tmp_path / "tensorboard" / name).glob("events.out.tfevents.*")
         assert b"loss" in events.read_bytes()
+
+
+def test_in_a_bucket_all_is_there_with_each_checkpoint(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+):
+    events = Mock()
+    monkeypatch.setattr(pplug_jax.writer, "SummaryWriter", events)
+    workdir = epath.Path(bucket) / "run"
+    write(workdir, "pplug", [1, 2])
+    writer = Writer(workdir, "pplug", 1)  # it goes on from the checkpoint of step 1
+    assert steps(workdir, "pplug/loss") == [1]
+    writer.write(2, loss=7.0)
+    assert steps(workdir, "pplug/loss") == [1]
+    writer.flush()
+    assert records(workdir)[-1] == {"step": 2, "name": "pplug/loss", "value": 7.0}
+    writer.close()
+    assert events.call_args.args == (f"{bucket}/run/tensorboard/pplug",)

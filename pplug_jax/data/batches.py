@@ -1,6 +1,6 @@
 """Examples as batches of fixed shapes.
 
-Tokenised once, bucketed by length, assembled by Grain, sharded by host.
+Tokenised once, bucketed by length, assembled by Grain, each process its own rows.
 """
 
 import bisect
@@ -18,7 +18,7 @@ from pplug_jax.data.lamp import Example, Item, date_order
 from pplug_jax.data.peers import Peers
 from pplug_jax.data.prompts import Tokenizer
 from pplug_jax.data.tasks import Task
-from pplug_jax.mesh import sharding
+from pplug_jax.mesh import place_rows
 
 ROUND = 16  # padded lengths are multiples of this
 
@@ -210,9 +210,10 @@ def drop_history(count: int, rng: np.random.Generator, rate: float) -> np.ndarra
 
 
 class Assemble:
-    """(step, bucket, indices) -> this host's rows of the batch.
+    """(step, bucket, indices) -> this process' rows of the batch.
 
-    recency: whether the batch says how old the items are. peers: to say how they differ, if asked.
+    rows: which they are, `mesh.local_rows`. recency: whether the batch says how old the items are.
+    peers: to say how they differ, if asked.
     """
 
     def __init__(
@@ -220,7 +221,7 @@ class Assemble:
         examples: Sequence[Tokenized],
         buckets: Buckets,
         store: HistoryStore,
-        batch_size: int,
+        rows: Sequence[int],
         *,
         seed: int = 0,
         history_dropout: float = 0.0,
@@ -228,12 +229,7 @@ class Assemble:
         recency: bool = False,
         peers: Peers | None = None,
     ):
-        self.examples, self.buckets, self.store, self.batch_size = (
-            examples,
-            buckets,
-            store,
-            batch_size,
-        )
+        self.examples, self.buckets, self.store, self.rows = examples, buckets, store, rows
         self.seed, self.history_dropout, self.persona_dropout = (
             seed,
             history_dropout,
@@ -245,7 +241,7 @@ class Assemble:
         step, bucket, indices = planned
         L, Q = self.buckets.shapes[bucket]
         T, H, E = self.buckets.target, self.buckets.history, self.store.encoder.size
-        B = self.batch_size
+        B = len(self.rows)
         shapes = {"prompt": L, "target": T, "query": Q}
         batch = {name: np.zeros((B, width), np.int32) for name, width in shapes.items()}
         batch |= {f"{name}_mask": np.zeros((B, width), bool) for name, width in shapes.items()}
@@ -260,13 +256,16 @@ class Assemble:
             batch["history_difference"] = np.zeros((B, H, E), np.float32)
         batch["index"] = np.zeros(B, np.int32)
         batch["weight"] = np.zeros(B, np.float32)
-        for i, index in enumerate(indices):
+        for i, row in enumerate(self.rows):
+            if row >= len(indices):
+                break
+            index = indices[row]
             example = self.examples[index]
             for name in shapes:
                 ids = getattr(example, name)
                 batch[name][i, : len(ids)] = ids
                 batch[f"{name}_mask"][i, : len(ids)] = True
-            rng = np.random.default_rng((self.seed, 1, step, i))
+            rng = np.random.default_rng((self.seed, 1, step, int(row)))
             kept = drop_history(len(example.rows), rng, self.history_dropout)
             if self.persona_dropout and rng.random() < self.persona_dropout:
                 kept = kept[:0]
@@ -281,22 +280,19 @@ class Assemble:
                 batch["history_difference"][i, : len(kept)] = vectors - means
             batch["index"][i] = index
             batch["weight"][i] = 1
-        rows = slice(jax.process_index(), None, jax.process_count())
-        return Batch(**{name: array[rows] for name, array in batch.items()})
+        return Batch(**batch)
 
 
 def place_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """This host's rows as the global batch's shards."""
-
-    def place(local: np.ndarray) -> jax.Array:
-        shape = (local.shape[0] * jax.process_count(), *local.shape[1:])
-        axes = ("batch", *(None,) * (local.ndim - 1))
-        return jax.make_array_from_process_local_data(sharding(mesh, axes, shape), local, shape)
-
-    return jax.tree.map(place, batch)
+    """This process' rows as the global batch's shards."""
+    return jax.tree.map(lambda local: place_rows(local, mesh), batch)
 
 
-def training_batches(plan: Plan, assemble: Assemble) -> grain.DatasetIterator:
-    """Host batches in the plan's order; the iterator's state is a checkpoint's `data`."""
-    dataset = grain.MapDataset.source(plan).map(assemble)
+def training_batches(plan: Plan, assemble: Assemble, step: int = 0) -> grain.DatasetIterator:
+    """This process' rows of the plan's batches, from `step` on.
+
+    The plan knows every step's batch, so the step is all that a checkpoint needs of the data, and
+    another number of processes can go on from it.
+    """
+    dataset = grain.MapDataset.source(plan).map(assemble)[step:]
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

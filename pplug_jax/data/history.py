@@ -4,15 +4,20 @@ A store is a directory named after the encoder's fingerprint, so that no other e
 are ever read, with two append-only files: `keys` (16-byte digests of texts) and `vectors` (float16
 rows in the same order). A row counts when both files hold all of it, so a process may be killed at
 any moment and the next one goes on from there.
+
+Of several processes each has a store on its own disk, or all share one, which the first writes.
 """
 
 import hashlib
 import itertools
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 
+from pplug_jax.distributed import from_primary, is_primary, on_any, wait_for_all
 from pplug_jax.encoder import Encoder
 from pplug_jax.progress import Progress
 
@@ -47,19 +52,45 @@ class HistoryStore:
         self.directory = Path(directory) / encoder.fingerprint
         self.directory.mkdir(parents=True, exist_ok=True)
         self.encoder = encoder
+        shared = jax.process_count() > 1 and self._is_shared()
+        self._writes = is_primary() or not shared
+        if self._writes:
+            self._cut()
+        wait_for_all("the history store is whole")
         self._open()
 
-    def _open(self) -> None:
+    def _is_shared(self) -> bool:
+        """Whether it is the first process' directory too, who leaves a mark for all to look for."""
+        mark = self.directory / f"shared-{int(from_primary(np.int32(secrets.randbits(31))))}"
+        if is_primary():
+            mark.touch()
+        wait_for_all("the history store is marked")
+        found = mark.is_file()
+        wait_for_all("all have looked for the mark")
+        if is_primary():
+            mark.unlink()
+        return found
+
+    def _files(self) -> dict[Path, int]:
+        """The files, and the bytes of a row in each."""
         keys, vectors = self.directory / "keys", self.directory / "vectors"
-        keys.touch()
-        vectors.touch()
-        row_bytes = 2 * self.encoder.size
-        rows = min(keys.stat().st_size // KEY_BYTES, vectors.stat().st_size // row_bytes)
-        for path, size in ((keys, KEY_BYTES), (vectors, row_bytes)):
-            if path.stat().st_size != rows * size:  # what a killed process left unfinished
+        return {keys: KEY_BYTES, vectors: 2 * self.encoder.size}
+
+    def _cut(self) -> None:
+        """Takes away what a killed process left unfinished."""
+        files = self._files()
+        for path in files:
+            path.touch()
+        rows = min(path.stat().st_size // size for path, size in files.items())
+        for path, size in files.items():
+            if path.stat().st_size != rows * size:
                 with open(path, "r+b") as file:
                     file.truncate(rows * size)
+
+    def _open(self) -> None:
+        keys, vectors = self._files()
         data = keys.read_bytes()
+        rows = len(data) // KEY_BYTES
         self._rows = {data[i * KEY_BYTES : (i + 1) * KEY_BYTES]: i for i in range(rows)}
         shape = (rows, self.encoder.size)
         self._vectors = (
@@ -77,34 +108,41 @@ class HistoryStore:
     def add(self, texts: Iterable[str], batch_size: int = 64) -> int:
         """Encodes the texts that the store lacks, with a progress bar; returns how many.
 
-        Goes through the texts twice; only an iterator's are held in memory.
+        Goes through the texts twice; only an iterator's are held in memory. All processes bring
+        the same texts, and encode together what one of them lacks.
         """
         if isinstance(texts, Iterator):
             texts = list(texts)
-        new = {key for key in map(text_key, texts) if key not in self._rows}
+        unique = list(dict.fromkeys(map(text_key, texts)))
+        lacking = on_any(np.array([key not in self._rows for key in unique], bool))
+        new = set(itertools.compress(unique, lacking))
         count = len(new)
         if not new:
             return 0
         try:
-            with (
-                Progress("encoding histories", count, "texts") as progress,
-                open(self.directory / "vectors", "ab") as vectors,
-                open(self.directory / "keys", "ab") as keys,
-            ):
+            with Progress("encoding histories", count, "texts") as progress:
                 # Like lengths together, so that little is padded; chunk by chunk, so that a killed
                 # run keeps what it had.
                 for chunk in _chunks(texts, new):
-                    vectors.write(
-                        self.encoder.encode(chunk, batch_size, progress.advance)
-                        .astype(np.float16)
-                        .tobytes()
-                    )
-                    vectors.flush()
-                    keys.write(b"".join(map(text_key, chunk)))
-                    keys.flush()
+                    vectors = self.encoder.encode(chunk, batch_size, progress.advance)
+                    if self._writes:
+                        self._append(list(map(text_key, chunk)), vectors)
+            wait_for_all("the histories are encoded")
         finally:
+            if self._writes:
+                self._cut()
             self._open()
         return count
+
+    def _append(self, keys: Sequence[bytes], vectors: np.ndarray) -> None:
+        own = np.array([key not in self._rows for key in keys], bool)  # others may lack the rest
+        contents = (
+            b"".join(itertools.compress(keys, own)),
+            vectors[own].astype(np.float16).tobytes(),
+        )
+        for path, content in zip(self._files(), contents, strict=True):
+            with path.open("ab") as file:
+                file.write(content)
 
     def rows(self, texts: Sequence[str]) -> np.ndarray:
         """The texts' row numbers, (n,) int64.
@@ -113,6 +151,14 @@ class HistoryStore:
             KeyError: a text that was never added.
         """
         return np.array([self._rows[text_key(text)] for text in texts], np.int64)
+
+    def keys(self, rows: np.ndarray) -> np.ndarray:
+        """What the texts in these rows are known by in every store: (n,) -> (n, 16) uint8."""
+        return np.fromfile(next(iter(self._files())), np.uint8).reshape(-1, KEY_BYTES)[rows]
+
+    def rows_of(self, keys: np.ndarray) -> np.ndarray:
+        """The reverse, (n, 16) -> (n,) int64; raises as `rows`."""
+        return np.array([self._rows[key.tobytes()] for key in keys], np.int64)
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """(n,) -> (n, E) float32."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pplug_jax.data.history import HistoryStore
+from pplug_jax.distributed import is_primary, wait_for_all
 from pplug_jax.errors import InputError
 
 FILE = "peers.npy"
@@ -40,30 +41,32 @@ class Peers:
         return cls(store, np.unique(np.concatenate([np.zeros(0, np.int64), *histories])))
 
     def save(self, workdir: Path) -> None:
-        """Writes the pool's row numbers to `workdir`/peers.npy; the vectors are in the store."""
-        workdir.mkdir(parents=True, exist_ok=True)
-        partial = workdir / f"{FILE}.partial"
-        with partial.open("wb") as file:
-            np.save(file, self.pool)
-        partial.rename(workdir / FILE)
+        """Writes the texts' keys to `workdir`/peers.npy; the vectors are in the store."""
+        if is_primary():
+            workdir.mkdir(parents=True, exist_ok=True)
+            partial = workdir / f"{FILE}.partial"
+            with partial.open("wb") as file:
+                np.save(file, self.store.keys(self.pool))
+            partial.replace(workdir / FILE)
+        wait_for_all("the peers are written")
 
     @classmethod
     def load(cls, store: HistoryStore, workdir: Path) -> "Peers":
         """What `save` wrote.
 
         Raises:
-            InputError: nothing is there, or the store does not hold those rows.
+            InputError: nothing is there, or the store lacks one of the texts.
         """
         path = workdir / FILE
         if not path.is_file():
             raise InputError(f"{path}: no such file; train first (--mode=train)")
-        pool = np.load(path)
-        if len(pool) and pool[-1] >= len(store):
+        try:
+            return cls(store, store.rows_of(np.load(path)))
+        except KeyError as error:
             raise InputError(
-                f"{path}: the history store {store.directory} has only {len(store)} texts; it is "
-                "not the one of the training"
-            )
-        return cls(store, pool)
+                f"{path}: the history store {store.directory} lacks texts of the training; "
+                "name the one of then (config.data.history_store)"
+            ) from error
 
     def means(self, rows: np.ndarray) -> np.ndarray:
         """The mean of each item's peers, for a history of the store: (n,) int -> (n, E) float32."""

@@ -4,15 +4,12 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 
-import bm25s
 import numpy as np
 import transformers
 
 from pplug_jax.data.history import HistoryStore, text_key
 from pplug_jax.data.lamp import Item, by_date
 from pplug_jax.data.tasks import Task
-
-logging.getLogger("bm25s").setLevel(logging.WARNING)  # it reports every index it builds
 
 
 def bm25(task: Task, input: str, profile: Sequence[Item], top_k: int) -> list[Item]:
@@ -21,6 +18,9 @@ def bm25(task: Task, input: str, profile: Sequence[Item], top_k: int) -> list[It
     k1 1.5, b 0.75 and words split at white space are LaMP's; the idf is bm25s' (Lucene's), which
     never falls below 0, where LaMP's rank_bm25 floors the idf of words that most items have.
     """
+    import bm25s  # importing it takes hold of the devices, before several processes could meet
+
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it reports every index it builds
     corpus = [task.document_text(item).split() for item in profile]
     query = task.retrieval_text(input).split()
     if not any(corpus) or not query:

@@ -12,10 +12,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from pplug_jax import hf
+from pplug_jax.distributed import fetch
 from pplug_jax.encoder import bert
 from pplug_jax.errors import InputError
 from pplug_jax.llm.decoder import Frozen
-from pplug_jax.mesh import batch_parts, make_mesh, sharding
+from pplug_jax.mesh import batch_parts, local_rows, make_mesh, place_rows
 
 LENGTHS = (32, 64, 128, 256, 512)  # the compiled text lengths
 
@@ -168,16 +169,11 @@ class Encoder:
             for i, row in enumerate(rows):
                 ids[i, : len(tokens[row])] = tokens[row]
                 lengths[i] = len(tokens[row])
-            placed = jax.device_put(
-                (ids, lengths),
-                (
-                    sharding(self.mesh, ("batch", None), ids.shape),
-                    sharding(self.mesh, ("batch",), lengths.shape),
-                ),
-            )
+            mine = local_rows(self.mesh, batch_size)
+            placed = (place_rows(x[mine], self.mesh) for x in (ids, lengths))
             with jax.set_mesh(self.mesh):
                 made = _forward(self.model, *placed, self.model.dtype)
-            vectors[rows] = np.asarray(made)[: len(rows)]
+            vectors[rows] = fetch(made)[: len(rows)]
             on_batch(len(rows))
         return vectors
 

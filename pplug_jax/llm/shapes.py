@@ -1,0 +1,108 @@
+"""The published config.json of the checkpoints that the presets name, for planning without them.
+
+Only what decides shapes, FLOPs and where decoding may end; `transformers` has the rest's defaults.
+Gemma 3: also in transformers' models/gemma3/convert_gemma3_weights.py, whose embedding tables the
+published checkpoints of 4B and more extend by 64 rows for images.
+"""
+
+import functools
+import tempfile
+from pathlib import Path
+
+import transformers
+
+
+def _gemma3(
+    width: int, layers: int, heads: int, kv_heads: int, head_dim: int = 256, mlp: int = 4
+) -> transformers.Gemma3TextConfig:
+    """mlp: its width over the model's."""
+    return transformers.Gemma3TextConfig(
+        vocab_size=262208,
+        hidden_size=width,
+        intermediate_size=mlp * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        sliding_window=1024,
+        eos_token_id=[1, 106],
+    )
+
+
+def _llama3(
+    width: int, mlp: int, layers: int, heads: int, tied: bool = False
+) -> transformers.LlamaConfig:
+    return transformers.LlamaConfig(
+        vocab_size=128256,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        tie_word_embeddings=tied,
+        max_position_embeddings=131072,
+        eos_token_id=[128001, 128008, 128009],
+    )
+
+
+def _flan_t5(width: int, mlp: int, layers: int, heads: int) -> transformers.T5Config:
+    return transformers.T5Config(
+        vocab_size=32128,
+        d_model=width,
+        d_kv=64,
+        d_ff=mlp,
+        num_layers=layers,
+        num_heads=heads,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        decoder_start_token_id=0,
+    )
+
+
+_GEMMA3_1B = _gemma3(1152, 26, 4, 1, mlp=6)
+_GEMMA3_1B.vocab_size, _GEMMA3_1B.sliding_window = 262144, 512  # it reads no images
+
+PUBLISHED: dict[str, transformers.PreTrainedConfig] = {
+    "google/gemma-3-1b-it": _GEMMA3_1B,
+    "google/gemma-3-4b-it": _gemma3(2560, 34, 8, 4),
+    "google/gemma-3-12b-it": _gemma3(3840, 48, 16, 8),
+    "google/gemma-3-27b-it": _gemma3(5376, 62, 32, 16, head_dim=128),
+    "google/gemma-2-9b-it": transformers.Gemma2Config(
+        vocab_size=256000,
+        hidden_size=3584,
+        intermediate_size=14336,
+        num_hidden_layers=42,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=256,
+        eos_token_id=[1, 107],
+    ),
+    "meta-llama/Llama-3.2-1B-Instruct": _llama3(2048, 8192, 16, 32, tied=True),
+    "meta-llama/Llama-3.1-8B-Instruct": _llama3(4096, 14336, 32, 32),
+    "meta-llama/Llama-3.3-70B-Instruct": _llama3(8192, 28672, 80, 64),
+    "Qwen/Qwen3-8B": transformers.Qwen3Config(
+        vocab_size=151936,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        eos_token_id=[151645, 151643],
+    ),
+    "google/flan-t5-base": _flan_t5(768, 2048, 12, 12),
+    "google/flan-t5-xxl": _flan_t5(4096, 10240, 24, 64),
+    "BAAI/bge-base-en-v1.5": transformers.BertConfig(),  # BERT base, whose defaults these are
+}
+
+
+@functools.cache
+def _written(name: str) -> tempfile.TemporaryDirectory:
+    directory = tempfile.TemporaryDirectory(prefix="pplug_jax-")
+    PUBLISHED[name].save_pretrained(directory.name)
+    return directory
+
+
+def published_directory(name: str) -> Path:
+    """A directory with the config.json of `name`, a key of PUBLISHED, until the process ends."""
+    return Path(_written(name).name)

@@ -1,0 +1,38 @@
+"""The FLOPs of a traced function, from its jaxpr.
+
+XLA's own count, `cost_analysis()`, takes a loop's body once, however often it runs.
+"""
+
+import math
+
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+
+def matmul_flops(jaxpr: Jaxpr | ClosedJaxpr, while_trips: int = 1) -> float:
+    """2 x multiplications in all matrix products, on all devices together.
+
+    Elementwise work is left out: the matrix unit's peak does not bound it.
+
+    Args:
+        while_trips: how often the body of a `while_loop` runs, of which the jaxpr does not say it.
+    """
+    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    return sum(_flops(eqn, while_trips) for eqn in jaxpr.eqns)
+
+
+def _flops(eqn: JaxprEqn, while_trips: int) -> float:
+    name, params = eqn.primitive.name, eqn.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        inner = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+        return 2.0 * inner * math.prod(eqn.outvars[0].aval.shape)
+    inside = [
+        matmul_flops(value, while_trips)
+        for param in params.values()
+        for value in (param if isinstance(param, tuple | list) else (param,))
+        if isinstance(value, Jaxpr | ClosedJaxpr)
+    ]
+    if name == "cond":
+        return max(inside)
+    times = {"scan": params.get("length"), "while": while_trips}.get(name, 1)
+    return times * sum(inside)

@@ -1,0 +1,201 @@
+"""The programs of a run, traced for a mesh without any weights: what the planner compiles."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.sharding import Mesh
+
+from pplug_jax import hf
+from pplug_jax.answers import answer_tokens, gold_losses
+from pplug_jax.config import ConfigError, check_batches
+from pplug_jax.data.batches import Batch, round_up
+from pplug_jax.embedder import soft_tokens
+from pplug_jax.llm import abstract_llm
+from pplug_jax.llm.shapes import PUBLISHED, published_directory
+from pplug_jax.mesh import batch_parts, place_abstract, replicated, sharding
+from pplug_jax.methods import METHODS, Method, configured
+from pplug_jax.models import Models, model_path
+from pplug_jax.train import jit_step, make_optimizer
+
+# Tokens around the input: what the chat templates of the presets have at most (Llama's, with its
+# dates), or the start token and the separator.
+CHAT_TOKENS, PLAIN_TOKENS = 48, 3
+
+
+def config_directory(path: str, field: str) -> Path:
+    """Where the config.json of a model is; it is never downloaded.
+
+    Raises:
+        ConfigError: it is no directory, and the model's shape is not known here.
+    """
+    if path.startswith("assets/") or Path(path).is_dir():
+        return model_path(path, field)
+    if path in PUBLISHED:
+        return published_directory(path)
+    raise ConfigError(
+        f"config.{field}.path: there is no directory {path!r}, and of no such model the shape is "
+        f"known without its config.json; known: {', '.join(PUBLISHED)}"
+    )
+
+
+class AbstractModels(Models):
+    """`Models` of a config for compiling alone: shapes, dtypes and places instead of arrays."""
+
+    _soft_norm = 1.0  # no program's shape depends on it
+
+    def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh):
+        self.config, self.mesh = config, mesh
+        check_batches(config, batch_parts(mesh))
+        llm = abstract_llm(config_directory(config.llm.path, "llm"), **self._llm_settings)
+        self.llm = place_abstract(llm, mesh)
+        self.encoder_path = config_directory(config.encoder.path, "encoder")
+
+
+class Lengths(NamedTuple):
+    """Tokens of a row at most, as its arrays are padded. soft: of the plug. new: generated."""
+
+    prompt: int
+    soft: int
+    target: int
+    query: int
+    new: int
+
+
+class Programs:
+    """A config's training step, evaluation and decoding on a mesh.
+
+    They are those of the first trained method, with every array as long as the config allows.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh):
+        self.config, self.mesh = config, mesh
+        self.models = AbstractModels(config, mesh)
+        self.encoder = hf.read_config(self.models.encoder_path)
+        self.method = _trained(config)
+        self.settings = configured(config, self.method, config.seed)
+        self.weights = self.models.abstract_weights(self.method, self.settings)
+        around = CHAT_TOKENS if config.llm.chat else PLAIN_TOKENS
+        plug = self.settings.plug if self.method.plug else None
+        self.lengths = Lengths(
+            prompt=round_up(config.data.max_input_length + around),
+            soft=soft_tokens(plug, self.method.reading) if plug else 0,
+            target=round_up(config.data.max_target_length),
+            query=min(config.encoder.max_length, self.encoder["max_position_embeddings"]),
+            new=config.eval.max_new_tokens,
+        )
+
+    def batch(self, rows: int) -> Batch:
+        """A batch as `place_batch` lays it out."""
+        lengths, plug = self.lengths, self.settings.plug
+        items = round_up(self.config.data.max_history)
+        width = self.encoder["hidden_size"]
+
+        def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+            shape = (rows, *shape)
+            where = sharding(self.mesh, ("batch", *[None] * (len(shape) - 1)), shape)
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+        return Batch(
+            prompt=array(jnp.int32, lengths.prompt),
+            prompt_mask=array(bool, lengths.prompt),
+            target=array(jnp.int32, lengths.target),
+            target_mask=array(bool, lengths.target),
+            query=array(jnp.int32, lengths.query),
+            query_mask=array(bool, lengths.query),
+            history=array(jnp.float32, items, width),
+            history_mask=array(bool, items),
+            index=array(jnp.int32),
+            weight=array(jnp.float32),
+            history_age=array(jnp.float32, items) if plug.recency else None,
+            history_difference=array(jnp.float32, items, width) if plug.difference else None,
+        )
+
+    def optimizer_state(self, optimizer: Any) -> Any:
+        """Moments lie as the parameters do, counters on every device: `train.init_optimizer`."""
+        weights = self.weights
+
+        def place(part: Any) -> Any:
+            if not isinstance(part, type(weights)):
+                return jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=replicated(self.mesh))
+            return jax.tree.map(
+                lambda x, like: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like.sharding),
+                part,
+                weights,
+            )
+
+        state = jax.eval_shape(optimizer.init, weights)
+        return jax.tree.map(place, state, is_leaf=lambda part: isinstance(part, type(weights)))
+
+    def train(self, remat: bool | None = None) -> jax.stages.Traced:
+        """The step of `train.fit`. remat: the config's by default."""
+        train = self.settings.train
+        optimizer = make_optimizer(
+            1, train.learning_rate, train.weight_decay, train.warmup, train.clip_norm
+        )
+        state = self.optimizer_state(optimizer)
+        return self._trace(
+            jit_step(self.weights, state).trace,
+            self.weights,
+            state,
+            self.models.llm,
+            self.batch(train.batch_size),
+            optimizer=optimizer,
+            prefix_length=1,
+            accumulation=train.accumulation,
+            remat=train.remat if remat is None else remat,
+            reading=self.method.reading,
+        )
+
+    def losses(self) -> jax.stages.Traced:
+        """The evaluation of the gold outputs."""
+        batch = self.batch(self.config.eval.batch_size)
+        return self._trace(
+            gold_losses.trace, self.weights, self.models.llm, batch, 1, self.method.reading
+        )
+
+    def answer(self) -> jax.stages.Traced:
+        """The generation of answers: prefill, and a loop of decoding steps."""
+        settings = self.config.eval
+        return self._trace(
+            answer_tokens.trace,
+            self.weights,
+            self.models.llm,
+            self.batch(settings.batch_size),
+            reading=self.method.reading,
+            prefix_length=1,
+            max_new_tokens=settings.max_new_tokens,
+            num_beams=settings.num_beams,
+            length_penalty=settings.length_penalty,
+        )
+
+    def _trace(self, trace: Callable[..., jax.stages.Traced], *args: Any, **kwargs: Any) -> Any:
+        with jax.set_mesh(self.mesh):
+            return trace(*args, **kwargs)
+
+    def held(self, training: bool) -> int:
+        """Bytes of a chip that the LLM and the weights take; with their moments in training."""
+
+        def held(tree: Any) -> int:
+            return sum(
+                x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape))
+                for x in jax.tree.leaves(tree)
+            )
+
+        return held(self.models.llm) + (3 if training else 1) * held(self.weights)
+
+
+def _trained(config: ml_collections.ConfigDict) -> Method:
+    """The first of the config's methods that has weights of its own.
+
+    Raises:
+        ConfigError: none has.
+    """
+    for name in config.methods:
+        if METHODS[name].trained:
+            return METHODS[name]
+    raise ConfigError("config.methods: nothing is trained, so there is nothing to plan")

@@ -1,0 +1,152 @@
+"""Several true processes on loopback against one with as many devices."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from test_run import SMALL, steps_done
+
+from pplug_jax.data.history import KEY_BYTES
+
+ROOT = Path(__file__).parent.parent
+DEVICES = 4  # of all processes together
+SETTINGS = SMALL | {
+    "data.sample_eval_users": 10,  # the last batch of 8 is not full
+    "methods": "('none','bm25','pplug')",
+}
+COMPILED = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
+def start(workdir: Path, count: int, cwd: Sequence[Path] = (), **settings: object) -> list:
+    """The command in `count` processes, each in its directory of `cwd`, if any."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = [f"--config.{field}={value}" for field, value in (SETTINGS | settings).items()]
+    processes = []
+    for process in range(count):
+        env = os.environ | COMPILED
+        env["JAX_COMPILATION_CACHE_DIR"] = str(workdir.parent / f"compiled_{count}_{process}")
+        env["XLA_FLAGS"] = env["XLA_FLAGS"].replace("count=8", f"count={DEVICES // count}")
+        env["PYTHONPATH"] = str(ROOT)
+        if count > 1:
+            env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+            env["JAX_PROCESS_ID"] = str(process)
+        command = [sys.executable, "-m", "pplug_jax.main", f"--workdir={workdir}"]
+        processes.append(
+            subprocess.Popen(
+                [*command, f"--config={ROOT}/configs/lamp5.py", *flags],
+                cwd=cwd[process] if cwd else ROOT,
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    return processes
+
+
+def ends(processes: Sequence[subprocess.Popen]) -> tuple[list[int], list[str]]:
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    return [process.returncode for process in processes], outputs
+
+
+def losses(workdir: Path) -> list[tuple[int, float]]:
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], line["value"]) for line in lines if line["name"] == "pplug/loss"]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    curve, expected = losses(one), losses(other)
+    assert [step for step, _ in curve] == [step for step, _ in expected]
+    assert [loss for _, loss in curve] == pytest.approx([loss for _, loss in expected], rel=1e-5)
+    for method in ("none", "bm25", "pplug"):
+        name = Path("predictions") / f"dev.{method}.json"
+        assert json.loads((one / name).read_text()) == json.loads((other / name).read_text())
+    tables = [json.loads((path / "results.json").read_text())["methods"] for path in (one, other)]
+    for name, entry in tables[0].items():
+        assert entry["loss"]["value"] == pytest.approx(tables[1][name]["loss"]["value"], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of one process with all the devices."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    codes, outputs = ends(start(workdir, 1))
+    assert codes == [0], outputs
+    return workdir
+
+
+@pytest.mark.parametrize("shared_store", [True, False])
+def test_processes_together_do_what_one_does(
+    alone: Path, tmp_path: Path, shared_store: bool
+) -> None:
+    count = 2 if shared_store else 4
+    hosts = [tmp_path / f"host_{i}" for i in range(count)]
+    for host in hosts:
+        host.mkdir()
+    store = tmp_path / "history" if shared_store else Path("history")  # in its own directory
+    codes, outputs = ends(
+        start(tmp_path / "run", count, hosts, **{"data.history_store": str(store)})
+    )
+    assert codes == [0] * count, outputs
+    assert_same_run(tmp_path / "run", alone)
+    # The first alone speaks.
+    assert "rouge1" in outputs[0]
+    assert not any("rouge1" in output or "workdir" in output for output in outputs[1:])
+    stores = [store] if shared_store else [host / store for host in hosts]
+    texts = len(next((alone / "history").glob("*/keys")).read_bytes()) // KEY_BYTES
+    for each in stores:
+        (keys,) = each.glob("*/keys")
+        assert len(keys.read_bytes()) == texts * KEY_BYTES
+
+
+def test_stopped_and_lost_processes(alone: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    longer = {"train.epochs": 40.0, "train.checkpoint_every": 10}
+
+    def started(until: int) -> list[subprocess.Popen]:
+        processes = start(workdir, 2, **longer)
+        while steps_done(workdir) < until:
+            assert all(process.poll() is None for process in processes), ends(processes)
+            time.sleep(0.01)
+        return processes
+
+    # A notice to one stops both behind the same step.
+    processes = started(3)
+    processes[1].send_signal(signal.SIGTERM)
+    codes, outputs = ends(processes)
+    assert codes == [128 + signal.SIGTERM] * 2, outputs
+    assert "SIGTERM: saved step" in outputs[0]
+    (step,) = (int(p.name) for p in (workdir / "checkpoints" / "pplug").iterdir())
+    assert step >= 3
+
+    # One that is killed ends the other, which says so.
+    processes = started(step + 12)
+    processes[1].kill()
+    codes, outputs = ends(processes)
+    assert codes[0] not in (0, None)
+    assert "lost" in outputs[0] or "distributed service detected fatal errors" in outputs[0]
+
+    # One process, with another number of devices each, goes on from their checkpoint.
+    saved = max(int(p.name) for p in (workdir / "checkpoints" / "pplug").iterdir())
+    assert saved > step
+    codes, outputs = ends(start(workdir, 1, **longer))
+    assert codes == [0], outputs
+    undisturbed = tmp_path / "undisturbed"
+    shutil.copytree(alone / "history", undisturbed / "history")
+    codes, more = ends(start(undisturbed, 1, **longer))
+    assert codes == [0], more
+    curve, expected = losses(workdir), losses(undisturbed)
+    assert [step for step, _ in curve] == [step for step, _ in expected] == list(range(1, 121))
+    assert [loss for _, loss in curve[:30]] == pytest.approx(
+        [loss for _, loss in expected[:30]], rel=1e-3
+    )
