@@ -1,0 +1,176 @@
+#!/usr/bin/env bash
+# shellcheck disable=SC2329 # trap calls a function
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+usage() {
+  cat <<END
+usage: $0 run FLAG... -- --config=... --workdir=gs://... [ARGUMENT...]
+       $0 attach|delete --name=NAME
+
+A job on TPUs of a GKE cluster, the one that kubectl speaks to, as a JobSet; an XPK cluster will do.
+
+  --name=NAME              what to call it
+  --dry-run                print every command and the manifest, call none
+  --yes                    answer every question with yes
+
+ of run alone:
+  --image=IMAGE            built from launch/Dockerfile
+  --accelerator=TYPE       tpu-v5-lite-podslice, tpu-v6e-slice, tpu-v5p-slice or tpu-v4-podslice
+  --topology=TOPOLOGY      of a slice, for example 4x4; its node pool has 4 chips a host
+  --slices=N               so many slices as one job
+  --spot                   on spot node pools
+
+run creates the JobSet, follows the log of its first host, and ends with 0 if the job completed.
+Where a host fails or is taken away, the JobSet starts all again by itself. Ctrl-C leaves the job
+running; attach follows it again.
+END
+}
+
+name='' image='' accelerator='' topology=''
+slices=1
+spot=false
+
+parse() {
+  verb=${1-}
+  case $verb in
+    run | attach | delete) shift ;;
+    --help) ;;
+    *) refuse "the first argument should be run, attach or delete, not '$verb'" ;;
+  esac
+  while (($#)); do
+    case $1 in
+      --name=*) name=${1#*=} ;;
+      --dry-run) dry_run=true ;;
+      --yes) yes=true ;;
+      --image=*) image=${1#*=} ;;
+      --accelerator=*) accelerator=${1#*=} ;;
+      --topology=*) topology=${1#*=} ;;
+      --slices=*) slices=${1#*=} ;;
+      --spot) spot=true ;;
+      --help)
+        usage
+        exit
+        ;;
+      --)
+        shift
+        job=("$@")
+        break
+        ;;
+      *) refuse "unknown argument $1 (flags are written --name=VALUE)" ;;
+    esac
+    shift
+  done
+  # A pod's name adds the slice, the host and a suffix, in 63 characters together.
+  check --name "$name" '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' pplug
+  [[ $verb == run ]] || return 0
+  check --image "$image" '[a-z0-9][-a-zA-Z0-9_./:@]*' us-docker.pkg.dev/my-project/pplug/pplug:v1
+  check --accelerator "$accelerator" 'tpu-(v5-lite-podslice|v6e-slice|v5p-slice|v4-podslice)' \
+    tpu-v5-lite-podslice
+  check --topology "$topology" '[1-9][0-9]*(x[1-9][0-9]*){1,2}' 4x4
+  check --slices "$slices" '[1-9][0-9]{0,2}' 2
+  { has_argument '--config=?*' && has_argument '--workdir=gs://?*'; } ||
+    refuse "the job's arguments are missing, or lack a workdir that outlives a pod; for example" \
+      "-- --config=configs/lamp5.py --workdir=gs://my-bucket/runs/lamp5"
+}
+
+manifest() {
+  local side chips=1 per_host spot_nodes='' arguments='' argument quote="'"
+  for side in ${topology//x/ }; do chips=$((chips * side)); done
+  per_host=$((chips < 4 ? chips : 4))
+  if $spot; then spot_nodes=$'\n                cloud.google.com/gke-spot: "true"'; fi
+  for argument in "${job[@]}"; do
+    arguments+="${arguments:+, }'${argument//$quote/$quote$quote}'"
+  done
+  cat <<END
+apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata:
+  name: $name
+  labels: # XPK's queue and list; they mean nothing to a cluster without
+    kueue.x-k8s.io/queue-name: multislice-queue
+    xpk.google.com/workload: $name
+  annotations: # a slice is a node pool, and no two slices share one
+    alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
+spec:
+  failurePolicy:
+    maxRestarts: 10
+  replicatedJobs:
+    - name: slice
+      replicas: $slices
+      template:
+        spec:
+          parallelism: $((chips / per_host))
+          completions: $((chips / per_host))
+          backoffLimit: 0 # hosts cannot go on without one another
+          template:
+            metadata:
+              labels:
+                xpk.google.com/workload: $name
+            spec:
+              restartPolicy: Never
+              terminationGracePeriodSeconds: 300 # to save a checkpoint; a spot host gets less
+              hostNetwork: true # slices talk over the hosts' network
+              dnsPolicy: ClusterFirstWithHostNet
+              nodeSelector:
+                cloud.google.com/gke-tpu-accelerator: $accelerator
+                cloud.google.com/gke-tpu-topology: $topology$spot_nodes
+              containers:
+                - name: pplug
+                  image: $image
+                  args: [$arguments]
+                  securityContext: # the host's TPU devices are root's
+                    privileged: true
+                    runAsUser: 0
+                  resources:
+                    limits:
+                      google.com/tpu: $per_host
+END
+}
+
+# Follows the log until the JobSet has ended; returns 0 if it completed.
+watch() {
+  local now pod first="jobset.sigs.k8s.io/jobset-name=$name"
+  first+=",jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
+  while :; do
+    # Of a pod that runs, since one that has ended was followed already.
+    if pod=$(query "pod/$name" kubectl get pods --selector="$first" \
+      --field-selector=status.phase=Running --output=name) && [[ -n $pod ]]; then
+      run kubectl logs --follow "$pod" || say "the connection broke, the job goes on"
+    fi
+    now=$(query Completed kubectl get jobset "$name" --output='jsonpath={.status.terminalState}') ||
+      now=unknown
+    case $now in
+      Completed) return 0 ;;
+      Failed) return 1 ;;
+    esac
+    sleep "$poll_seconds"
+  done
+}
+
+farewell() {
+  if $dry_run; then return; fi
+  say "To follow the job:  $0 attach --name=$name"
+  say "To delete it:       $0 delete --name=$name"
+  say "Its node pools are charged for as long as the cluster keeps them."
+}
+
+main() {
+  parse "$@"
+  needs kubectl
+  if [[ $verb == delete ]]; then
+    confirm "Delete the JobSet $name?" || exit 1
+    run kubectl delete jobset "$name"
+    exit
+  fi
+  if [[ $verb == run ]]; then
+    if $dry_run; then manifest; fi
+    run kubectl create --filename=- <<<"$(manifest)"
+  fi
+  trap farewell EXIT
+  trap 'exit 130' INT
+  watch
+}
+
+main "$@"

@@ -1,0 +1,340 @@
+#!/usr/bin/env bash
+# shellcheck disable=SC2329 # some functions are called by retry and trap
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+# Keeps `follow`'s count of lines; bash 3.2 shows the log anew after a broken connection.
+shopt -s lastpipe 2>/dev/null || true
+
+usage() {
+  cat <<END
+usage: $0 run FLAG... -- --config=... --workdir=gs://... [ARGUMENT...]
+       $0 attach|stop|delete FLAG...
+
+A job on Cloud TPU VMs: one host, a slice of several, or several slices.
+
+  --name=NAME              what to call it
+  --project=PROJECT        the Google Cloud project
+  --zone=ZONE              for example us-west4-a
+  --queued                 of a queued resource, which waits until there are machines; without it
+                           they are there at once or not at all
+  --spot                   queued, on cheaper machines that may be taken away: run then asks for
+                           new ones and starts the job again, until it ends by itself
+  --dry-run                print every command, call none
+  --yes                    answer every question with yes
+
+ of run alone:
+  --accelerator=TYPE       for example v5litepod-16 (v5e), v6e-8, v5p-16, v4-8
+  --slices=N               queued, N slices of that type as one job
+  --runtime-version=IMAGE  the machines' image; by default the one for JAX
+  --data=gs://BUCKET/DIR   copied to data/ on every worker
+
+run sends the current commit to all workers, installs it there, starts
+  python -m pplug_jax.main ARGUMENT...
+follows its log and ends with its exit status, or that of the first worker where it failed. Where
+NAME is there already, it is used. Ctrl-C leaves the job running; attach follows it again. stop
+has it save a checkpoint and end. delete, also offered at the job's end, ends what is charged for.
+END
+}
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+name='' project='' zone='' accelerator='' image='' data=''
+slices=1
+queued=false
+spot=false
+answered=false # the Cloud
+exists=false   # something that is charged for
+started=false  # the job
+pretended=''   # state, in a dry run
+seen=0         # lines of the log
+status=0       # the job's
+
+parse() {
+  verb=${1-}
+  case $verb in
+    run | attach | stop | delete) shift ;;
+    --help) ;;
+    *) refuse "the first argument should be run, attach, stop or delete, not '$verb'" ;;
+  esac
+  while (($#)); do
+    case $1 in
+      --name=*) name=${1#*=} ;;
+      --project=*) project=${1#*=} ;;
+      --zone=*) zone=${1#*=} ;;
+      --queued) queued=true ;;
+      --spot) queued=true spot=true ;;
+      --dry-run) dry_run=true ;;
+      --yes) yes=true ;;
+      --accelerator=*) accelerator=${1#*=} ;;
+      --slices=*) queued=true slices=${1#*=} ;;
+      --runtime-version=*) image=${1#*=} ;;
+      --data=*) data=${1#*=} ;;
+      --help)
+        usage
+        exit
+        ;;
+      --)
+        shift
+        job=("$@")
+        break
+        ;;
+      *) refuse "unknown argument $1 (flags are written --name=VALUE)" ;;
+    esac
+    shift
+  done
+  check --name "$name" '[a-z]([-a-z0-9]{0,48}[a-z0-9])?' pplug
+  check --project "$project" '([a-z0-9.-]+:)?[a-z][-a-z0-9]{4,28}[a-z0-9]' my-project
+  check --zone "$zone" '[a-z]+-[a-z]+[0-9]+-[a-z]' us-west4-a
+  if [[ $verb == run ]]; then check_run; fi
+  kind=tpu-vm ready=READY workers=(--worker=all)
+  if $queued; then kind=queued-resources ready=ACTIVE workers=(--node=all --worker=all); fi
+}
+
+check_run() {
+  check --accelerator "$accelerator" 'v(2|3|4|5litepod|5p|6e)-[1-9][0-9]*' v5litepod-16
+  check --slices "$slices" '[1-9][0-9]{0,2}' 2
+  case $accelerator in
+    v5litepod-*) : "${image:=v2-alpha-tpuv5-lite}" ;;
+    v5p-*) : "${image:=v2-alpha-tpuv5}" ;;
+    v6e-*) : "${image:=v2-alpha-tpuv6e}" ;;
+    *) : "${image:=tpu-ubuntu2204-base}" ;;
+  esac
+  check --runtime-version "$image" '[a-z0-9][-a-z0-9.]*' v2-alpha-tpuv5-lite
+  [[ -z $data ]] || check --data "$data" 'gs://[a-z0-9][-a-z0-9_.]+(/.*)?' gs://my-bucket/data
+  has_argument '--config=?*' || refuse "the job's arguments are missing; for example" \
+    "-- --config=configs/lamp5.py --workdir=gs://my-bucket/runs/lamp5"
+  if ! has_argument '--workdir=gs://?*'; then
+    ! $spot || refuse "with --spot the job goes on from checkpoints that outlive the machines;" \
+      "for example -- --workdir=gs://my-bucket/runs/lamp5"
+    say "note: without --workdir=gs://... the results lie on the machines, and go with them"
+  fi
+  ((slices == 1)) || has_argument "--config.mesh.slices=$slices" ||
+    say "note: the job must know of the slices, by its config or by --config.mesh.slices=$slices"
+}
+
+tpus() { run gcloud compute tpus "$kind" "$@" --project="$project" --zone="$zone" --quiet; }
+
+# list PRETENDED KIND FIELD FILTER; unlike `describe` it tells none from a failure to ask.
+list() {
+  query "$1" gcloud compute tpus "$2" list --format="value($3)" --filter="$4" \
+    --project="$project" --zone="$zone" --quiet
+}
+
+# Nothing where there is no $name.
+state() {
+  if $queued; then
+    list "$pretended" queued-resources state.state "name ~ \"(^|/)$name$\""
+  else
+    list "$pretended" tpu-vm state "name ~ \"(^|/)$name$\" AND NOT queuedResource:*"
+  fi
+}
+
+# The machines' health: sound, lost or unknown.
+health() {
+  local now nodes=READY
+  if ! now=$(state); then
+    echo unknown
+  elif [[ $now != "$ready" ]]; then
+    echo lost
+  elif ! $queued; then
+    echo sound
+  # A preemption may show in the machines' states before it does in the queued resource's.
+  elif ! nodes=$(list READY tpu-vm state "queuedResource ~ \"/$name$\""); then
+    echo unknown
+  elif grep -qvx READY <<<"${nodes:-READY}"; then
+    echo lost
+  else
+    echo sound
+  fi
+}
+
+# Both are retried, where `set -e` does not hold: what fails is said to have failed.
+create() {
+  local options=(--version="$image")
+  if $queued; then
+    options=(--runtime-version="$image" --node-id="$name")
+    if ((slices > 1)); then options=(--runtime-version="$image" --node-count="$slices"); fi
+    if $spot; then options+=(--spot); fi
+  fi
+  exists=true # perhaps, whatever becomes of the command
+  tpus create "$name" --accelerator-type="$accelerator" "${options[@]}" || return 1
+  pretended=$ready
+}
+
+delete() {
+  if $queued; then tpus delete "$name" --force; else tpus delete "$name"; fi || return 1
+  exists=false
+  pretended=''
+}
+
+# Returns when there are machines, asked for if need be.
+ensure() {
+  local now before=''
+  while :; do
+    # The first answer shows that project, zone and login are right; later failures pass.
+    if now=$(state); then answered=true; elif $answered; then now=unknown; else return 1; fi
+    [[ -z $now ]] || exists=true
+    case $now in
+      '')
+        [[ -z $before ]] || die "$name was deleted"
+        create || return 1
+        now=requested
+        ;;
+      "$ready") return ;;
+      FAILED)
+        tpus describe "$name" --format='value(state.failedData.error.message)' >&2
+        delete # it has no machines, but counts against the quota
+        die "the request for $name failed, see above, and was deleted"
+        ;;
+      SUSPENDED | PREEMPTED | TERMINATED | STOPPED)
+        $spot || die "$name has no machines any more (state: $now)"
+        retry delete || return 1
+        now=''
+        ;;
+      *)
+        [[ $now == "$before" ]] || say "$name: $now; asking again every $poll_seconds s"
+        sleep "$poll_seconds"
+        ;;
+    esac
+    before=$now
+  done
+}
+
+# Of steps that may be repeated; what failed may be the connection alone.
+retry() {
+  local left=3
+  until "$@"; do
+    ((--left)) || return 1
+    say "that failed; again in $poll_seconds s"
+    sleep "$poll_seconds"
+  done
+}
+
+# on_workers all|0 COMMAND; a dead connection is noticed within minutes.
+on_workers() {
+  tpus ssh "$name" "${workers[@]/%all/$1}" --ssh-flag=-oServerAliveInterval=30 \
+    --ssh-flag=-oConnectTimeout=30 --command="$2" </dev/null
+}
+
+pack() {
+  local changed
+  changed=$(git -C "$root" status --porcelain --untracked-files=no)
+  [[ -z $changed ]] || die "what is sent is a commit; commit these changes or stash them:
+$changed"
+  scratch=$(mktemp -d)
+  run git -C "$root" archive --format=tar.gz --output="$scratch/pplug.tar.gz" HEAD
+}
+
+send() { tpus scp "$scratch/pplug.tar.gz" "$root/launch/worker.sh" "$name:" "${workers[@]}"; }
+
+install() { on_workers all "bash worker.sh install $(printf %q "$data")" >&2; }
+
+start() { on_workers all "bash worker.sh start$(printf ' %q' "${job[@]}")" >&2; }
+
+# The log of worker 0 (of slice 0), each line once.
+follow() {
+  local line number
+  on_workers 0 'bash worker.sh follow' | while IFS= read -r line; do
+    number=${line%%:*}
+    if [[ $number =~ ^[0-9]+$ ]] && ((number > seen)); then
+      printf '%s\n' "${line#*:}"
+      seen=$number
+    fi
+  done
+}
+
+# Returns when the job has ended on all workers, and sets $status; fails when the machines are lost.
+watch() {
+  local before ended word number host i unreachable=0
+  started=true
+  while :; do
+    before=$seen
+    if follow && ended=$(on_workers all 'bash worker.sh wait_for_end'); then
+      status=0
+      while read -r word number host; do
+        [[ $word == status && $number != 0 ]] || continue
+        say "$host: the job ended with status $number"
+        ((status)) || status=$number
+      done <<<"$ended"
+      if ! $spot || ((status == 0)); then return; fi
+      # A preemption ends the job some time before it shows in the machines' state.
+      for ((i = 0; i < 5; i++)); do
+        sleep "$poll_seconds"
+        [[ $(health) != lost ]] || return 1
+      done
+      return
+    fi
+    ((seen == before)) || unreachable=0
+    case $(health) in
+      lost) return 1 ;;
+      # Sound machines so long out of reach are new ones, which do not know of the job.
+      sound) ((++unreachable < 5)) || return 1 ;;
+    esac
+    say "the connection broke, the job goes on; connecting again in $poll_seconds s"
+    sleep "$poll_seconds"
+  done
+}
+
+# After machines were lost: others in their place, where they are spot.
+replace() {
+  local now
+  $started || [[ $(health) == lost ]] || die "the job could not be started, see above"
+  now=$(state) || die "the state of $name is unknown"
+  [[ -n $now ]] || die "$name was deleted"
+  $spot || die "$name has lost the job (state: $now)"
+  say "$name was preempted (state: $now); asking for other machines"
+  [[ $now == SUSPEND* ]] || retry delete
+  started=false seen=0
+  retry ensure
+}
+
+finish() {
+  if ((status)); then say "The job ended with status $status."; else say "The job has ended."; fi
+  if confirm "Delete $name now?"; then delete; fi
+  exit "$status"
+}
+
+# Says what is left behind, however the launcher ends.
+farewell() {
+  local now='' flags="--name=$name --project=$project --zone=$zone"
+  [[ -z ${scratch-} ]] || rm -rf "$scratch"
+  if ! $exists || $dry_run; then return; fi
+  if now=$(state) && [[ -z $now ]]; then
+    say "Nothing is left of $name."
+    return
+  fi
+  if $queued; then flags+=' --queued'; fi
+  say "$name (state: ${now:-unknown}) is left, and is charged for while it has machines."
+  if $started; then say "To follow the job:  $0 attach $flags"; fi
+  say "To delete it:       $0 delete $flags"
+}
+
+main() {
+  parse "$@"
+  needs gcloud
+  trap farewell EXIT
+  trap 'exit 130' INT
+  trap 'exit 143' TERM
+  if [[ $verb == run ]]; then
+    pack
+    ensure
+    until retry send && retry install && start && watch; do replace; done
+    finish
+  fi
+
+  local now
+  pretended=$ready
+  now=$(state)
+  [[ -n $now ]] || die "there is no $name in $zone of $project, or not of this kind (--queued)"
+  exists=true
+  if [[ $verb == delete ]]; then
+    confirm "Delete $name (state: $now), with what lies on its machines?" || exit 1
+    delete
+    exit
+  fi
+  if [[ $verb == stop ]]; then on_workers all 'bash worker.sh stop'; fi
+  watch || die "$name has lost the job; run goes on from its last checkpoint"
+  finish
+}
+
+main "$@"

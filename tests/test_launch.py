@@ -1,0 +1,901 @@
+"""The launchers against a cloud that is a directory, by a `gcloud` and a `kubectl` of our own."""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+WORKERS = 2  # of every TPU VM
+
+# A command for a worker is run, in a home directory that stands for the machine. Rules say what
+# goes wrong: {"on": text of the command, "do": ..., "times": 1, "after": 0 such commands}.
+# Started some hundred times, so nothing is imported that is not needed.
+FAKE = r"""
+import contextlib, json, os, sys
+
+cloud = os.environ["CLOUD"]
+argv = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
+with open(f"{cloud}/calls", "a") as file:
+    file.write(json.dumps(argv) + "\n")
+
+
+def load(name):
+    with open(f"{cloud}/{name}") as file:
+        return json.load(file)
+
+
+def store(name, content):
+    with open(f"{cloud}/{name}", "w") as file:
+        json.dump(content, file)
+
+
+def broken_rule():
+    rules, found = load("rules"), {"do": None}
+    for rule in rules:
+        if rule["on"] in " ".join(argv) and rule.setdefault("times", 1):
+            if rule.get("after"):
+                rule["after"] -= 1
+            else:
+                rule["times"] -= 1
+                found = rule
+            break
+    store("rules", rules)
+    return found
+
+
+def flag(name):
+    return next((a.partition("=")[2] for a in argv if a.startswith(f"--{name}=")), "")
+
+
+def subject():
+    if flag("filter"):
+        return flag("filter").partition("$")[0].replace(")", "/").rpartition("/")[2]
+    named = [each for each in argv[5:] if not each.startswith("-")] or [""]
+    return named[-1][:-1] if "scp" in argv else named[0]
+
+
+def fail(rule):
+    print(rule.get("text", "ERROR: something"), file=sys.stderr)
+    sys.exit(rule.get("status", 1))
+
+
+def nodes():
+    return sorted(name for name, node in world["nodes"].items() if node["owner"] == target)
+
+
+def homes(every_node, every_worker):
+    for node in nodes() if every_node else nodes()[:1]:
+        for worker in range(WORKERS if every_worker else 1):
+            home = f"{cloud}/homes/{node}/w{worker}"
+            os.makedirs(home, exist_ok=True)
+            yield home
+
+
+def signal_jobs(number=15):
+    for home in homes(True, True):
+        if os.path.exists(f"{home}/job/pid"):
+            with open(f"{home}/job/pid") as file, contextlib.suppress(ProcessLookupError):
+                os.killpg(int(file.read()), number)
+
+
+def take_away(states):
+    signal_jobs()
+    for node in nodes():
+        os.system(f"rm -rf {cloud}/homes/{node}")
+    if states == ["ACTIVE"]:  # as yet; one node tells already
+        world["nodes"][nodes()[-1]]["state"] = "PREEMPTED"
+    else:
+        for node in nodes():
+            del world["nodes"][node]
+        world["queued"][target] = states
+    store("world", world)
+
+
+def start(home, **settings):
+    import subprocess
+
+    command, env = ["bash", "-c", flag("command")], {**os.environ, "HOME": home}
+    return subprocess.Popen(command, env=env, cwd=home, text=True, **settings)
+
+
+def disturbed_follow():
+    following = start(next(homes(False, False)), stdout=-1)
+    for line in following.stdout:
+        print(line, end="", flush=True)
+        if "step 1" in line and wrong["do"] == "preempt":
+            take_away(wrong["states"])
+            if not wrong["times"]:
+                store("enough", True)
+        if "step 1" in line and wrong["do"] in ("preempt", "drop"):
+            following.kill()
+            sys.exit(255)
+        if "waiting" in line and wrong["do"] == "interrupt":
+            os.killpg(0, 2)
+        if "waiting" in line and wrong["do"] == "signal":
+            signal_jobs(wrong["number"])
+    sys.exit(following.wait())
+
+
+def ssh():
+    sys.stdin.read()  # as ssh does; an answer to a later question must not be lost
+    if wrong["do"] in ("preempt", "drop", "interrupt", "signal"):
+        disturbed_follow()
+    if wrong["do"] == "lose":
+        os.system(f"rm -rf {cloud}/homes/{nodes()[-1]}/w1")
+    all_nodes = flag("node") in ("", "all")
+    running = [start(home) for home in homes(all_nodes, flag("worker") == "all")]
+    sys.exit(max(each.wait() for each in running))
+
+
+def gcloud():
+    kind, verb = argv[3:5]
+    if verb == "create":
+        count, queued = int(flag("node-count") or 1), kind != "tpu-vm"
+        for node in [target] if count == 1 else [f"{target}-{i}" for i in range(count)]:
+            world["nodes"][node] = {"state": "READY", "owner": target, "queued": queued}
+        if queued:
+            world["queued"][target] = wrong.get("states", ["WAITING_FOR_RESOURCES", "ACTIVE"])
+    elif verb == "list" and kind == "queued-resources":
+        states = world["queued"].get(target, [])
+        print(*states[:1])
+        world["queued"][target] = states[1:] or states
+    elif verb == "list":
+        for node in map(world["nodes"].get, nodes()):
+            if node["queued"] == flag("filter").startswith("queuedResource"):
+                print(node["state"])
+    elif verb == "describe":
+        print("Quota TPUS exceeded")
+    elif verb == "delete":
+        for node in nodes():
+            del world["nodes"][node]
+            os.system(f"rm -rf {cloud}/homes/{node}")
+        world["queued"].pop(target, None)
+    elif verb == "scp":
+        for home in homes(True, True):
+            os.system(f"cp {' '.join(argv[5 : argv.index(target + ':')])} {home}")
+    elif verb == "ssh":
+        ssh()
+    store("world", world)
+
+
+def kubectl():
+    states = load("states")
+    if argv[1] == "create":
+        with open(f"{cloud}/manifest", "w") as file:
+            file.write(sys.stdin.read())
+    elif argv[1:3] == ["get", "pods"] and states[0] == "Running":
+        print("pod/first")
+    elif argv[1] == "logs":
+        print("step 1")
+    elif argv[1:3] == ["get", "jobset"]:
+        print(states[0] if states[0] in ("Completed", "Failed") else "")
+        store("states", states[1:])
+
+
+if argv[1] == "storage":  # of a worker, several at a time
+    os.execlp("cp", "cp", "-r", argv[-2].replace("gs://", f"{cloud}/bucket/") + "/.", argv[-1])
+world, wrong, target = load("world"), broken_rule(), subject()
+if wrong["do"] == "fail":
+    fail(wrong)
+if wrong["do"] == "suspend":
+    take_away(["SUSPENDED"])
+globals()[argv[0]]()
+if wrong["do"] == "fail late":
+    fail(wrong)
+"""
+
+# pplug_jax.main on a worker: saves a checkpoint, tells of two steps and ends as its home says.
+JOB = """
+import json, os, sys
+
+cloud, home = os.environ["CLOUD"], os.environ["HOME"]
+worker = os.path.relpath(home, f"{cloud}/homes")
+with open(f"{cloud}/started", "a") as file:
+    file.write(json.dumps([worker, sys.argv[1:]]) + "\\n")
+workdir = next(a.partition("=")[2] for a in sys.argv if a.startswith("--workdir="))
+checkpoint = workdir.replace("gs://", f"{cloud}/bucket/") + "/" + worker.replace("/", "-")
+print("resumed" if os.path.exists(checkpoint) else "began")
+os.makedirs(os.path.dirname(checkpoint), exist_ok=True)
+open(checkpoint, "w").close()
+print("step 1: loss 2")
+if "--endless" in sys.argv and not os.path.exists(f"{cloud}/enough"):
+    import signal
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    print("waiting")
+    signal.pause()
+print("  step 2:")
+with open(f"{cloud}/exits") as file:
+    sys.exit(json.load(file).get(os.path.basename(home), 0))
+"""
+
+UV = """#!/usr/bin/env bash
+case $1 in
+  venv) mkdir -p .venv/bin && ln -sf "$PYTHON" .venv/bin/python ;;
+  pip) echo "${@: -3}" >>~/installed ;;
+esac
+"""
+
+PIP = """#!/usr/bin/env bash
+[[ $* == "-m pip install --quiet --user uv" ]] || exit 1
+mkdir -p ~/.local/bin && cp "$CLOUD/uv" ~/.local/bin/
+"""
+
+RUN = ["run", "--name=plug", "--project=some-project", "--zone=us-west4-a"]
+RUN += ["--accelerator=v5litepod-16"]
+NAMED = ["--name=plug", "--project=some-project", "--zone=us-west4-a"]
+ARGUMENTS = [
+    "--config=configs/lamp5.py:llama3_8b@v5e-8",
+    "--workdir=gs://bucket/runs/lamp5",
+    "--config.methods=('none','pplug')",
+    '--config.llm.separator=  a "b" $HOME `c` \\ *\nd\t;',
+]
+
+
+class Cloud:
+    """The fake cloud, and a repository whose launchers run against it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.repo = path / "repo"
+        shutil.copytree(LAUNCH, self.repo / "launch")
+        (self.repo / "pplug_jax").mkdir()
+        (self.repo / "pplug_jax" / "main.py").write_text(JOB)
+        (self.repo / "requirements.txt").write_text("jax\n")
+        self.git("init", "--quiet")
+        self.git("add", ".")
+        self.git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "-m", "a")
+        programs = path / "bin"
+        programs.mkdir()
+        (path / "uv").write_text(UV)
+        fake = f"#!{sys.executable} -IS\nWORKERS = {WORKERS}\n{FAKE}"
+        for name, text in {"gcloud": fake, "kubectl": fake, "python3": PIP}.items():
+            (programs / name).write_text(text)
+            (programs / name).chmod(0o755)
+        (path / "uv").chmod(0o755)
+        self.env = {
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "CLOUD": str(path),
+            "PYTHON": sys.executable,
+            "POLL_SECONDS": "0",
+            "HOME": str(path),
+        }
+        self.write(rules=[], exits={}, world={"nodes": {}, "queued": {}}, states=["Completed"])
+
+    def git(self, *arguments: str) -> None:
+        subprocess.run(["git", *arguments], cwd=self.repo, check=True)
+
+    def write(self, **contents: Any) -> None:
+        for name, content in contents.items():
+            (self.path / name).write_text(json.dumps(content))
+
+    def seed(self, *, queued: bool) -> None:
+        """There is a plug already, without a job."""
+        node = {"state": "READY", "owner": "plug", "queued": queued}
+        self.write(
+            world={"nodes": {"plug": node}, "queued": {"plug": ["ACTIVE"]} if queued else {}}
+        )
+
+    def read(self, name: str) -> list[Any]:
+        path = self.path / name
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def command(self, *arguments: str, script: str = "tpu.sh") -> list[str]:
+        return ["bash", str(self.repo / "launch" / script), *arguments]
+
+    def run(
+        self, *arguments: str, script: str = "tpu.sh", stdin: str = ""
+    ) -> subprocess.CompletedProcess:
+        done = subprocess.run(
+            self.command(*arguments, script=script),
+            env=self.env,
+            check=False,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=300,  # of a hang; a busy machine may be slow
+            start_new_session=True,  # as the fake Ctrl-C reaches the whole group
+        )
+        print(done.stdout, done.stderr, f"status {done.returncode}", sep="\n")
+        return done
+
+    @property
+    def calls(self) -> list[list[str]]:
+        return self.read("calls")
+
+    @property
+    def steps(self) -> list[str]:
+        """The calls in short, as "create" or "ssh follow", those that only ask left out."""
+        steps = []
+        for call in self.calls:
+            if call[:3] != ["gcloud", "compute", "tpus"] or call[4] in ("list", "describe"):
+                continue
+            remote = [a.split()[2] for a in call if a.startswith("--command=")]
+            steps.append(" ".join([call[4], *remote]))
+        return steps
+
+    @property
+    def started(self) -> list[Any]:
+        """[worker, arguments] of every start of the job."""
+        return self.read("started")
+
+    @property
+    def nodes(self) -> dict[str, Any]:
+        return self.read("world")[0]["nodes"]
+
+
+@pytest.fixture
+def cloud(tmp_path: Path) -> Iterator[Cloud]:
+    cloud = Cloud(tmp_path)
+    yield cloud
+    for pid in tmp_path.glob("homes/*/*/job/pid"):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int(pid.read_text()), signal.SIGTERM)
+
+
+ATTEMPT = ["scp", "ssh install", "ssh start", "ssh follow"]
+WHOLE = ["create", *ATTEMPT, "ssh wait_for_end"]
+
+
+@pytest.mark.parametrize("script", ["tpu.sh", "jobset.sh"])
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["delete", "--help"]])
+def test_help(cloud: Cloud, script: str, arguments: list[str]) -> None:
+    done = cloud.run(*arguments, script=script)
+    assert done.returncode == 0
+    assert "usage:" in done.stdout and "--dry-run" in done.stdout
+    assert not cloud.calls
+
+
+def test_scripts_are_clean() -> None:
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:/usr/bin")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed (requirements-dev.txt)")
+    scripts = sorted(LAUNCH.glob("*.sh"))
+    assert len(scripts) >= 4
+    done = subprocess.run([shellcheck, "-x", *scripts], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    for script in scripts:
+        if script.name != "common.sh":  # which is sourced
+            assert "\nset -euo pipefail\n" in script.read_text()
+            assert os.access(script, os.X_OK)
+
+
+@pytest.mark.parametrize("arguments", [["attach"], ["stop", "--queued"], ["delete", "--queued"]])
+def test_dry_run_of_the_rest(cloud: Cloud, arguments: list[str]) -> None:
+    done = cloud.run(*arguments, *NAMED, "--dry-run")
+    assert done.returncode == 0
+    assert not cloud.calls
+    assert f"{arguments[0] if arguments[0] != 'attach' else 'follow'}" in done.stderr
+
+
+JOBSET = ["run", "--name=plug", "--image=us-docker.pkg.dev/some-project/a/b:1"]
+JOBSET += ["--accelerator=tpu-v5-lite-podslice", "--topology=4x4"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "instead"),
+    [
+        ("--name", ""),
+        ("--name", "--name="),
+        ("--name", "--name=Plug"),
+        ("--name", "--name=a;ls"),
+        ("--project", ""),
+        ("--project", "--project=Some Project"),
+        ("--zone", ""),
+        ("--zone", "--zone=us-west4"),
+        ("--accelerator", ""),
+        ("--accelerator", "--accelerator=v5e-8"),
+        ("--accelerator", "--accelerator=v5litepod-"),
+        ("--slices", "--slices=0"),
+        ("--slices", "--slices=two"),
+        ("--data", "--data=/data"),
+        ("--runtime-version", "--runtime-version=a b"),
+        ("--nmae", "--nmae=a"),
+        ("plug", "plug"),
+    ],
+)
+def test_bad_flags_are_refused(cloud: Cloud, flag: str, instead: str) -> None:
+    flags = [each for each in RUN if not each.startswith(flag)]
+    done = cloud.run(*flags, *filter(None, [instead]), "--", *ARGUMENTS)
+    assert done.returncode == 2
+    assert flag in done.stderr
+    assert not cloud.calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "run, attach, stop or delete"),
+        (["rnu", *RUN[1:]], "rnu"),
+        (RUN, "--config"),
+        ([*RUN, "--", "--workdir=gs://b/w"], "--config"),
+        ([*RUN, "--spot", "--", "--config=a", "--workdir=runs/a"], "--workdir=gs://"),
+        ([*RUN, "--spot", "--", "--config=a"], "--workdir=gs://"),
+        (["delete", *NAMED[1:]], "--name"),
+    ],
+)
+def test_bad_commands_are_refused(cloud: Cloud, arguments: list[str], told: str) -> None:
+    done = cloud.run(*arguments)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert not cloud.calls
+
+
+def test_a_workdir_on_the_machines_is_told_of(cloud: Cloud) -> None:
+    done = cloud.run("run", "--dry-run", *RUN[1:], "--", "--config=a")
+    assert done.returncode == 0
+    assert "results lie on the machines" in done.stderr
+
+
+def test_slices_that_the_job_does_not_know_of_are_told(cloud: Cloud) -> None:
+    command = [*RUN, "--dry-run", "--slices=2", "--", *ARGUMENTS]
+    assert "--config.mesh.slices=2" in cloud.run(*command).stderr
+    done = cloud.run(*command, "--config.mesh.slices=2")
+    assert "note" not in done.stderr
+
+
+def test_uncommitted_changes_are_refused(cloud: Cloud) -> None:
+    (cloud.repo / "requirements.txt").write_text("jax\nflax\n")
+    done = cloud.run(*RUN, "--", *ARGUMENTS)
+    assert done.returncode == 1
+    assert "M requirements.txt" in done.stderr
+    assert not cloud.calls
+
+
+@pytest.mark.parametrize(
+    ("flags", "workers"),
+    [
+        ([], ["plug/w0", "plug/w1"]),
+        (["--queued"], ["plug/w0", "plug/w1"]),
+        (["--spot"], ["plug/w0", "plug/w1"]),
+        (["--slices=2"], ["plug-0/w0", "plug-0/w1", "plug-1/w0", "plug-1/w1"]),
+    ],
+)
+def test_a_job(cloud: Cloud, flags: list[str], workers: list[str]) -> None:
+    data = cloud.path / "bucket/bucket/all data"
+    data.mkdir(parents=True)
+    (data / "train.jsonl").touch()
+    arguments = [*flags, "--data=gs://bucket/all data", "--", *ARGUMENTS]
+
+    dry = cloud.run(*RUN, "--dry-run", *arguments)
+    assert dry.returncode == 0
+    assert not cloud.calls
+
+    cloud.write(rules=[{"on": "create", "do": "states", "states": ["ACTIVE"]}])
+    done = cloud.run(*RUN, *arguments, stdin="y")
+    assert done.returncode == 0
+    assert cloud.steps == [*WHOLE, "delete"]
+    assert done.stdout == "began\nstep 1: loss 2\n  step 2:\n"
+    # On every worker, with the data, and its arguments whole.
+    assert sorted(cloud.started) == [[worker, [*ARGUMENTS]] for worker in workers]
+    create = next(call for call in cloud.calls if "create" in call)
+    assert ("--spot" in create) == (flags == ["--spot"])
+    assert ("--node-count=2" in create) == (flags == ["--slices=2"])
+
+    def comparable(commands: list[list[str]]) -> list[list[str]]:
+        commands = [each for each in commands if each[:2] == ["gcloud", "compute"]]
+        return [[re.sub(r".*/(pplug.tar.gz)$", r"\1", word) for word in each] for each in commands]
+
+    # What the dry run has printed is what was called.
+    printed = [
+        shlex.split(each.partition("--quiet\n")[0] + "--quiet")
+        for each in re.split(r"^\+ ", dry.stderr, flags=re.MULTILINE)[1:]
+    ]
+    assert comparable(printed) == comparable(cloud.calls)
+
+
+def test_what_is_installed_and_left(cloud: Cloud) -> None:
+    data = cloud.path / "bucket/bucket/data"
+    data.mkdir(parents=True)
+    (data / "train.jsonl").touch()
+    done = cloud.run(*RUN, "--data=gs://bucket/data", "--", *ARGUMENTS)
+    assert done.returncode == 0
+    for worker in range(WORKERS):
+        home = cloud.path / f"homes/plug/w{worker}"
+        assert (home / "installed").read_text() == "requirements.txt jax[tpu] gcsfs\n"
+        assert (home / "pplug/data/train.jsonl").exists()
+    # Nobody has said that it may be deleted; how to do it is said.
+    assert cloud.nodes
+    assert re.search(r"charged for.*\n.*tpu.sh attach .*\n.*tpu.sh delete .*\n", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "image"),
+    [
+        ("v4-8", "tpu-ubuntu2204-base"),
+        ("v5p-16", "v2-alpha-tpuv5"),
+        ("v6e-8", "v2-alpha-tpuv6e"),
+        ("v6e-8 --runtime-version=own", "own"),
+    ],
+)
+def test_images(cloud: Cloud, accelerator: str, image: str) -> None:
+    flags = f"--dry-run --accelerator={accelerator}".split()
+    done = cloud.run(*RUN, *flags, "--", *ARGUMENTS)
+    assert f" --version={image} " in done.stderr
+
+
+@pytest.mark.parametrize("worker", ["w0", "w1"])
+def test_the_status_of_any_worker_is_returned(cloud: Cloud, worker: str) -> None:
+    cloud.write(exits={worker: 3})
+    done = cloud.run(*RUN, "--", *ARGUMENTS)
+    assert done.returncode == 3
+    assert "the job ended with status 3" in done.stderr
+    assert re.search(r": +step 2:\n", done.stderr)  # the end of its log
+    assert cloud.nodes
+
+
+def test_quota(cloud: Cloud) -> None:
+    rules = [{"on": "create", "do": "fail", "text": "RESOURCE_EXHAUSTED: Quota limit 'TPUV5s'"}]
+    cloud.write(rules=rules)
+    done = cloud.run(*RUN, "--", *ARGUMENTS)
+    assert done.returncode == 1
+    assert "Quota limit" in done.stderr and "Nothing is left of plug" in done.stderr
+    assert cloud.steps == ["create"]
+
+
+def test_quota_of_a_queued_resource(cloud: Cloud) -> None:
+    rules = [{"on": "create", "do": "states", "states": ["ACCEPTED", "PROVISIONING", "FAILED"]}]
+    cloud.write(rules=rules)
+    done = cloud.run(*RUN, "--spot", "--", *ARGUMENTS)
+    assert done.returncode == 1
+    assert "Quota TPUS exceeded" in done.stderr
+    # It holds no machines, but would count against the quota.
+    assert cloud.steps == ["create", "delete"]
+
+
+def test_a_failed_creation_that_leaves_something(cloud: Cloud) -> None:
+    cloud.write(rules=[{"on": "create", "do": "fail late"}])
+    done = cloud.run(*RUN, "--", *ARGUMENTS)
+    assert done.returncode == 1
+    assert cloud.steps == ["create"]
+    command = re.search(r"To delete it: +(.*)", done.stderr).group(1)
+    subprocess.run(shlex.split(command), env=cloud.env, input="y", text=True, check=True)
+    assert not cloud.nodes
+
+
+def test_a_failed_installation(cloud: Cloud) -> None:
+    cloud.write(rules=[{"on": "worker.sh install", "do": "fail", "times": 9}])
+    done = cloud.run(*RUN, "--spot", "--", *ARGUMENTS)
+    assert done.returncode == 1
+    assert cloud.steps == ["create", "scp", *["ssh install"] * 3]
+    assert "could not be started" in done.stderr
+    assert "plug (state: ACTIVE) is left" in done.stderr and "tpu.sh delete" in done.stderr
+    assert "attach" not in done.stderr
+
+
+def test_broken_connections(cloud: Cloud) -> None:
+    rules = [
+        {"on": " scp ", "do": "fail", "status": 255},
+        {"on": "worker.sh install", "do": "fail", "status": 255, "times": 2},
+        {"on": "worker.sh follow", "do": "drop", "times": 2},
+        {"on": "worker.sh wait", "do": "fail", "status": 255},
+        {"on": " list ", "do": "fail", "after": 1},
+        {"on": " list ", "do": "fail", "after": 2},
+    ]
+    cloud.write(rules=rules)
+    done = cloud.run(*RUN, "--spot", "--", *ARGUMENTS)
+    assert done.returncode == 0
+    # Each line once, nothing started or created twice.
+    assert done.stdout == "began\nstep 1: loss 2\n  step 2:\n"
+    assert len(cloud.started) == WORKERS
+    assert cloud.steps.count("create") == 1
+    assert "the connection broke, the job goes on" in done.stderr
+
+
+SPOT = [*RUN, "--spot", "--", *ARGUMENTS, "--endless"]
+
+
+@pytest.mark.parametrize(
+    "states",
+    [["SUSPENDING", "SUSPENDING", "SUSPENDED"], ["FAILED"], ["ACTIVE"]],
+    ids=lambda states: "-".join(states),
+)
+def test_spot_goes_on_after_preemption(cloud: Cloud, states: list[str]) -> None:
+    cloud.write(rules=[{"on": "worker.sh follow", "do": "preempt", "states": states}])
+    done = cloud.run(*SPOT)
+    assert done.returncode == 0
+    assert cloud.steps == [*WHOLE[:-1], "delete", *WHOLE]
+    assert done.stdout == "began\nstep 1: loss 2\nresumed\nstep 1: loss 2\n  step 2:\n"
+    assert [each for each in cloud.started if each[0] == "plug/w0"] == [
+        ["plug/w0", [*ARGUMENTS, "--endless"]]
+    ] * 2
+
+
+def test_spot_goes_on_after_preemptions_of_one_slice(cloud: Cloud) -> None:
+    preempt = {"on": "worker.sh follow", "do": "preempt", "states": ["ACTIVE"], "times": 2}
+    cloud.write(rules=[preempt], exits={"w1": 4})
+    done = cloud.run("run", "--slices=2", *SPOT[1:])
+    assert done.returncode == 4
+    assert cloud.steps == [*WHOLE[:-1], "delete", *WHOLE[:-1], "delete", *WHOLE]
+
+
+def test_spot_asks_again_where_that_fails(cloud: Cloud) -> None:
+    rules = [{"on": "worker.sh follow", "do": "preempt", "states": ["ACTIVE"]}]
+    rules += [{"on": " delete ", "do": "fail"}, {"on": " create ", "do": "fail", "after": 1}]
+    cloud.write(rules=rules)
+    done = cloud.run(*SPOT)
+    assert done.returncode == 0
+    assert cloud.steps == [*WHOLE[:-1], "delete", "delete", "create", *WHOLE]
+
+
+def test_spot_preempted_before_it_runs(cloud: Cloud) -> None:
+    states = ["PROVISIONING", "SUSPENDING", "SUSPENDED"]
+    cloud.write(rules=[{"on": "create", "do": "states", "states": states}])
+    done = cloud.run(*RUN, "--spot", "--", *ARGUMENTS)
+    assert done.returncode == 0
+    assert cloud.steps == ["create", "delete", *WHOLE]
+
+
+def test_spot_preempted_while_it_is_installed(cloud: Cloud) -> None:
+    rules = [{"on": "worker.sh install", "do": "suspend"}]
+    rules += [{"on": "worker.sh install", "do": "fail", "times": 2}]
+    cloud.write(rules=rules)
+    done = cloud.run(*RUN, "--spot", "--", *ARGUMENTS)
+    assert done.returncode == 0
+    assert cloud.steps == ["create", "scp", *["ssh install"] * 3, "delete", *WHOLE]
+
+
+def test_spot_returns_the_status_of_a_job_that_fails_by_itself(cloud: Cloud) -> None:
+    cloud.write(exits={"w0": 3})
+    done = cloud.run(*RUN, "--spot", "--", *ARGUMENTS)
+    assert done.returncode == 3
+    assert cloud.steps == WHOLE
+
+
+def test_spot_job_that_fails_before_the_preemption_shows(cloud: Cloud) -> None:
+    # As a job does whose other host was taken away.
+    cloud.write(
+        exits={"w0": 1}, rules=[{"on": "queued-resources list", "after": 4, "do": "suspend"}]
+    )
+    done = cloud.run(*RUN, "--spot", "--", *ARGUMENTS)
+    assert done.returncode == 1
+    assert cloud.steps == [*WHOLE, "delete", *WHOLE]
+
+
+@pytest.mark.parametrize("flags", [[], ["--queued"]])
+def test_machines_that_are_not_spot_are_not_replaced(cloud: Cloud, flags: list[str]) -> None:
+    rules = [{"on": "worker.sh follow", "do": "preempt", "states": ["ACTIVE"]}]
+    cloud.write(rules=rules)
+    done = cloud.run("run", *flags, *RUN[1:], "--", *ARGUMENTS, "--endless")
+    assert done.returncode == 1
+    assert cloud.steps == WHOLE[:-1]
+    assert "plug has lost the job" in done.stderr and "tpu.sh delete" in done.stderr
+
+
+def test_what_somebody_deleted_is_not_created_again(cloud: Cloud) -> None:
+    cloud.write(rules=[{"on": "worker.sh follow", "do": "preempt", "states": []}])
+    done = cloud.run(*SPOT)
+    assert done.returncode == 1
+    assert "plug was deleted" in done.stderr
+    assert cloud.steps == WHOLE[:-1]
+
+
+def test_a_request_that_somebody_deleted_is_not_made_again(cloud: Cloud) -> None:
+    cloud.write(rules=[{"on": "create", "do": "states", "states": ["ACCEPTED", ""]}])
+    done = cloud.run(*SPOT)
+    assert done.returncode == 1
+    assert "plug was deleted" in done.stderr
+    assert cloud.steps == ["create"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--spot"]])
+def test_a_machine_started_anew_does_not_know_the_job(cloud: Cloud, flags: list[str]) -> None:
+    cloud.write(rules=[{"on": "worker.sh wait", "do": "lose"}])
+    done = cloud.run(*RUN, *flags, "--", *ARGUMENTS)
+    again = ["ssh follow", "ssh wait_for_end"] * 5
+    if flags:
+        assert done.returncode == 0
+        assert cloud.steps == [*WHOLE[:-2], *again, "delete", *WHOLE]
+    else:
+        assert done.returncode == 1
+        assert cloud.steps == [*WHOLE[:-2], *again]
+
+
+@pytest.mark.parametrize("kind", [[], ["--queued"]])
+@pytest.mark.parametrize("answer", ["n\n", "", "\n", "yes please\n", "y\n", "--yes"])
+def test_delete_asks(cloud: Cloud, kind: list[str], answer: str) -> None:
+    cloud.seed(queued=bool(kind))
+    yes = ["--yes"] if answer == "--yes" else []
+    done = cloud.run("delete", *NAMED, *kind, *yes, stdin=answer)
+    if answer in ("y\n", "--yes"):
+        assert done.returncode == 0
+        assert not cloud.nodes
+    else:
+        assert done.returncode == 1
+        assert cloud.nodes and "delete" not in cloud.steps
+        assert "plug (state: " in done.stderr
+
+
+def test_run_offers_to_delete(cloud: Cloud) -> None:
+    cloud.write(exits={"w0": 3})
+    done = cloud.run(*RUN, "--yes", "--", *ARGUMENTS)
+    assert done.returncode == 3
+    assert cloud.steps == [*WHOLE, "delete"]
+    assert not cloud.nodes
+    assert "is left" not in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["attach", "stop", "delete"])
+def test_what_is_not_there(cloud: Cloud, verb: str) -> None:
+    cloud.seed(queued=True)
+    done = cloud.run(verb, *NAMED, "--yes")  # it is there, but as a queued resource
+    assert done.returncode == 1
+    assert "there is no plug in us-west4-a of some-project" in done.stderr
+    assert not cloud.steps
+
+
+def test_run_uses_what_is_there(cloud: Cloud) -> None:
+    assert cloud.run(*RUN, "--", *ARGUMENTS).returncode == 0
+    (cloud.path / "homes/plug/w0/pplug/runs").mkdir()
+    (cloud.path / "homes/plug/w0/pplug/pplug_jax/old.py").touch()
+    done = cloud.run(*RUN, "--", *ARGUMENTS, "--config.seed=1")
+    assert done.returncode == 0
+    assert cloud.steps == [*WHOLE, *WHOLE[1:]]
+    assert done.stdout.startswith("resumed")
+    # The commit's code and no other, and what an earlier job left.
+    assert (cloud.path / "homes/plug/w0/pplug/runs").exists()
+    assert not (cloud.path / "homes/plug/w0/pplug/pplug_jax/old.py").exists()
+
+
+def test_a_killed_job_has_no_earlier_status(cloud: Cloud) -> None:
+    assert cloud.run(*RUN, "--", *ARGUMENTS).returncode == 0
+    cloud.write(rules=[{"on": "worker.sh follow", "do": "signal", "number": 9}])
+    assert cloud.run(*RUN, "--", *ARGUMENTS, "--endless").returncode == 137
+
+
+def test_interrupted_then_stopped_then_attached(cloud: Cloud) -> None:
+    cloud.write(rules=[{"on": "worker.sh follow", "do": "interrupt"}])
+    done = cloud.run(*SPOT)
+    assert done.returncode == 130
+    assert cloud.steps == WHOLE[:-1]
+    assert "plug (state: ACTIVE) is left" in done.stderr
+    for verb in ("attach", "delete"):
+        flags = "--name=plug --project=some-project --zone=us-west4-a --queued"
+        assert f"tpu.sh {verb} {flags}\n" in done.stderr
+
+    other = cloud.run(*SPOT[:-1])
+    assert other.returncode == 1
+    assert "another job is running here" in other.stderr
+    assert "could not be started" in other.stderr
+
+    stopped = cloud.run("stop", *NAMED, "--queued")
+    assert stopped.returncode == 143
+    assert stopped.stdout == "began\nstep 1: loss 2\nwaiting\n"
+
+    attached = cloud.run("attach", *NAMED, "--queued")
+    assert attached.returncode == 143
+    assert attached.stdout == stopped.stdout
+    assert len(cloud.started) == WORKERS
+
+
+def test_the_same_run_follows_a_running_job(cloud: Cloud) -> None:
+    cloud.write(rules=[{"on": "worker.sh follow", "do": "interrupt"}])
+    assert cloud.run(*SPOT).returncode == 130
+    cloud.write(rules=[{"on": "worker.sh follow", "do": "signal", "number": 15}])
+    done = cloud.run(*SPOT)
+    assert done.returncode == 143
+    assert done.stdout == "began\nstep 1: loss 2\nwaiting\n"
+    assert len(cloud.started) == WORKERS
+    assert cloud.steps.count("create") == 1
+
+
+def test_jobset(cloud: Cloud) -> None:
+    arguments = [*ARGUMENTS[:3], """--config.llm.separator=  it's "b" $HOME `c` \\ #: ,"""]
+    cloud.write(states=["Pending", "Running", "", "Completed"])
+    done = cloud.run(*JOBSET, "--slices=2", "--spot", "--", *arguments, script="jobset.sh")
+    assert done.returncode == 0
+    assert done.stdout == "step 1\n"
+    first = "jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
+    assert cloud.calls[1][1:5] == [
+        "get",
+        "pods",
+        f"--selector=jobset.sigs.k8s.io/jobset-name=plug,{first}",
+        "--field-selector=status.phase=Running",
+    ]
+    manifest = yaml.safe_load((cloud.path / "manifest").read_text())
+    assert manifest["kind"] == "JobSet"
+    assert manifest["metadata"]["name"] == "plug"
+    assert manifest["spec"]["failurePolicy"]["maxRestarts"] > 0
+    (slices,) = manifest["spec"]["replicatedJobs"]
+    assert slices["replicas"] == 2
+    hosts = slices["template"]["spec"]
+    assert hosts["completions"] == hosts["parallelism"] == 4
+    assert hosts["backoffLimit"] == 0
+    pod = hosts["template"]["spec"]
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+        "cloud.google.com/gke-tpu-topology": "4x4",
+        "cloud.google.com/gke-spot": "true",
+    }
+    assert pod["terminationGracePeriodSeconds"] >= 60
+    (container,) = pod["containers"]
+    assert container["image"] == "us-docker.pkg.dev/some-project/a/b:1"
+    assert container["args"] == arguments
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+
+    dry = cloud.run(
+        "run",
+        "--dry-run",
+        "--slices=2",
+        "--spot",
+        *JOBSET[1:],
+        "--",
+        *arguments,
+        script="jobset.sh",
+    )
+    assert yaml.safe_load(dry.stdout) == manifest
+    assert "kubectl create --filename=-" in dry.stderr
+    assert len([call for call in cloud.calls if "create" in call]) == 1
+
+
+@pytest.mark.parametrize(
+    ("topology", "hosts", "chips"),
+    [("1x1", 1, 1), ("2x4", 2, 4), ("2x2x1", 1, 4), ("4x4x4", 16, 4)],
+)
+def test_jobset_topologies(cloud: Cloud, topology: str, hosts: int, chips: int) -> None:
+    flags = ["--dry-run", f"--topology={topology}"]
+    done = cloud.run(*JOBSET, *flags, "--", *ARGUMENTS[:2], script="jobset.sh")
+    (slices,) = yaml.safe_load(done.stdout)["spec"]["replicatedJobs"]
+    assert slices["template"]["spec"]["completions"] == hosts
+    (container,) = slices["template"]["spec"]["template"]["spec"]["containers"]
+    assert container["resources"]["limits"] == {"google.com/tpu": chips}
+    assert not cloud.calls
+
+
+def test_jobset_that_fails(cloud: Cloud) -> None:
+    rules = [{"on": "kubectl logs", "do": "fail"}, {"on": "get jobset", "do": "fail"}]
+    cloud.write(states=["Running", "Running", "Failed"], rules=rules)
+    done = cloud.run(*JOBSET, "--", *ARGUMENTS[:2], script="jobset.sh")
+    assert done.returncode == 1
+    assert [call[1:3] for call in cloud.calls].count(["get", "jobset"]) == 4
+    assert "the connection broke, the job goes on" in done.stderr
+    assert "jobset.sh delete --name=plug" in done.stderr
+
+
+def test_jobset_that_cannot_be_created(cloud: Cloud) -> None:
+    cloud.write(rules=[{"on": "kubectl create", "do": "fail", "text": "AlreadyExists"}])
+    done = cloud.run(*JOBSET, "--", *ARGUMENTS[:2], script="jobset.sh")
+    assert done.returncode == 1
+    assert "AlreadyExists" in done.stderr
+    assert len(cloud.calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "instead"),
+    [
+        ("--name", ""),
+        ("--image", ""),
+        ("--image", "--image=A B"),
+        ("--accelerator", "--accelerator=v5litepod-16"),
+        ("--topology", ""),
+        ("--topology", "--topology=16"),
+        ("--slices", "--slices=x"),
+        ("--workdir", "--"),
+    ],
+)
+def test_bad_flags_of_jobset_are_refused(cloud: Cloud, flag: str, instead: str) -> None:
+    flags = [each for each in JOBSET if not each.startswith(flag)]
+    done = cloud.run(*flags, instead or "--dry-run", "--", "--config=a", script="jobset.sh")
+    assert done.returncode == 2
+    assert flag in done.stderr
+    assert not cloud.calls
+
+
+@pytest.mark.parametrize("answer", ["n\n", "", "y\n"])
+def test_delete_of_jobset_asks(cloud: Cloud, answer: str) -> None:
+    done = cloud.run("delete", "--name=plug", script="jobset.sh", stdin=answer)
+    deleted = [["kubectl", "delete", "jobset", "plug"]] if answer == "y\n" else []
+    assert cloud.calls == deleted
+    assert done.returncode == (0 if deleted else 1)
