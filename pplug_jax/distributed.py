@@ -21,9 +21,9 @@ SHUTDOWN_SECONDS = 30  # how long a process that is done waits for the others
 def start() -> None:
     """Joins the job that the environment speaks of; without one the process is alone.
 
-    A job is a Cloud TPU slice or several, a SLURM step or Open MPI (all found by JAX), or what
-    JAX_COORDINATOR_ADDRESS (HOST:PORT), JAX_NUM_PROCESSES and JAX_PROCESS_ID say. To be called
-    before JAX is used.
+    A job is a Cloud TPU slice or several, a SLURM step, Open MPI or an indexed Kubernetes job (all
+    found by JAX), or what JAX_COORDINATOR_ADDRESS (HOST:PORT), JAX_NUM_PROCESSES and JAX_PROCESS_ID
+    say. To be called before JAX is used.
 
     Raises:
         InputError: variables that make no sense, or the others do not answer.
@@ -31,13 +31,18 @@ def start() -> None:
     given = {
         name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")
     }
+    # JAX takes every pod for a member of a job, also one that somebody's notebook runs in.
+    lone_pod = "KUBERNETES_SERVICE_HOST" in os.environ and not (
+        {"JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES"} & os.environ.keys()
+    )
     try:
         jax.distributed.initialize(
             **{name: int(value) for name, value in given.items() if value is not None},
+            cluster_detection_method="deactivate" if lone_pod else None,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
-    except (ValueError, jax.errors.JaxRuntimeError) as error:
+    except (ValueError, RuntimeError) as error:
         alone = not any(given.values()) and "coordinator_address should be defined" in str(error)
         if not alone:
             raise InputError(

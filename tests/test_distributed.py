@@ -10,11 +10,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import Mock
 
+import jax
 import pytest
 from test_run import SMALL, steps_done
 
+from pplug_jax import distributed
 from pplug_jax.data.history import KEY_BYTES
+from pplug_jax.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 DEVICES = 4  # of all processes together
@@ -23,6 +27,44 @@ SETTINGS = SMALL | {
     "methods": "('none','bm25','pplug')",
 }
 COMPILED = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "detection"),
+    [
+        ({}, None),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "deactivate"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, None),
+    ],
+)
+def test_a_process_without_a_job_is_alone(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], detection: str | None
+) -> None:
+    initialize = Mock(side_effect=ValueError("coordinator_address should be defined."))
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    distributed.start()
+    assert initialize.call_args.kwargs["cluster_detection_method"] == detection
+
+
+@pytest.mark.parametrize(
+    ("environment", "problem"),
+    [
+        ({"JAX_PROCESS_ID": "1"}, "coordinator_address should be defined"),
+        ({"JAX_NUM_PROCESSES": "two"}, "invalid literal"),
+    ],
+)
+def test_half_a_description_of_a_job(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], problem: str
+) -> None:
+    initialize = Mock(side_effect=ValueError("coordinator_address should be defined."))
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=f"could not join the others: {problem}"):
+        distributed.start()
 
 
 def start(workdir: Path, count: int, cwd: Sequence[Path] = (), **settings: object) -> list:
