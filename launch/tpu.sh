@@ -3,8 +3,6 @@
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-# Keeps `follow`'s count of lines; bash 3.2 shows the log anew after a broken connection.
-shopt -s lastpipe 2>/dev/null || true
 
 usage() {
   cat <<END
@@ -31,9 +29,9 @@ A job on Cloud TPU VMs: one host, a slice of several, or several slices.
 
 run sends the current commit to all workers, installs it there, starts
   python -m pplug_jax.main ARGUMENT...
-follows its log and ends with its exit status, or that of the first worker where it failed. Where
-NAME is there already, it is used. Ctrl-C leaves the job running; attach follows it again. stop
-has it save a checkpoint and end. delete, also offered at the job's end, ends what is charged for.
+follows the first one's log and ends with the job's exit status: 0, or that of a worker where it
+failed. Where NAME is there already, it is used. Ctrl-C leaves the job running; attach follows it
+again. stop has it save a checkpoint and end. delete, also offered at the job's end, ends the costs.
 END
 }
 
@@ -46,7 +44,6 @@ answered=false # the Cloud
 exists=false   # something that is charged for
 started=false  # the job
 pretended=''   # state, in a dry run
-seen=0         # lines of the log
 status=0       # the job's
 
 parse() {
@@ -221,7 +218,6 @@ pack() {
   changed=$(git -C "$root" status --porcelain --untracked-files=no)
   [[ -z $changed ]] || die "what is sent is a commit; commit these changes or stash them:
 $changed"
-  scratch=$(mktemp -d)
   run git -C "$root" archive --format=tar.gz --output="$scratch/pplug.tar.gz" HEAD
 }
 
@@ -231,30 +227,34 @@ install() { on_workers all "bash worker.sh install $(printf %q "$data")" >&2; }
 
 start() { on_workers all "bash worker.sh start$(printf ' %q' "${job[@]}")" >&2; }
 
-# The log of worker 0 (of slice 0), each line once.
+# The log of worker 0 (of slice 0), each line once. How many were shown is kept in a file, since the
+# loop is a process of its own.
 follow() {
-  local line number
+  local line number seen
+  seen=$(<"$scratch/seen")
   on_workers 0 'bash worker.sh follow' | while IFS= read -r line; do
     number=${line%%:*}
     if [[ $number =~ ^[0-9]+$ ]] && ((number > seen)); then
       printf '%s\n' "${line#*:}"
       seen=$number
+      echo "$seen" >"$scratch/seen"
     fi
   done
 }
 
-# Returns when the job has ended on all workers, and sets $status; fails when the machines are lost.
+# Returns when the job has ended on all workers, with $status 0 if it is on all of them; fails when
+# the machines are lost.
 watch() {
   local before ended word number host i unreachable=0
   started=true
   while :; do
-    before=$seen
+    before=$(<"$scratch/seen")
     if follow && ended=$(on_workers all 'bash worker.sh wait_for_end'); then
       status=0
       while read -r word number host; do
         [[ $word == status && $number != 0 ]] || continue
         say "$host: the job ended with status $number"
-        ((status)) || status=$number
+        status=$number
       done <<<"$ended"
       if ! $spot || ((status == 0)); then return; fi
       # A preemption ends the job some time before it shows in the machines' state.
@@ -264,7 +264,7 @@ watch() {
       done
       return
     fi
-    ((seen == before)) || unreachable=0
+    [[ $(<"$scratch/seen") == "$before" ]] || unreachable=0
     case $(health) in
       lost) return 1 ;;
       # Sound machines so long out of reach are new ones, which do not know of the job.
@@ -284,7 +284,8 @@ replace() {
   $spot || die "$name has lost the job (state: $now)"
   say "$name was preempted (state: $now); asking for other machines"
   [[ $now == SUSPEND* ]] || retry delete
-  started=false seen=0
+  started=false
+  echo 0 >"$scratch/seen"
   retry ensure
 }
 
@@ -315,6 +316,8 @@ main() {
   trap farewell EXIT
   trap 'exit 130' INT
   trap 'exit 143' TERM
+  scratch=$(mktemp -d)
+  echo 0 >"$scratch/seen"
   if [[ $verb == run ]]; then
     pack
     ensure

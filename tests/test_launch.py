@@ -1,7 +1,6 @@
 """The launchers against a cloud that is a directory, by a `gcloud` and a `kubectl` of our own."""
 
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -9,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from ast import literal_eval
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,22 +23,22 @@ WORKERS = 2  # of every TPU VM
 # goes wrong: {"on": text of the command, "do": ..., "times": 1, "after": 0 such commands}.
 # Started some hundred times, so nothing is imported that is not needed.
 FAKE = r"""
-import contextlib, json, os, sys
+import os, sys
 
 cloud = os.environ["CLOUD"]
 argv = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
 with open(f"{cloud}/calls", "a") as file:
-    file.write(json.dumps(argv) + "\n")
+    file.write(repr(argv) + "\n")
 
 
 def load(name):
     with open(f"{cloud}/{name}") as file:
-        return json.load(file)
+        return eval(file.read())
 
 
 def store(name, content):
     with open(f"{cloud}/{name}", "w") as file:
-        json.dump(content, file)
+        file.write(repr(content))
 
 
 def broken_rule():
@@ -86,8 +86,12 @@ def homes(every_node, every_worker):
 def signal_jobs(number=15):
     for home in homes(True, True):
         if os.path.exists(f"{home}/job/pid"):
-            with open(f"{home}/job/pid") as file, contextlib.suppress(ProcessLookupError):
-                os.killpg(int(file.read()), number)
+            with open(f"{home}/job/pid") as file:
+                pid = int(file.read())
+            try:
+                os.killpg(pid, number)
+            except ProcessLookupError:
+                pass
 
 
 def take_away(states):
@@ -107,6 +111,7 @@ def start(home, **settings):
     import subprocess
 
     command, env = ["bash", "-c", flag("command")], {**os.environ, "HOME": home}
+    settings["start_new_session"] = True  # another machine: a Ctrl-C here is none there
     return subprocess.Popen(command, env=env, cwd=home, text=True, **settings)
 
 
@@ -122,6 +127,7 @@ def disturbed_follow():
             following.kill()
             sys.exit(255)
         if "waiting" in line and wrong["do"] == "interrupt":
+            following.kill()
             os.killpg(0, 2)
         if "waiting" in line and wrong["do"] == "signal":
             signal_jobs(wrong["number"])
@@ -198,12 +204,12 @@ if wrong["do"] == "fail late":
 
 # pplug_jax.main on a worker: saves a checkpoint, tells of two steps and ends as its home says.
 JOB = """
-import json, os, sys
+import os, sys
 
 cloud, home = os.environ["CLOUD"], os.environ["HOME"]
 worker = os.path.relpath(home, f"{cloud}/homes")
 with open(f"{cloud}/started", "a") as file:
-    file.write(json.dumps([worker, sys.argv[1:]]) + "\\n")
+    file.write(repr([worker, sys.argv[1:]]) + "\\n")
 workdir = next(a.partition("=")[2] for a in sys.argv if a.startswith("--workdir="))
 checkpoint = workdir.replace("gs://", f"{cloud}/bucket/") + "/" + worker.replace("/", "-")
 print("resumed" if os.path.exists(checkpoint) else "began")
@@ -216,14 +222,14 @@ if "--endless" in sys.argv and not os.path.exists(f"{cloud}/enough"):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     print("waiting")
     signal.pause()
-print("  step 2:")
+print("  step 2:", end="")
 with open(f"{cloud}/exits") as file:
-    sys.exit(json.load(file).get(os.path.basename(home), 0))
+    sys.exit(eval(file.read()).get(os.path.basename(home), 0))
 """
 
 UV = """#!/usr/bin/env bash
 case $1 in
-  venv) mkdir -p .venv/bin && ln -sf "$PYTHON" .venv/bin/python ;;
+  venv) mkdir .venv && mkdir .venv/bin && ln -sf "$PYTHON" .venv/bin/python ;;
   pip) echo "${@: -3}" >>~/installed ;;
 esac
 """
@@ -279,7 +285,7 @@ class Cloud:
 
     def write(self, **contents: Any) -> None:
         for name, content in contents.items():
-            (self.path / name).write_text(json.dumps(content))
+            (self.path / name).write_text(repr(content))
 
     def seed(self, *, queued: bool) -> None:
         """There is a plug already, without a job."""
@@ -290,7 +296,7 @@ class Cloud:
 
     def read(self, name: str) -> list[Any]:
         path = self.path / name
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return list(map(literal_eval, path.read_text().splitlines())) if path.exists() else []
 
     def command(self, *arguments: str, script: str = "tpu.sh") -> list[str]:
         return ["bash", str(self.repo / "launch" / script), *arguments]
@@ -526,13 +532,13 @@ def test_images(cloud: Cloud, accelerator: str, image: str) -> None:
     assert f" --version={image} " in done.stderr
 
 
-@pytest.mark.parametrize("worker", ["w0", "w1"])
-def test_the_status_of_any_worker_is_returned(cloud: Cloud, worker: str) -> None:
-    cloud.write(exits={worker: 3})
+@pytest.mark.parametrize("exits", [{"w0": 3}, {"w1": 3}, {"w0": 3, "w1": 3}])
+def test_the_status_of_any_worker_is_returned(cloud: Cloud, exits: dict[str, int]) -> None:
+    cloud.write(exits=exits)
     done = cloud.run(*RUN, "--", *ARGUMENTS)
     assert done.returncode == 3
     assert "the job ended with status 3" in done.stderr
-    assert re.search(r": +step 2:\n", done.stderr)  # the end of its log
+    assert ":   step 2:" in done.stderr  # the end of its log
     assert cloud.nodes
 
 
