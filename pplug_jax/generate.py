@@ -5,6 +5,7 @@ with `early_stopping=False`).
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ def generate(
     Returns:
         (B, max_new_tokens) int32; after the end-of-sequence token, padding.
     """
-    hidden, cache = llm.prefill(inputs_embeds, mask, max_new_tokens)
+    hidden, cache = llm.prefill(inputs_embeds, mask, max_new_tokens, num_beams)
     if num_beams == 1:
         return _greedy(llm, hidden, cache, max_new_tokens)
     return _beam(llm, hidden, cache, max_new_tokens, num_beams, length_penalty)
@@ -45,29 +46,32 @@ def _ends(llm: LLM, tokens: jax.Array) -> jax.Array:
     return jnp.isin(tokens, jnp.array(llm.config.eos_ids or (-1,)))
 
 
-def _greedy(llm: LLM, hidden: jax.Array, cache, T: int) -> jax.Array:
+def _greedy(llm: LLM, hidden: jax.Array, cache: Any, T: int) -> jax.Array:
     B = hidden.shape[0]
 
+    def choose(hidden: jax.Array, tokens: jax.Array, done: jax.Array, t: jax.Array | int) -> tuple:
+        token = jnp.argmax(llm.unembed(hidden), axis=-1).astype(jnp.int32)
+        token = jnp.where(done, llm.config.pad_id, token)
+        return token, tokens.at[:, t].set(token), done | _ends(llm, token), t + 1
+
     def go_on(state):
-        _, _, _, done, t = state
+        _, (_, _, done, t) = state
         return (t < T) & ~jnp.all(done)
 
     def body(state):
-        hidden, cache, tokens, done, t = state
-        token = jnp.where(
-            done, llm.config.pad_id, jnp.argmax(llm.unembed(hidden), axis=-1).astype(jnp.int32)
-        )
-        tokens = tokens.at[:, t].set(token)
-        done |= _ends(llm, token)
-        hidden, cache = llm.step(token, cache)
-        return hidden, cache, tokens, done, t + 1
+        cache, (token, *rest) = state
+        hidden, cache = llm.step(token[:, None], cache)
+        return cache, choose(hidden[:, 0], *rest)
 
     tokens = jnp.full((B, T), llm.config.pad_id, jnp.int32)
-    return jax.lax.while_loop(go_on, body, (hidden, cache, tokens, jnp.zeros(B, bool), 0))[2]
+    first = choose(hidden, tokens, jnp.zeros(B, bool), 0)
+    return jax.lax.while_loop(go_on, body, (cache, first))[1][1]
 
 
-def _beam(llm: LLM, hidden: jax.Array, cache, T: int, K: int, length_penalty: float) -> jax.Array:
-    """Beam search over K beams a row; the rows' beams lie next to each other, (B * K, ...)."""
+def _beam(
+    llm: LLM, hidden: jax.Array, cache: Any, T: int, K: int, length_penalty: float
+) -> jax.Array:
+    """Beam search over K beams a row."""
     B, V = hidden.shape[0], llm.config.vocab_size
     # Enough candidates that K of them go on even where the best ones all end.
     candidates = K * max(2, 1 + len(llm.config.eos_ids))
@@ -76,23 +80,19 @@ def _beam(llm: LLM, hidden: jax.Array, cache, T: int, K: int, length_penalty: fl
         """x (B, N, ...), index (B, K) -> (B, K, ...)."""
         return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
 
-    def go_on(state):
-        t, open_rows = state["t"], state["open"]
-        return (t < T) & jnp.any(open_rows)
-
-    def body(state):
+    def choose(hidden: jax.Array, state: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """The next tokens of the beams, whose states are `hidden` (B, K, D)."""
         t = state["t"]
+        logits = llm.unembed(hidden)
         log_probs = (
-            jax.nn.log_softmax(llm.unembed(state["hidden"])).reshape(B, K, V)
-            + state["scores"][..., None]
-        )
-        log_probs, index = jax.lax.top_k(log_probs.reshape(B, K * V), candidates)
+            logits + (state["scores"] - jax.nn.logsumexp(logits, axis=-1))[..., None]
+        ).reshape(B, K * V)
+        log_probs, index = jax.lax.top_k(log_probs, candidates)
         beam, token = index // V, (index % V).astype(jnp.int32)
         sequences = pick(state["sequences"], beam).at[:, :, t].set(token)
         ends = _ends(llm, token) | (t == T - 1)
 
         scores, best = jax.lax.top_k(jnp.where(ends, NEVER, log_probs), K)
-        rows = (pick(beam, best) + jnp.arange(B)[:, None] * K).reshape(-1)
 
         # Of the candidates that end, only the K likeliest may replace a finished one.
         finished = log_probs / (t + 1.0) ** length_penalty
@@ -106,26 +106,29 @@ def _beam(llm: LLM, hidden: jax.Array, cache, T: int, K: int, length_penalty: fl
         # A row is closed once its best running beam, at its present length, is no better than its
         # worst finished one.
         attainable = scores[:, 0] / (t + 1.0) ** length_penalty
-        still_open = state["open"] & (attainable > done_scores[:, -1])
-
-        hidden, cache = llm.step(pick(token, best).reshape(-1), state["cache"].take(rows))
         return {
             "t": t + 1,
-            "hidden": hidden,
-            "cache": cache,
+            "token": pick(token, best),
+            "parent": pick(beam, best),
             "sequences": pick(sequences, best),
             "scores": scores,
             "done": done,
             "done_scores": done_scores,
-            "open": still_open,
+            "open": state["open"] & (attainable > done_scores[:, -1]),
         }
 
-    rows = jnp.repeat(jnp.arange(B), K)
+    def go_on(state):
+        _, chosen = state
+        return (chosen["t"] < T) & jnp.any(chosen["open"])
+
+    def body(state):
+        cache, chosen = state
+        hidden, cache = llm.step(chosen["token"], cache.follow(chosen["parent"]))
+        return cache, choose(hidden, chosen)
+
     empty = jnp.full((B, K, T), llm.config.pad_id, jnp.int32)
     start = {
         "t": 0,
-        "hidden": hidden[rows],
-        "cache": cache.take(rows),
         "sequences": empty,
         # All beams are alike at the start: only the first may be drawn from.
         "scores": jnp.where(jnp.arange(K) == 0, 0.0, NEVER) * jnp.ones((B, 1)),
@@ -133,4 +136,5 @@ def _beam(llm: LLM, hidden: jax.Array, cache, T: int, K: int, length_penalty: fl
         "done_scores": jnp.full((B, K), NEVER),
         "open": jnp.ones(B, bool),
     }
-    return jax.lax.while_loop(go_on, body, start)["done"][:, 0]
+    first = choose(jnp.repeat(hidden[:, None], K, axis=1), start)
+    return jax.lax.while_loop(go_on, body, (cache, first))[1]["done"][:, 0]

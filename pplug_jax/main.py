@@ -1,5 +1,6 @@
 """The command: `python -m pplug_jax.main --config=configs/lamp5.py`."""
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -59,6 +60,13 @@ def default_workdir(config_file: str) -> Path:
     return Path("runs") / (Path(path).stem + (f"-{argument}" if argument else ""))
 
 
+def _keep_compiled() -> None:
+    """Has JAX keep what it compiles, so that a second start is spared most of it."""
+    if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "pplug_jax"))
+
+
 def _quiet() -> None:
     """Leaves it to the exception that reaches us to say what failed, once.
 
@@ -82,6 +90,7 @@ def main(argv: list[str]) -> None:
     if (_MODE.value == "plan") != bool(_TOPOLOGY.value):
         raise app.UsageError("--mode=plan and --topology belong together")
     _quiet()
+    _keep_compiled()
     config = _CONFIG.value
     workdir = (
         epath.Path(_WORKDIR.value)

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 
 from pplug_jax.data.batches import Batch
 from pplug_jax.embedder import PAPER, Reading, UserEmbedder
 from pplug_jax.llm import LLM
 from pplug_jax.llm.lora import Lora
+from pplug_jax.llm.loss import cross_entropy
 
 Weights = UserEmbedder | Lora  # what is trained
 
@@ -223,5 +223,4 @@ def token_losses(
     llm, soft = adapt(weights, llm, batch, reading, remat)
     embeds, mask = inputs_embeds(llm, soft, batch.prompt, batch.prompt_mask, prefix_length)
     hidden = llm.target_hidden(embeds, mask, batch.target, batch.target_mask, remat)
-    losses = optax.softmax_cross_entropy_with_integer_labels(llm.unembed(hidden), batch.target)
-    return losses * batch.target_mask
+    return cross_entropy(llm, hidden, batch.target) * batch.target_mask

@@ -167,13 +167,14 @@ def test_cached_steps_give_the_hidden_states_of_a_full_forward(path: Path, side:
     embeds = llm.embed(tokens)
     new = np.random.default_rng(3).integers(3, V, (len(LENGTHS), 4), dtype=np.int32)
     full = jax.jit(Decoder.target_hidden)(llm, embeds, mask, new, np.ones(new.shape, bool))
-    hidden, cache = jax.jit(Decoder.prefill, static_argnums=3)(llm, embeds, mask, 4)
+    hidden, cache = jax.jit(Decoder.prefill, static_argnums=3)(llm, embeds, mask, 5)
     step = jax.jit(Decoder.step)
     for t in range(4):
         np.testing.assert_allclose(hidden, full[:, t], rtol=1e-4, atol=1e-5)
-        hidden, cache = step(llm, new[:, t], cache)
+        hidden, cache = step(llm, new[:, t, None], cache)
+        hidden = hidden[:, 0]
     assert cache.length == max(LENGTHS) + 4
-    np.testing.assert_array_equal(cache.mask.sum(1), np.array(LENGTHS) + 4)
+    np.testing.assert_array_equal(cache.seen.sum(2)[:, 0], np.array(LENGTHS) + 4)
 
 
 FACTORISATIONS = [(8 // (b * c), b, c) for b in (1, 2, 4, 8) for c in (1, 2, 4, 8) if b * c <= 8]

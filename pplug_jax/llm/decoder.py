@@ -115,20 +115,42 @@ ACTIVATIONS = {
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens so far; a slot is a place in the sequence, used or padding.
+    """Keys and values of the tokens so far; a slot holds a token of a row, or padding, or nothing.
 
-    keys, values: (layers, B, S, kv_heads, head_dim); mask: (B, S) bool, which slots hold a token;
-    length: () int32, the slots taken, the same for all rows.
+    A row's K beams share the slots of its prompt, the first ones. Behind them every step fills K
+    slots, one a beam, and `seen` tells which of them a beam descends from: no beam's tokens are
+    ever copied.
+
+    keys, values: (layers, B, S, kv_heads, head_dim). positions: (B, S) float32, the slots' places
+    in the text. seen: (B, K, S) bool. length: () int32, the slots taken, the same for all rows.
     """
 
     keys: jax.Array
     values: jax.Array
-    mask: jax.Array
+    positions: jax.Array
+    seen: jax.Array
     length: jax.Array
 
-    def take(self, rows: jax.Array) -> "KVCache":
-        """The cache with batch rows `rows` (B',) int32 (beam search moves beams so)."""
-        return KVCache(self.keys[:, rows], self.values[:, rows], self.mask[rows], self.length)
+    def follow(self, parents: jax.Array) -> "KVCache":
+        """The cache where beam k of a row goes on from its beam parents[:, k]; (B, K) int32."""
+        return self._replace(seen=follow(self.seen, parents))
+
+
+def follow(seen: jax.Array, parents: jax.Array) -> jax.Array:
+    """(B, K, S), (B, K) -> (B, K, S): what the beams see that go on from `parents`."""
+    return jnp.take_along_axis(seen, parents[..., None], axis=1)
+
+
+def see_own(seen: jax.Array, length: jax.Array) -> jax.Array:
+    """(B, K, S) with each beam's own one of the K slots that the next step fills."""
+    B, K, _ = seen.shape
+    own = jnp.broadcast_to(jnp.eye(K, dtype=bool), (B, K, K))
+    return jax.lax.dynamic_update_slice(seen, own, (0, 0, length))
+
+
+def write(cached: jax.Array, new: jax.Array, layer: jax.Array, length: jax.Array) -> jax.Array:
+    """The cache (layers, B, S, ...) with a step's keys or values (B, K, ...) of one layer."""
+    return jax.lax.dynamic_update_slice(cached, new[None], (layer, 0, length, 0, 0))
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: bool = False) -> jax.Array:
@@ -346,7 +368,7 @@ class Decoder(nnx.Module):
         return self.unembed(self.hidden(embeds, there)[:, mask.shape[1] :])
 
     def prefill(
-        self, inputs_embeds: jax.Array, mask: jax.Array, max_new_tokens: int
+        self, inputs_embeds: jax.Array, mask: jax.Array, max_new_tokens: int, num_beams: int = 1
     ) -> tuple[jax.Array, KVCache]:
         """Reads the prompt.
 
@@ -354,7 +376,6 @@ class Decoder(nnx.Module):
             the hidden state that predicts the first new token, (B, D), and the cache with room for
             the new tokens.
         """
-        room = ((0, 0), (0, 0), (0, max_new_tokens), (0, 0), (0, 0))
         at = positions(mask)
         view = self._views(at, at, causal(mask))
 
@@ -374,44 +395,50 @@ class Decoder(nnx.Module):
             layer, inputs_embeds.astype(self.embedding.dtype), self._scanned()
         )
         x = self._final_norm(last(x, mask))
-        cache_mask = jnp.pad(mask, ((0, 0), (0, max_new_tokens)))
+        steps = max_new_tokens - 1  # the last token is not read
+        room = (0, steps * num_beams)
+        pad = ((0, 0), (0, 0), room, (0, 0), (0, 0))
+        new = jnp.sum(mask, axis=1, keepdims=True) + jnp.repeat(jnp.arange(steps), num_beams)
         return x, KVCache(
-            jnp.pad(keys, room), jnp.pad(values, room), cache_mask, jnp.int32(mask.shape[1])
+            jnp.pad(keys, pad),
+            jnp.pad(values, pad),
+            jnp.concatenate([at, new.astype(at.dtype)], axis=1),
+            jnp.pad(jnp.repeat(mask[:, None], num_beams, axis=1), ((0, 0), (0, 0), room)),
+            jnp.int32(mask.shape[1]),
         )
 
     def step(self, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """One new token per row.
+        """One new token for every beam.
 
-        (B,) int32 -> the hidden state that predicts the next, (B, D), and the longer cache.
+        (B, K) int32 -> the hidden states that predict the next, (B, K, D), and the longer cache.
         """
-        mask = cache.mask.at[:, cache.length].set(True)
-        slots = positions(mask)
-        view = self._views(slots[:, cache.length][:, None], slots, mask[:, None])
+        seen = see_own(cache.seen, cache.length)
+        at = jax.lax.dynamic_slice_in_dim(cache.positions, cache.length, 1, axis=1)
+        view = self._views(at, cache.positions, seen)
 
-        # The cache is carried, not scanned over, so that XLA writes the new slot in place.
+        # The cache is carried, not scanned over, so that XLA writes the new slots in place.
         def layer(carry: tuple, scanned: tuple) -> tuple[tuple, None]:
-            x, keys, values = carry
+            x, *cached = carry
             (weights, slides), i = scanned
             after = []
 
-            def extend(key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
-                after.append(
-                    jax.lax.dynamic_update_slice(keys, key[None], (i, 0, cache.length, 0, 0))
-                )
-                after.append(
-                    jax.lax.dynamic_update_slice(values, value[None], (i, 0, cache.length, 0, 0))
-                )
-                return after[0][i], after[1][i]
+            def extend(*new: jax.Array) -> tuple[jax.Array, ...]:
+                pairs = zip(cached, new, strict=True)
+                after.extend(write(old, added, i, cache.length) for old, added in pairs)
+                return tuple(x[i] for x in after)
 
             x = weights(rows(x), *view(slides), extend)
             return (x, *after), None
 
-        carry = (self.embed(tokens[:, None]), cache.keys, cache.values)
         (x, keys, values), _ = jax.lax.scan(
-            layer, carry, (self._scanned(), jnp.arange(self.config.num_layers))
+            layer,
+            (self.embed(tokens), cache.keys, cache.values),
+            (self._scanned(), jnp.arange(self.config.num_layers)),
         )
-        x = self._final_norm(x[:, 0])
-        return x, KVCache(keys, values, mask, cache.length + 1)
+        length = cache.length + tokens.shape[1]
+        return self._final_norm(x), cache._replace(
+            keys=keys, values=values, seen=seen, length=length
+        )
 
 
 def unembed(hidden: jax.Array, table: jax.Array) -> jax.Array:

@@ -26,11 +26,12 @@ def linear(x: jax.Array, weight: nnx.Variable) -> jax.Array:
 
 def _product(x: jax.Array, kernel: Any) -> jax.Array:
     if isinstance(kernel, qwix.QArray):
+        if kernel.scale.shape[-2] == 1:
+            # One scale an output: the product takes the integers, which bfloat16 holds exactly, and
+            # no scaled copy of the kernel is made.
+            return (x @ kernel.qvalue.astype(x.dtype)) * kernel.scale[0]
         kernel = qwix.dequantize(kernel)
     if not isinstance(kernel, Adapted):
         return x @ kernel
     down, up = kernel.down.astype(x.dtype), kernel.up.astype(x.dtype)
-    # A row's beams lie next to each other and share its update.
-    rows = x.reshape(*down.shape[:-2], -1, x.shape[-1]) if down.ndim > 2 else x
-    update = (rows @ down) @ up
-    return _product(x, kernel.base) + update.reshape(*x.shape[:-1], -1)
+    return _product(x, kernel.base) + (x @ down) @ up

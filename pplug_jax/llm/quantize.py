@@ -1,7 +1,8 @@
 """Frozen kernels stored as integers: a half or a quarter of bfloat16's bytes.
 
-The arithmetic stays in the model's dtype: a kernel is expanded where it is used, one layer at a
-time, and gradients pass through it to the activations.
+The arithmetic stays in the model's dtype: `linear` multiplies by the integers and scales the
+product, or expands one layer's kernel at a time where groups of inputs have scales of their own.
+Gradients pass through to the activations.
 """
 
 import functools

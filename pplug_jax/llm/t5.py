@@ -20,9 +20,12 @@ from pplug_jax.llm.decoder import (
     ACTIVATIONS,
     Frozen,
     abstract_weights,
+    follow,
     positions,
     rms_norm,
+    see_own,
     unembed,
+    write,
 )
 from pplug_jax.llm.linear import linear
 from pplug_jax.llm.llama import check
@@ -167,29 +170,24 @@ class DecoderLayers(EncoderLayers):
 
 
 class T5Cache(NamedTuple):
-    """What the decoder attends to.
+    """What the decoder attends to: its own tokens, and the prompt, which a row's beams share.
 
-    keys, values: (layers, B, T, heads, head_dim), its own tokens, of which `length` () int32 are
-    there; cross_keys, cross_values: (layers, B, L, heads, head_dim), the prompt; mask: (B, L) bool.
+    keys, values: (layers, B, S, heads, head_dim), of which every step fills K slots, one a beam;
+    seen: (B, K, S) bool, `length` () int32: as `KVCache`'s. cross_keys, cross_values:
+    (layers, B, L, heads, head_dim), the prompt; mask: (B, L) bool.
     """
 
     keys: jax.Array
     values: jax.Array
+    seen: jax.Array
     length: jax.Array
     cross_keys: jax.Array
     cross_values: jax.Array
     mask: jax.Array
 
-    def take(self, rows: jax.Array) -> "T5Cache":
-        """The cache with batch rows `rows` (B',) int32."""
-        return T5Cache(
-            self.keys[:, rows],
-            self.values[:, rows],
-            self.length,
-            self.cross_keys[:, rows],
-            self.cross_values[:, rows],
-            self.mask[rows],
-        )
+    def follow(self, parents: jax.Array) -> "T5Cache":
+        """The cache where beam k of a row goes on from its beam parents[:, k]; (B, K) int32."""
+        return self._replace(seen=follow(self.seen, parents))
 
 
 def relative_buckets(
@@ -313,7 +311,7 @@ class T5(nnx.Module):
         return self.unembed(self.decode(targets, self.encode(inputs_embeds, mask), mask))
 
     def prefill(
-        self, inputs_embeds: jax.Array, mask: jax.Array, max_new_tokens: int
+        self, inputs_embeds: jax.Array, mask: jax.Array, max_new_tokens: int, num_beams: int = 1
     ) -> tuple[jax.Array, T5Cache]:
         """Reads the prompt; as `Decoder.prefill`."""
         config, B = self.config, mask.shape[0]
@@ -321,38 +319,39 @@ class T5(nnx.Module):
         _, cross = jax.lax.scan(
             lambda _, weights: (None, weights.cross.keys_values(encoded)), None, self.decoder
         )
-        room = (config.num_decoder_layers, B, max_new_tokens + 1, config.num_heads, config.head_dim)
+        slots = max_new_tokens * num_beams
+        room = (config.num_decoder_layers, B, slots, config.num_heads, config.head_dim)
         empty = jnp.zeros(room, self.embedding.dtype)
-        cache = T5Cache(empty, empty, jnp.int32(0), *cross, mask)
-        return self.step(jnp.full(B, config.start_id, jnp.int32), cache)
+        seen = jnp.zeros((B, num_beams, slots), bool)
+        start = jnp.full((B, num_beams), config.start_id, jnp.int32)
+        cache = T5Cache(empty, empty, seen, jnp.int32(0), *cross, mask)
+        hidden, cache = self.step(start, cache)
+        return hidden[:, 0], cache
 
     def step(self, tokens: jax.Array, cache: T5Cache) -> tuple[jax.Array, T5Cache]:
-        """One new token per row; as `Decoder.step`."""
-        B, T = tokens.shape[0], cache.keys.shape[2]
-        at = jnp.full((B, 1), cache.length)
-        slots = jnp.broadcast_to(jnp.arange(T), (B, T))
+        """One new token for every beam; as `Decoder.step`."""
+        K, S = cache.seen.shape[1:]
+        seen = see_own(cache.seen, cache.length)
+        at, slots = cache.length[None, None] // K, jnp.arange(S)[None] // K
         bias = self._bias(self.decoder_bias, at, slots, bidirectional=False)
-        seen = slots[:, None] <= cache.length
 
-        # The own tokens' cache is carried, so that XLA writes the new slot in place.
+        # The own tokens' cache is carried, so that XLA writes the new slots in place.
         def layer(carry: tuple, scanned: tuple) -> tuple[tuple, None]:
-            x, keys, values = carry
+            x, *cached = carry
             weights, cross, i = scanned
             x = rows(x)
             new = weights.attention.keys_values(weights.attention.normed(x))
-            keys, values = (
-                jax.lax.dynamic_update_slice(cached, added[None], (i, 0, cache.length, 0, 0))
-                for cached, added in zip((keys, values), new, strict=True)
-            )
-            x = weights.attention(x, keys[i], values[i], seen, bias)
+            pairs = zip(cached, new, strict=True)
+            cached = [write(old, added, i, cache.length) for old, added in pairs]
+            x = weights.attention(x, *(part[i] for part in cached), seen, bias)
             x = weights.cross(x, *cross, cache.mask[:, None])
-            return (weights.mlp(x), keys, values), None
+            return (weights.mlp(x), *cached), None
 
         cross = cache.cross_keys, cache.cross_values
         (x, keys, values), _ = jax.lax.scan(
             layer,
-            (self.embed(tokens[:, None]), cache.keys, cache.values),
+            (self.embed(tokens), cache.keys, cache.values),
             (self.decoder, cross, jnp.arange(self.config.num_decoder_layers)),
         )
-        x = rms_norm(x[:, 0], self.decoder_norm[...], self.config.norm_eps)
-        return x, cache._replace(keys=keys, values=values, length=cache.length + 1)
+        x = rms_norm(x, self.decoder_norm[...], self.config.norm_eps)
+        return x, cache._replace(keys=keys, values=values, seen=seen, length=cache.length + K)
