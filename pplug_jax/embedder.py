@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
-from pplug_jax.encoder.bert import Bert
+from pplug_jax.encoder.bert import Bert, gelu
 from pplug_jax.errors import InputError
 from pplug_jax.mesh import rows
 
@@ -58,9 +58,7 @@ class Projector(nnx.Module):
 
     def first(self, x: jax.Array) -> jax.Array:
         """(..., E) -> (..., hidden)."""
-        return jax.nn.gelu(
-            x @ self.up[...].astype(x.dtype) + self.up_bias[...].astype(x.dtype), approximate=False
-        )
+        return gelu(x @ self.up[...].astype(x.dtype) + self.up_bias[...].astype(x.dtype))
 
     def second(self, h: jax.Array) -> jax.Array:
         """(..., hidden) -> (..., tokens, out)."""

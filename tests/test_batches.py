@@ -1,6 +1,7 @@
 """From examples to batches: tokens, shapes, order, dropout, shards."""
 
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
@@ -21,10 +22,12 @@ from pplug_jax.data.batches import (
     Buckets,
     Plan,
     Tokenized,
+    bucket_edges,
     drop_history,
     item_ages,
     place_batch,
     plan_batches,
+    round_up,
     tokenize,
     training_batches,
 )
@@ -161,6 +164,19 @@ def test_every_example_fits_its_bucket_and_all_larger(count: int, buckets: int, 
         assert len(example.rows) <= made.history
         if bucket:  # and no smaller one would do
             assert len(example.prompt) > made.shapes[bucket - 1][0]
+
+
+@given(st.lists(st.integers(0, 130), min_size=1, max_size=40), st.integers(1, 5))
+def test_no_other_edges_pad_less(lengths: list[int], count: int):
+    def padded(edges: Sequence[int]) -> int:
+        return sum(min(edge for edge in edges if edge >= length) for length in lengths)
+
+    edges = bucket_edges(np.array(lengths), count).tolist()
+    assert edges == sorted(set(edges))
+    assert len(edges) <= count
+    sizes = {round_up(length) for length in lengths}
+    others = itertools.combinations(sizes, min(count, len(sizes)))
+    assert padded(edges) == min(padded(other) for other in others if max(other) == max(sizes))
 
 
 def test_buckets_of_no_history_and_short_texts_have_a_shape():

@@ -126,8 +126,27 @@ def round_up(length: int) -> int:
     return max(ROUND, -(-length // ROUND) * ROUND)
 
 
+def bucket_edges(lengths: np.ndarray, count: int) -> np.ndarray:
+    """The `count` padded lengths, or fewer, that pad `lengths` (n,) the least; ascending."""
+    sizes, numbers = np.unique([round_up(n) for n in lengths], return_counts=True)
+    ends = np.cumsum(numbers)
+    places = np.arange(len(sizes))
+    # best[j]: the shortest j + 1 sizes' total length, when the last edge is sizes[j].
+    best, before = 1.0 * ends * sizes, []
+    for _ in range(min(count, len(sizes)) - 1):
+        # [i, j]: of which the edge before is sizes[i]
+        totals = best[:, None] + (ends - ends[:, None]) * sizes
+        totals = np.where(places[:, None] < places, totals, np.inf)
+        before.append(totals.argmin(axis=0))
+        best = totals.min(axis=0)
+    edges = [len(sizes) - 1]
+    for choice in reversed(before):
+        edges.append(choice[edges[-1]])
+    return sizes[edges[::-1]]
+
+
 class Buckets:
-    """A handful of padded shapes for examples, at the quantiles of their prompts' lengths.
+    """A handful of padded shapes for examples, with the edges that pad their prompts the least.
 
     longest_query: what the input encoder can take.
 
@@ -136,17 +155,12 @@ class Buckets:
 
     def __init__(self, examples: Sequence[Tokenized], count: int, longest_query: int):
         prompts = np.array([len(e.prompt) for e in examples])
-        edges = sorted(
-            {
-                round_up(int(q))
-                for q in np.quantile(prompts, np.linspace(0, 1, count + 1)[1:], method="higher")
-            }
-        )
+        edges = bucket_edges(prompts, count)
         self.of = np.searchsorted(edges, prompts)
         queries = np.array([len(e.query) for e in examples])
         longest = [queries[self.of <= bucket].max(initial=1) for bucket in range(len(edges))]
         self.shapes = [
-            (edge, min(round_up(int(query)), longest_query))
+            (int(edge), min(round_up(int(query)), longest_query))
             for edge, query in zip(edges, longest, strict=True)
         ]
         self.target = round_up(max(len(e.target) for e in examples))

@@ -18,7 +18,9 @@ from pplug_jax.errors import InputError
 from pplug_jax.llm.decoder import Frozen
 from pplug_jax.mesh import batch_parts, local_rows, make_mesh, place_rows
 
-LENGTHS = (32, 64, 128, 256, 512)  # the compiled text lengths
+# The compiled text lengths: each a third or a half longer, so that little is padded.
+LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+CPU_TOKENS = 2048  # of a batch on a CPU, whose caches shall hold a layer's attention scores
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -149,27 +151,29 @@ class Encoder:
     ) -> np.ndarray:
         """The vectors of history texts, or of `queries` for such, (N, E) float32, L2-normalised.
 
-        Texts are batched by length, so that little is padded. `on_batch` is told how many texts
-        each batch held.
+        Texts are batched by length, so that little is padded; a CPU gets fewer long ones at a
+        time. `on_batch` is told how many texts each batch held.
         """
         prefix = self.query_prefix if queries else self.item_prefix
         tokens = self.tokenize([prefix + text for text in texts])
         self.cut_texts += sum(len(ids) == self.max_length for ids in tokens)
         parts = batch_parts(self.mesh)
-        batch_size = -(-batch_size // parts) * parts
-        order = np.argsort([len(ids) for ids in tokens], kind="stable")
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        order = np.argsort([-len(ids) for ids in tokens], kind="stable")
         vectors = np.zeros((len(tokens), self.size), np.float32)
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            longest = len(tokens[rows[-1]])
+        while len(order):
+            longest = len(tokens[order[0]])
             # No wider than the position table, whose size need not be one of LENGTHS.
             width = min(next(x for x in LENGTHS if x >= longest), self.model.config.max_length)
-            ids = np.zeros((batch_size, width), np.int32)
-            lengths = np.ones(batch_size, np.int32)
+            size = min(batch_size, max(1, CPU_TOKENS // width)) if on_cpu else batch_size
+            size = -(-size // parts) * parts
+            rows, order = order[:size], order[size:]
+            ids = np.zeros((size, width), np.int32)
+            lengths = np.ones(size, np.int32)
             for i, row in enumerate(rows):
                 ids[i, : len(tokens[row])] = tokens[row]
                 lengths[i] = len(tokens[row])
-            mine = local_rows(self.mesh, batch_size)
+            mine = local_rows(self.mesh, size)
             placed = (place_rows(x[mine], self.mesh) for x in (ids, lengths))
             with jax.set_mesh(self.mesh):
                 made = _forward(self.model, *placed, self.model.dtype)

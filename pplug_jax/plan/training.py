@@ -36,7 +36,7 @@ EXAMPLES = {
 class TrainPlan(NamedTuple):
     """What training on a mesh needs. cost: None where it does not fit.
 
-    useful: FLOPs of a step without what is computed twice to save memory.
+    useful: FLOPs of a step without what `train.remat` computes twice to save memory.
     """
 
     batch_size: int
