@@ -25,7 +25,7 @@ from pplug_jax.plan.programs import Programs
 from pplug_jax.plan.roofline import GIB
 from pplug_jax.plan.training import plan_training
 
-SLICES = {4: "v5p:2x2x1", 16: "v5p:2x2x4", 64: "v5p:4x4x4", 256: "v5p:4x8x8"}
+SLICES = {4: "v5p:2x2x1", 32: "v5p:2x4x4", 256: "v5p:4x8x8"}
 BATCHES = {"weak": lambda chips: 8 * chips, "strong": lambda chips: 64}
 COPIES = {"one copy": lambda parts: parts, "copies of 4": lambda parts: 4}
 PARTS = ("compute", "HBM", "ICI")

@@ -1,0 +1,195 @@
+"""The input pipeline alone, and how long training waits for it: `python -m benchmarks.pipeline`
+
+Examples are made-up token ids with lengths like LaMP-5's, their histories rows of a store of
+made-up vectors as wide as BGE base's. The waiting is that of the default run, on the embedded
+sample with the bundled models.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from benchmarks.timing import in_turn, report
+from configs import lamp5
+from pplug_jax.data.batches import (
+    Assemble,
+    Buckets,
+    Plan,
+    Tokenized,
+    place_batch,
+    training_batches,
+)
+from pplug_jax.data.history import HistoryStore
+from pplug_jax.inputs import TrainingInputs
+from pplug_jax.methods import METHODS, configured
+from pplug_jax.models import Models
+from pplug_jax.run import ItemTexts
+from pplug_jax.splits import read_split
+from pplug_jax.tables import show_table
+from pplug_jax.train import init_optimizer, jit_step, make_optimizer
+
+FLAGS = flags.FLAGS
+flags.DEFINE_integer("examples", 5000, "LaMP-like examples.")
+flags.DEFINE_integer("texts", 50_000, "Unique history texts.")
+flags.DEFINE_integer("batch", 64, "Examples of a batch; 64 is the paper's.")
+flags.DEFINE_integer("batches", 20, "Batches of a timed call.")
+flags.DEFINE_integer("steps", 60, "Training steps whose waiting is measured.")
+flags.DEFINE_integer("users", 500, "Users of the embedded sample to tokenise and to train on.")
+TARGET = 0.10  # of all tokens may be padding
+
+
+class MadeUp:
+    """An encoder that reads nothing."""
+
+    size, fingerprint = 768, "made-up"
+
+    def encode(
+        self, texts: Sequence[str], batch_size: int, on_batch: Callable[[int], None]
+    ) -> np.ndarray:
+        on_batch(len(texts))
+        made = np.random.default_rng(len(texts)).standard_normal((len(texts), self.size))
+        return made / np.linalg.norm(made, axis=-1, keepdims=True)
+
+
+def lamp_like(count: int, texts: int) -> list[Tokenized]:
+    """Lengths as LaMP-5's: prompts of 210 tokens on average, cut at 256, and 88 items."""
+    rng = np.random.default_rng(0)
+
+    def gamma(mean: float, spread: float, low: int, high: int) -> int:
+        drawn = rng.gamma((mean / spread) ** 2, spread**2 / mean)
+        return int(np.clip(round(drawn), low, high))
+
+    def ids(length: int) -> np.ndarray:
+        return rng.integers(3, 30_000, length, dtype=np.int32)
+
+    examples = []
+    for _ in range(count):
+        prompt, items = gamma(210, 85, 20, 256), gamma(88, 54, 20, 512)
+        examples.append(
+            Tokenized(
+                ids(prompt + 2),
+                ids(gamma(14, 5, 4, 128)),
+                ids(max(8, prompt - 8)),
+                rng.integers(0, texts, items),
+                np.zeros(items, np.float32),
+            )
+        )
+    return examples
+
+
+def padding(examples: Sequence[Tokenized], count: int) -> tuple[float, float, int]:
+    """Shares of padding in an epoch's prompts and queries, and the number of shapes."""
+    buckets = Buckets(examples, count, 512)
+    shapes = np.array(buckets.shapes)
+    plan = Plan(buckets.of, FLAGS.batch, 1.0, 0)
+    real, padded = np.zeros(2), np.zeros(2)
+    for step in range(len(plan)):
+        _, bucket, indices = plan[step]
+        chosen = [examples[i] for i in indices]
+        real += [sum(len(e.prompt) for e in chosen), sum(len(e.query) for e in chosen)]
+        padded += shapes[bucket] * FLAGS.batch
+    return *(1 - real / padded), len(shapes)
+
+
+def waiting(models: Models, examples: Sequence[Tokenized]) -> tuple[float, float]:
+    """Seconds that a training loop waits for its data, and seconds of all; compiled before.
+
+    The loop waits for every step to end, so that no waiting hides behind the device's work.
+    """
+    method = METHODS["pplug"]
+    config = configured(models.config, method, 0)
+    assemble = models.assemble(
+        config, examples, config.train.batch_size, history_dropout=config.plug.history_dropout
+    )
+    plan = Plan(assemble.buckets.of, config.train.batch_size, 1000.0, 0)
+    weights = models.new_weights(method, config)
+    optimizer = make_optimizer(len(plan), 1e-4, 1e-4, 0.05, 1.0)
+    state = weights, init_optimizer(optimizer, weights, models.mesh)
+    update = jit_step(*state)
+    data = training_batches(plan, assemble)
+    warm, waited, start = len(assemble.buckets.shapes) + 1, 0.0, 0.0
+    for step in range(FLAGS.steps + warm):
+        before = time.perf_counter()
+        if step == warm:
+            waited, start = 0.0, before
+        batch = next(data)
+        waited += time.perf_counter() - before
+        with jax.set_mesh(models.mesh):
+            *state, metrics = update(
+                *state,
+                models.llm,
+                place_batch(batch, models.mesh),
+                optimizer=optimizer,
+                prefix_length=models.tokenizer.prefix_length,
+            )
+        jax.block_until_ready(metrics)
+    return waited, time.perf_counter() - start
+
+
+def main(_: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        store = HistoryStore(Path(scratch) / "made-up", MadeUp())
+        store.add(f"text {i}" for i in range(FLAGS.texts))
+        examples = lamp_like(FLAGS.examples, FLAGS.texts)
+        shares = {count: padding(examples, count) for count in range(1, 7)}
+        show_table(
+            f"Padding, LaMP-like (target: {TARGET:.0%})",
+            ("data.buckets", "shapes", "prompts", "queries"),
+            [
+                [f"{count}", f"{shapes}", f"{prompts:.1%}", f"{queries:.1%}"]
+                for count, (prompts, queries, shapes) in shares.items()
+            ],
+        )
+        config = lamp5.get_config()
+        config.data.sample_train_users, config.data.sample_eval_users = FLAGS.users, 1
+        models = Models(config, Path(scratch) / "run")
+        sample = read_split(config, "train")
+        models.store.add(ItemTexts([sample], models.item_text))
+        buckets = Buckets(examples, config.data.buckets, 512)
+        assemble = Assemble(examples, buckets, store, range(FLAGS.batch), history_dropout=0.5)
+        data = training_batches(Plan(buckets.of, FLAGS.batch, 1000.0, 0), assemble)
+        seconds = in_turn(
+            {
+                "batches": lambda: [next(data) for _ in range(FLAGS.batches)],
+                "tokenize": lambda: models.tokenize(sample),
+            }
+        )
+        inputs = TrainingInputs(models, sample)
+        waited, took = waiting(
+            models, inputs(METHODS["pplug"], configured(config, METHODS["pplug"], 0))
+        )
+    record: dict[str, Any] = {
+        "batch": FLAGS.batch,
+        "history_items": buckets.history,
+        "examples_per_second": FLAGS.batch * FLAGS.batches / seconds["batches"],
+        "tokenized_per_second": len(sample) / seconds["tokenize"],
+        "step_seconds": took / FLAGS.steps,
+        "waiting_share": waited / took,
+        "padding": {count: prompts for count, (prompts, _, _) in shares.items()},
+        "query_padding": {count: queries for count, (_, queries, _) in shares.items()},
+    }
+    report(
+        "pipeline",
+        "Input pipeline",
+        ("", "figure"),
+        [
+            [
+                f"LaMP-like examples/s, batches of {FLAGS.batch} with {buckets.history} items",
+                f"{record['examples_per_second']:,.0f}",
+            ],
+            ["the sample's examples tokenised/s", f"{record['tokenized_per_second']:,.0f}"],
+            ["ms a step of the default run", f"{1e3 * record['step_seconds']:.1f}"],
+            ["of which it waits for its batch", f"{record['waiting_share']:.1%}"],
+        ],
+        [record],
+    )
+
+
+if __name__ == "__main__":
+    app.run(main)

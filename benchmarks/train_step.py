@@ -1,0 +1,339 @@
+"""A training step, ours against the original recipe in PyTorch: `python -m benchmarks.train_step`
+
+    python -m benchmarks.train_step --llm=t5 --batch=16 --dtype=bfloat16 --peak
+
+Random weights, the same for all, on examples as long as LaMP-5's, in the batches of our plan. Ours
+is timed as a run does it, from the tokenised examples through buckets and placing to the update.
+`original` pads to the maxima; `lean` is PyTorch with as little work as ours, on the same batches of
+like lengths (`benchmarks.original`). So original to lean is what the algorithm gains, lean to ours
+what the compiler does. The losses of all updates must agree.
+
+Read the Llama's `original` with care: a head of 32000 words is a third of so small an LLM, and of a
+large one a twentieth, so that logits at every place cost it more here.
+"""
+
+import ctypes
+import gc
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import torch
+import transformers
+from absl import app, flags
+
+from benchmarks.original import SOFT, Planned, Plug, Recipe
+from benchmarks.timing import in_turn, report
+from configs import common
+from pplug_jax.data.batches import Assemble, Plan, Tokenized, place_batch
+from pplug_jax.data.history import HistoryStore
+from pplug_jax.embedder import UserEmbedder
+from pplug_jax.llm.decoder import Decoder
+from pplug_jax.methods import METHODS
+from pplug_jax.models import ASSETS, Models
+from pplug_jax.plan.flops import matmul_flops
+from pplug_jax.train import init_optimizer, jit_step, make_optimizer
+
+FLAGS = flags.FLAGS
+flags.DEFINE_enum("llm", "llama", ["llama", "t5"], "The frozen LLM, of some 40 million parameters.")
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "The LLM's; the plug is float32.")
+flags.DEFINE_integer("batch", 8, "Examples of a batch.")
+flags.DEFINE_integer("steps", 3, "Batches, of which each timed call works off all.")
+flags.DEFINE_bool("peak", False, "Measure each peer's memory too, in a process of its own.")
+flags.DEFINE_string("only", None, "Of --peak: print this peer's memory, and nothing else.")
+FLAGS.set_default("repeats", 3)  # of 9 steps a round
+
+EXAMPLES = 512  # of which the buckets are made
+VOCABULARY = 32000
+# transformers rounds a T5's loss to the LLM's dtype: of one about 10, bfloat16 keeps 0.06.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+LLAMA = transformers.LlamaConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=512,
+    intermediate_size=1408,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    max_position_embeddings=1024,
+    tie_word_embeddings=True,
+)
+T5 = transformers.T5Config(
+    vocab_size=VOCABULARY,
+    d_model=384,
+    d_kv=64,
+    d_ff=1024,
+    num_layers=6,
+    num_heads=6,
+    feed_forward_proj="gated-gelu",
+    tie_word_embeddings=False,
+    decoder_start_token_id=0,
+)
+MINI_LM = transformers.BertConfig(
+    hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+)
+HEADER = (
+    "peer",
+    "examples/s",
+    "tokens/s",
+    "ours is",
+    "LLM padding",
+    "query",
+    "history",
+    "peak MB",
+    "first loss",
+    "difference",
+)
+
+
+def write_models(directory: Path) -> None:
+    """A random LLM and encoder; their tokenizers are bundled ones, and tokenise nothing here."""
+    torch.manual_seed(0)
+    if FLAGS.llm == "llama":
+        llm = transformers.LlamaForCausalLM(LLAMA)
+    else:
+        llm = transformers.T5ForConditionalGeneration(T5)
+        # transformers 5 ties a new T5's head, but not the head that a checkpoint brings.
+        llm.lm_head.weight = torch.nn.Parameter(torch.randn(VOCABULARY, T5.d_model) * 0.05)
+    encoder = transformers.BertModel(MINI_LM, add_pooling_layer=False)
+    for name, model, like in (("llm", llm, "tiny_llama"), ("encoder", encoder, "tiny_bert")):
+        model.save_pretrained(directory / name)
+        for file in (ASSETS / like).glob("*token*"):
+            (directory / name / file.name).write_bytes(file.read_bytes())
+
+
+def read_config(directory: Path) -> ml_collections.ConfigDict:
+    """The paper's settings, and no history dropout, which the original draws beforehand."""
+    config = common.task_config("LaMP_5", "embedded")
+    config.llm.path, config.llm.dtype = str(directory / "llm"), FLAGS.dtype
+    config.encoder.path = str(directory / "encoder")
+    config.train.batch_size = FLAGS.batch
+    config.plug.history_dropout = 0.0
+    return config
+
+
+def fill_store(store: HistoryStore) -> None:
+    """Random unit vectors, for the histories' encoding is no part of a step."""
+    rng = np.random.default_rng(1)
+
+    def draw(texts: list[str], *_: Any) -> np.ndarray:
+        vectors = rng.normal(size=(len(texts), store.encoder.size))
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    store.encoder.encode = draw
+    store.add([str(i) for i in range(4096)])
+
+
+def draw_examples(store: HistoryStore) -> list[Tokenized]:
+    """Random tokens and histories, as many as LaMP-5's have."""
+    rng = np.random.default_rng(0)
+
+    def lengths(median: float, spread: float, low: int, high: int) -> np.ndarray:
+        drawn = median * np.exp(spread * rng.normal(size=EXAMPLES))
+        return np.clip(drawn, low, high).astype(int)
+
+    def tokens(count: int) -> np.ndarray:
+        return rng.integers(3, 30000, count, dtype=np.int32)
+
+    inputs = lengths(200, 0.35, 16, 256)
+    targets = lengths(14, 0.4, 3, 40)
+    items = lengths(60, 0.8, 2, 512)  # 84 on average
+    return [
+        Tokenized(
+            prompt=tokens(i + 2),  # a start token and a separator
+            target=tokens(t),
+            query=tokens(min(i + 2, 256)),
+            rows=rng.choice(len(store), n, replace=False),
+            ages=np.zeros(n, np.float32),
+        )
+        for i, t, n in zip(inputs, targets, items, strict=True)
+    ]
+
+
+class Ours:
+    """Our step, as `train.fit` runs it."""
+
+    def __init__(self, models: Models, data: Assemble, weights: UserEmbedder):
+        self.models, self.data, self.weights = models, data, weights
+        train = models.config.train
+        # So many steps, and so few of them to warm up, that the rate stays the same.
+        optimizer = make_optimizer(
+            10**6, train.learning_rate, train.weight_decay, 0.0, train.clip_norm
+        )
+        self.state = init_optimizer(optimizer, weights, models.mesh)
+        self.update = jit_step(weights, self.state)
+        self.static = {"optimizer": optimizer, "prefix_length": prefix_length()}
+
+    def arguments(self, planned: Planned) -> tuple[Any, ...]:
+        batch = place_batch(self.data(planned), self.models.mesh)
+        return self.weights, self.state, self.models.llm, batch
+
+    def step(self, planned: Planned) -> float:
+        """One update; returns the loss before it."""
+        with jax.set_mesh(self.models.mesh):
+            arguments = self.arguments(planned)
+            self.weights, self.state, metrics = self.update(*arguments, **self.static)
+        return float(metrics["loss"])
+
+    def flops(self, planned: Planned) -> float:
+        with jax.set_mesh(self.models.mesh):
+            return matmul_flops(self.update.trace(*self.arguments(planned), **self.static).jaxpr)
+
+    def ideal_flops(self, planned: Planned) -> float:
+        """What a step on these shapes needs: no work twice, no gradient of a frozen weight.
+
+        A frozen kernel costs 4 FLOPs a parameter and place (forward, and its input's gradient), a
+        trained one 6, attention 12 a channel and pair of places, masked pairs too.
+        """
+        llm, plug, batch = self.models.llm, self.weights, self.data(planned)
+        B, L = batch.prompt.shape
+        T, Q, H = (x.shape[1] for x in (batch.target, batch.query, batch.history))
+
+        def kernels(module: Any) -> int:
+            return sum(x.size for x in jax.tree.leaves(module) if x.ndim == 3)
+
+        c, S = llm.config, L + SOFT
+        heads, head = c.num_heads * c.head_dim, c.vocab_size * c.hidden_size
+        if isinstance(llm, Decoder):
+            S += T - 1
+            flops = 4 * S * kernels(llm.layers) + 12 * S**2 * heads * c.num_layers
+        else:
+            cross = kernels((llm.decoder.cross.key, llm.decoder.cross.value))
+            flops = 4 * (S * (kernels(llm.encoder) + cross) + T * (kernels(llm.decoder) - cross))
+            flops += 12 * S**2 * heads * c.num_encoder_layers
+            flops += 12 * (T**2 + T * S) * heads * c.num_decoder_layers
+        bert = plug.input_encoder
+        E, (U, D) = bert.config.hidden_size, plug.projector.down.shape
+        flops += 4 * T * head
+        flops += 6 * Q * kernels(bert.layers) + 12 * Q**2 * E * bert.config.num_layers
+        # The histories are frozen: their first layer and the scores have no gradient of them.
+        flops += 4 * H * E * U + 4 * H * E + 6 * H * U + 6 * U * D
+        return B * flops + 6 * (E + D) * D  # the instruction embedding is one for all rows
+
+    def places(self, planned: Planned) -> np.ndarray:
+        """A batch's places of LLM, query and history, padding included; (3,)."""
+        batch = self.data(planned)
+        text = SOFT * len(batch.prompt) + batch.prompt.size + batch.target.size
+        return np.array([text, batch.query.size, batch.history_mask.size])
+
+
+def prefix_length() -> int:
+    return 1 if FLAGS.llm == "llama" else 0
+
+
+def peak_megabytes(call: Callable[[], Any]) -> float:
+    """What a call holds at most beyond weights and moments: activations and gradients. Linux only.
+
+    It is the second, when all is compiled, and what that took has been given back.
+    """
+
+    def status(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+    call()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM is the peak from here on
+    call()
+    return (status("VmHWM") - before) * 1024 / 1e6
+
+
+def measured_apart(name: str) -> float:
+    command = [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], f"--only={name}"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(done.stdout.split()[-1])
+
+
+def make_peers(scratch: Path) -> tuple[dict[str, Ours | Recipe], list[Planned]]:
+    """The peers with equal weights, ours first, and the batches."""
+    write_models(scratch)
+    config = read_config(scratch)
+    models = Models(config, scratch / "run")
+    fill_store(models.store)
+    data = models.assemble(config, draw_examples(models.store), FLAGS.batch)
+    plan = Plan(data.buckets.of, FLAGS.batch, 1.0, 0)
+    weights = models.new_weights(METHODS["pplug"], config)
+    kind = {"llama": transformers.LlamaForCausalLM, "t5": transformers.T5ForConditionalGeneration}
+    dtype = getattr(torch, FLAGS.dtype)
+    llm = kind[FLAGS.llm].from_pretrained(scratch / "llm", dtype=dtype)
+
+    def recipe(lean: bool) -> Recipe:
+        bert = transformers.BertModel.from_pretrained(scratch / "encoder", add_pooling_layer=False)
+        return Recipe(data, llm, Plug(bert, weights, lean), prefix_length(), config.train)
+
+    # Ours is made last, for its steps take the weights away.
+    recipes = {"original": recipe(lean=False), "lean": recipe(lean=True)}
+    peers = {"ours": Ours(models, data, weights)} | recipes
+    return peers, [plan[step] for step in range(FLAGS.steps)]
+
+
+def main(_: list[str]) -> None:
+    jax.config.update("jax_platforms", "cpu")  # as PyTorch here
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as scratch:
+        peers, plan = make_peers(Path(scratch))
+    losses: dict[str, list[float]] = {name: [] for name in peers}
+    cases = {
+        name: lambda peer=peer, found=losses[name]: found.extend(map(peer.step, plan))
+        for name, peer in peers.items()
+    }
+    if FLAGS.only:
+        print(peak_megabytes(cases[FLAGS.only]))
+        return
+    ours = peers["ours"]
+    flops, ideal = (sum(map(count, plan)) for count in (ours.flops, ours.ideal_flops))
+    places = {name: sum(map(peer.places, plan)) for name, peer in peers.items()}
+    examples = [ours.data.examples[i] for _, _, indices in plan for i in indices]
+    real = np.sum(
+        [(len(x.prompt) + SOFT + len(x.target), len(x.query), len(x.rows)) for x in examples], 0
+    )
+    peaks = {name: measured_apart(name) if FLAGS.peak else None for name in peers}
+    seconds = in_turn(cases)
+    records = [
+        {
+            "peer": name,
+            "examples_per_second": len(examples) / seconds[name],
+            "tokens_per_second": real[0] / seconds[name],
+            "ours_is_faster_by": seconds[name] / seconds["ours"],
+            "padding": dict(zip(("llm", "query", "history"), 1 - real / places[name])),
+            "peak_megabytes": peaks[name],
+            "first_loss": losses[name][0],
+            "loss_difference": float(np.abs(np.subtract(losses[name], losses["ours"])).max()),
+        }
+        for name in peers
+    ]
+    rows = [
+        (
+            r["peer"],
+            f"{r['examples_per_second']:.2f}",
+            f"{r['tokens_per_second']:.0f}",
+            f"{r['ours_is_faster_by']:.2f}x",
+            *(f"{share:.0%}" for share in r["padding"].values()),
+            f"{r['peak_megabytes']:.0f}" if FLAGS.peak else "",
+            f"{r['first_loss']:.5f}",
+            f"{r['loss_difference']:.1e}",
+        )
+        for r in records
+    ]
+    records.append({"flops": flops, "ideal_flops": ideal, "ratio": flops / ideal})
+    report(
+        "train_step",
+        f"a training step: {FLAGS.llm}, {FLAGS.dtype}, batches of {FLAGS.batch}",
+        HEADER,
+        rows,
+        records,
+    )
+    print(f"FLOPs of our step over those that it needs: {flops / ideal:.3f}")
+    worst = max(r["loss_difference"] for r in records[:-1])
+    assert worst <= TOLERANCE[FLAGS.dtype], f"the losses differ by {worst}"
+
+
+if __name__ == "__main__":
+    app.run(main)
