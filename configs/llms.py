@@ -12,8 +12,8 @@ class Preset(NamedTuple):
     """path: hub id. chat: with its chat template. max_input_length: tokens of an input.
 
     v5e_8, v5p_16: how many of the slice's 8 chips (16 and 95 GiB each; v5p counts two cores a chip)
-    share one copy of the weights; None where all of them together are too small. As few as fit, as
-    `--mode=plan` has it: docs/pods.md.
+    share one copy of the weights; None where all of them together are too small. docs/pods.md has
+    the plans, most with room for fewer.
     learning_rate: the paper's; it was found for FlanT5-XXL.
     """
 
