@@ -26,6 +26,28 @@ check() {
   [[ $2 =~ ^($3)$ ]] || refuse "$1=$2 is malformed; it should look like $1=$4"
 }
 
+# parse_flags ARGUMENT...: sets what all launchers have, and by set_flag what one has alone.
+parse_flags() {
+  while (($#)); do
+    case $1 in
+      --name=*) name=${1#*=} ;;
+      --dry-run) dry_run=true ;;
+      --yes) yes=true ;;
+      --help)
+        usage
+        exit
+        ;;
+      --)
+        shift
+        job=("$@")
+        break
+        ;;
+      *) set_flag "$1" || refuse "unknown argument $1 (flags are written --name=VALUE)" ;;
+    esac
+    shift
+  done
+}
+
 # has_argument PATTERN: of the job
 has_argument() {
   local argument

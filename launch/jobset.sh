@@ -32,6 +32,17 @@ name='' image='' accelerator='' topology=''
 slices=1
 spot=false
 
+set_flag() {
+  case $1 in
+    --image=*) image=${1#*=} ;;
+    --accelerator=*) accelerator=${1#*=} ;;
+    --topology=*) topology=${1#*=} ;;
+    --slices=*) slices=${1#*=} ;;
+    --spot) spot=true ;;
+    *) return 1 ;;
+  esac
+}
+
 parse() {
   verb=${1-}
   case $verb in
@@ -39,29 +50,7 @@ parse() {
     --help) ;;
     *) refuse "the first argument should be run, attach or delete, not '$verb'" ;;
   esac
-  while (($#)); do
-    case $1 in
-      --name=*) name=${1#*=} ;;
-      --dry-run) dry_run=true ;;
-      --yes) yes=true ;;
-      --image=*) image=${1#*=} ;;
-      --accelerator=*) accelerator=${1#*=} ;;
-      --topology=*) topology=${1#*=} ;;
-      --slices=*) slices=${1#*=} ;;
-      --spot) spot=true ;;
-      --help)
-        usage
-        exit
-        ;;
-      --)
-        shift
-        job=("$@")
-        break
-        ;;
-      *) refuse "unknown argument $1 (flags are written --name=VALUE)" ;;
-    esac
-    shift
-  done
+  parse_flags "$@"
   # A pod's name adds the slice, the host and a suffix, in 63 characters together.
   check --name "$name" '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' pplug
   [[ $verb == run ]] || return 0

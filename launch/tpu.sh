@@ -46,6 +46,20 @@ started=false  # the job
 pretended=''   # state, in a dry run
 status=0       # the job's
 
+set_flag() {
+  case $1 in
+    --project=*) project=${1#*=} ;;
+    --zone=*) zone=${1#*=} ;;
+    --queued) queued=true ;;
+    --spot) queued=true spot=true ;;
+    --accelerator=*) accelerator=${1#*=} ;;
+    --slices=*) queued=true slices=${1#*=} ;;
+    --runtime-version=*) image=${1#*=} ;;
+    --data=*) data=${1#*=} ;;
+    *) return 1 ;;
+  esac
+}
+
 parse() {
   verb=${1-}
   case $verb in
@@ -53,32 +67,7 @@ parse() {
     --help) ;;
     *) refuse "the first argument should be run, attach, stop or delete, not '$verb'" ;;
   esac
-  while (($#)); do
-    case $1 in
-      --name=*) name=${1#*=} ;;
-      --project=*) project=${1#*=} ;;
-      --zone=*) zone=${1#*=} ;;
-      --queued) queued=true ;;
-      --spot) queued=true spot=true ;;
-      --dry-run) dry_run=true ;;
-      --yes) yes=true ;;
-      --accelerator=*) accelerator=${1#*=} ;;
-      --slices=*) queued=true slices=${1#*=} ;;
-      --runtime-version=*) image=${1#*=} ;;
-      --data=*) data=${1#*=} ;;
-      --help)
-        usage
-        exit
-        ;;
-      --)
-        shift
-        job=("$@")
-        break
-        ;;
-      *) refuse "unknown argument $1 (flags are written --name=VALUE)" ;;
-    esac
-    shift
-  done
+  parse_flags "$@"
   check --name "$name" '[a-z]([-a-z0-9]{0,48}[a-z0-9])?' pplug
   check --project "$project" '([a-z0-9.-]+:)?[a-z][-a-z0-9]{4,28}[a-z0-9]' my-project
   check --zone "$zone" '[a-z]+-[a-z]+[0-9]+-[a-z]' us-west4-a
