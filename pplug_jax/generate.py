@@ -123,7 +123,8 @@ def _beam(
 
     def body(state):
         cache, chosen = state
-        hidden, cache = llm.step(chosen["token"], cache.follow(chosen["parent"]))
+        cache = cache._replace(seen=pick(cache.seen, chosen["parent"]))
+        hidden, cache = llm.step(chosen["token"], cache)
         return cache, choose(hidden, chosen)
 
     empty = jnp.full((B, K, T), llm.config.pad_id, jnp.int32)

@@ -7,7 +7,7 @@ dtype.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -131,15 +131,6 @@ class KVCache(NamedTuple):
     seen: jax.Array
     length: jax.Array
 
-    def follow(self, parents: jax.Array) -> "KVCache":
-        """The cache where beam k of a row goes on from its beam parents[:, k]; (B, K) int32."""
-        return self._replace(seen=follow(self.seen, parents))
-
-
-def follow(seen: jax.Array, parents: jax.Array) -> jax.Array:
-    """(B, K, S), (B, K) -> (B, K, S): what the beams see that go on from `parents`."""
-    return jnp.take_along_axis(seen, parents[..., None], axis=1)
-
 
 def see_own(seen: jax.Array, length: jax.Array) -> jax.Array:
     """(B, K, S) with each beam's own one of the K slots that the next step fills."""
@@ -148,9 +139,14 @@ def see_own(seen: jax.Array, length: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice(seen, own, (0, 0, length))
 
 
-def write(cached: jax.Array, new: jax.Array, layer: jax.Array, length: jax.Array) -> jax.Array:
-    """The cache (layers, B, S, ...) with a step's keys or values (B, K, ...) of one layer."""
-    return jax.lax.dynamic_update_slice(cached, new[None], (layer, 0, length, 0, 0))
+def write(
+    cached: Sequence[jax.Array], new: Sequence[jax.Array], layer: jax.Array, length: jax.Array
+) -> list[jax.Array]:
+    """All keys and values (layers, B, S, ...) with a step's (B, K, ...) of one layer."""
+    return [
+        jax.lax.dynamic_update_slice(old, added[None], (layer, 0, length, 0, 0))
+        for old, added in zip(cached, new, strict=True)
+    ]
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: bool = False) -> jax.Array:
@@ -423,9 +419,8 @@ class Decoder(nnx.Module):
             after = []
 
             def extend(*new: jax.Array) -> tuple[jax.Array, ...]:
-                pairs = zip(cached, new, strict=True)
-                after.extend(write(old, added, i, cache.length) for old, added in pairs)
-                return tuple(x[i] for x in after)
+                after.extend(write(cached, new, i, cache.length))
+                return tuple(part[i] for part in after)
 
             x = weights(rows(x), *view(slides), extend)
             return (x, *after), None

@@ -20,7 +20,6 @@ from pplug_jax.llm.decoder import (
     ACTIVATIONS,
     Frozen,
     abstract_weights,
-    follow,
     positions,
     rms_norm,
     see_own,
@@ -185,10 +184,6 @@ class T5Cache(NamedTuple):
     cross_values: jax.Array
     mask: jax.Array
 
-    def follow(self, parents: jax.Array) -> "T5Cache":
-        """The cache where beam k of a row goes on from its beam parents[:, k]; (B, K) int32."""
-        return self._replace(seen=follow(self.seen, parents))
-
 
 def relative_buckets(
     distance: jax.Array, buckets: int, max_distance: int, bidirectional: bool
@@ -341,8 +336,7 @@ class T5(nnx.Module):
             weights, cross, i = scanned
             x = rows(x)
             new = weights.attention.keys_values(weights.attention.normed(x))
-            pairs = zip(cached, new, strict=True)
-            cached = [write(old, added, i, cache.length) for old, added in pairs]
+            cached = write(cached, new, i, cache.length)
             x = weights.attention(x, *(part[i] for part in cached), seen, bias)
             x = weights.cross(x, *cross, cache.mask[:, None])
             return (weights.mlp(x), *cached), None
