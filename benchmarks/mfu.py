@@ -120,13 +120,12 @@ def main(_: list[str]) -> None:
         cases["product"] = lambda: jax.block_until_ready(product(side, side))
     seconds = in_turn(cases)
     peak = peak * jax.device_count() if peak else 2 * SIDE**3 / seconds["product"]
-    lengths = programs.lengths
-    tokens = rows * (lengths.prompt + lengths.soft + lengths.target)
+    tokens = rows * programs.row_tokens
     record = {
         "llm": FLAGS.llm,
         "layers": layers,
         "rows": rows,
-        "lengths": lengths._asdict(),
+        "lengths": programs.lengths._asdict(),
         "history": batch.history.shape[1],
         "step_seconds": seconds["step"],
         "step_flops": flops,
@@ -146,7 +145,7 @@ def main(_: list[str]) -> None:
         [
             ["layers", f"{layers or 'all'}"],
             ["rows", f"{rows}"],
-            ["tokens of a row: prompt, soft, answer, query", f"{lengths[:4]}"],
+            ["tokens of a row, the query's", f"{programs.row_tokens}, {programs.lengths.query}"],
             ["items of a history", f"{record['history']}"],
             ["step, ms", f"{1e3 * seconds['step']:.1f}"],
             ["tokens/s", f"{record['tokens_per_second']:,.0f}"],

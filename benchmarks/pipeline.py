@@ -83,16 +83,17 @@ def lamp_like(count: int, texts: int) -> list[Tokenized]:
     return examples
 
 
-def padding(examples: Sequence[Tokenized], count: int) -> tuple[float, float, int]:
-    """Shares of padding in an epoch's prompts and queries, and the number of shapes."""
-    buckets = Buckets(examples, count, 512)
+def padding(examples: Sequence[Tokenized], count: int) -> tuple[float, float, float, int]:
+    """Shares of padding in an epoch's texts, prompts and queries, and the number of shapes."""
+    buckets = Buckets(examples, count, 512, decoder_only=True)
     shapes = np.array(buckets.shapes)
     plan = Plan(buckets.of, FLAGS.batch, 1.0, 0)
-    real, padded = np.zeros(2), np.zeros(2)
+    real, padded = np.zeros(3), np.zeros(3)
     for step in range(len(plan)):
         _, bucket, indices = plan[step]
         chosen = [examples[i] for i in indices]
-        real += [sum(len(e.prompt) for e in chosen), sum(len(e.query) for e in chosen)]
+        for e in chosen:
+            real += [len(buckets.text(e)), len(e.prompt), len(e.query)]
         padded += shapes[bucket] * FLAGS.batch
     return *(1 - real / padded), len(shapes)
 
@@ -140,10 +141,10 @@ def main(_: list[str]) -> None:
         shares = {count: padding(examples, count) for count in range(1, 7)}
         show_table(
             f"Padding, LaMP-like (target: {TARGET:.0%})",
-            ("data.buckets", "shapes", "prompts", "queries"),
+            ("data.buckets", "shapes", "texts", "prompts", "queries"),
             [
-                [f"{count}", f"{shapes}", f"{prompts:.1%}", f"{queries:.1%}"]
-                for count, (prompts, queries, shapes) in shares.items()
+                [f"{count}", f"{shapes}", *(f"{share:.1%}" for share in each)]
+                for count, (*each, shapes) in shares.items()
             ],
         )
         config = lamp5.get_config()
@@ -151,7 +152,7 @@ def main(_: list[str]) -> None:
         models = Models(config, Path(scratch) / "run")
         sample = read_split(config, "train")
         models.store.add(ItemTexts([sample], models.item_text))
-        buckets = Buckets(examples, config.data.buckets, 512)
+        buckets = Buckets(examples, config.data.buckets, 512, decoder_only=True)
         assemble = Assemble(examples, buckets, store, range(FLAGS.batch), history_dropout=0.5)
         data = training_batches(Plan(buckets.of, FLAGS.batch, 1000.0, 0), assemble)
         seconds = in_turn(
@@ -171,8 +172,9 @@ def main(_: list[str]) -> None:
         "tokenized_per_second": len(sample) / seconds["tokenize"],
         "step_seconds": took / FLAGS.steps,
         "waiting_share": waited / took,
-        "padding": {count: prompts for count, (prompts, _, _) in shares.items()},
-        "query_padding": {count: queries for count, (_, queries, _) in shares.items()},
+        "padding": {count: texts for count, (texts, *_) in shares.items()},
+        "prompt_padding": {count: prompts for count, (_, prompts, *_) in shares.items()},
+        "query_padding": {count: queries for count, (_, _, queries, _) in shares.items()},
     }
     report(
         "pipeline",

@@ -204,16 +204,15 @@ class Ours:
         trained one 6, attention 12 a channel and pair of places, masked pairs too.
         """
         llm, plug, batch = self.models.llm, self.weights, self.data(planned)
-        B, L = batch.prompt.shape
+        B, S = batch.text.shape
         T, Q, H = (x.shape[1] for x in (batch.target, batch.query, batch.history))
 
         def kernels(module: Any) -> int:
             return sum(x.size for x in jax.tree.leaves(module) if x.ndim == 3)
 
-        c, S = llm.config, L + SOFT
+        c, S = llm.config, S + SOFT
         heads, head = c.num_heads * c.head_dim, c.vocab_size * c.hidden_size
         if isinstance(llm, Decoder):
-            S += T - 1
             flops = 4 * S * kernels(llm.layers) + 12 * S**2 * heads * c.num_layers
         else:
             cross = kernels((llm.decoder.cross.key, llm.decoder.cross.value))
@@ -231,8 +230,9 @@ class Ours:
     def places(self, planned: Planned) -> np.ndarray:
         """A batch's places of LLM, query and history, padding included; (3,)."""
         batch = self.data(planned)
-        text = SOFT * len(batch.prompt) + batch.prompt.size + batch.target.size
-        return np.array([text, batch.query.size, batch.history_mask.size])
+        text = SOFT * len(batch.text) + batch.text.size
+        apart = 0 if self.models.llm.decoder_only else batch.target.size
+        return np.array([text + apart, batch.query.size, batch.history_mask.size])
 
 
 def prefix_length() -> int:

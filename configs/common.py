@@ -36,7 +36,7 @@ def base_config() -> ml_collections.ConfigDict:
     c.data.max_history = 512  # newest items of a profile
     c.data.sort_by_date = True  # profiles whose items all have dates
     c.data.history_labels = True  # read a history item with its tag or score, where it has one
-    c.data.buckets = 6  # padded prompt lengths, and so compiled shapes
+    c.data.buckets = 6  # padded text lengths, and so compiled shapes
     # A directory on a disk; empty: WORKDIR/history, or history/ where the workdir is gs://...
     c.data.history_store = ""
 

@@ -190,17 +190,17 @@ def adapt(
 
 
 def inputs_embeds(
-    llm: LLM, soft: jax.Array | None, prompt: jax.Array, mask: jax.Array, prefix_length: int
+    llm: LLM, soft: jax.Array | None, text: jax.Array, mask: jax.Array, prefix_length: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The prompt as embeddings, the soft tokens behind its first `prefix_length` tokens.
+    """A prompt or text as embeddings, the soft tokens behind its first `prefix_length` tokens.
 
     Args:
-        soft: (B, k + 1, D), or None for no soft tokens. prompt, mask: (B, L) int32 and bool.
+        soft: (B, k + 1, D), or None for no soft tokens. text, mask: (B, L) int32 and bool.
 
     Returns:
         (B, k + 1 + L, D) and its mask (B, k + 1 + L).
     """
-    embeds = llm.embed(prompt)
+    embeds = llm.embed(text)
     if soft is None:
         return embeds, mask
     soft = soft.astype(embeds.dtype)
@@ -221,6 +221,6 @@ def token_losses(
 ) -> jax.Array:
     """-log p(y_t | I, P, x, y_<t) of the target's tokens, (B, T) float32, 0 at padding."""
     llm, soft = adapt(weights, llm, batch, reading, remat)
-    embeds, mask = inputs_embeds(llm, soft, batch.prompt, batch.prompt_mask, prefix_length)
+    embeds, mask = inputs_embeds(llm, soft, batch.text, batch.text_mask, prefix_length)
     hidden = llm.target_hidden(embeds, mask, batch.target, batch.target_mask, remat)
     return cross_entropy(llm, hidden, batch.target) * batch.target_mask

@@ -146,6 +146,10 @@ class Models:
         """The items of the training split's histories, as `inputs.save_peers` left them."""
         return Peers.load(self.store, self.workdir)
 
+    def buckets(self, examples: Sequence[Tokenized], count: int) -> Buckets:
+        longest_query = self.encoder.model.config.max_length
+        return Buckets(examples, count, longest_query, self.llm.decoder_only)
+
     def assemble(
         self,
         config: ml_collections.ConfigDict,
@@ -157,10 +161,9 @@ class Models:
 
         training: the seed and shares of `Assemble`'s dropout.
         """
-        buckets = Buckets(examples, config.data.buckets, self.encoder.model.config.max_length)
         return Assemble(
             examples,
-            buckets,
+            self.buckets(examples, config.data.buckets),
             self.store,
             local_rows(self.mesh, batch_size),
             recency=config.plug.recency,

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from pplug_jax.data.batches import Assemble, Batch, Buckets, Tokenized, place_batch
+from pplug_jax.data.batches import Assemble, Batch, Tokenized, place_batch
 from pplug_jax.llm import LLM
 from pplug_jax.llm.lora import Lora
 from pplug_jax.mesh import local_rows, place
@@ -62,8 +62,8 @@ def fit_user_loras(
     if not any(map(len, users)):
         return lora
     state = optax.adam(settings.user_learning_rate).init(lora)
-    buckets = Buckets(items, 1, models.encoder.model.config.max_length)
-    assemble = Assemble(items, buckets, models.store, rows := local_rows(models.mesh, count))
+    rows = local_rows(models.mesh, count)
+    assemble = Assemble(items, models.buckets(items, 1), models.store, rows)
     orders = []
     for own in users:
         rng = np.random.default_rng((config.seed, *own[:1]))

@@ -21,3 +21,15 @@ def save_random(model: transformers.PreTrainedModel, path: Path) -> None:
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(path)
+
+
+def joined(
+    prompt: np.ndarray, prompt_mask: np.ndarray, target: np.ndarray, target_mask: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """`Batch.text` and its mask: each row's own tokens, but for its target's last, side by side."""
+    text = np.zeros((len(prompt), prompt.shape[1] + target.shape[1] - 1), np.int32)
+    mask = np.zeros(text.shape, bool)
+    for row in range(len(text)):
+        ids = [*prompt[row, prompt_mask[row]], *target[row, target_mask[row]][:-1]]
+        text[row, : len(ids)], mask[row, : len(ids)] = ids, True
+    return text, mask

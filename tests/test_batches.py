@@ -152,18 +152,19 @@ def test_an_items_age_is_the_number_of_newer_items(months: list[int], random: Ra
 @given(st.integers(1, 60), st.integers(1, 6), st.integers(0, 9))
 def test_every_example_fits_its_bucket_and_all_larger(count: int, buckets: int, seed: int):
     examples = many(count, seed)
-    made = Buckets(examples, buckets, 512)
+    made = Buckets(examples, buckets, 512, decoder_only=seed % 2 == 0)
     assert 1 <= len(made.shapes) <= buckets
     assert len(made.of) == count
     assert all(side % ROUND == 0 for shape in made.shapes for side in shape)
     for example, bucket in zip(examples, made.of, strict=True):
-        for prompt, query in made.shapes[bucket:]:
-            assert len(example.prompt) <= prompt
-            assert len(example.query) <= query
+        for shape in made.shapes[bucket:]:
+            assert len(made.text(example)) <= shape.text
+            assert len(example.prompt) <= shape.prompt <= shape.text
+            assert len(example.query) <= shape.query
         assert len(example.target) <= made.target
         assert len(example.rows) <= made.history
         if bucket:  # and no smaller one would do
-            assert len(example.prompt) > made.shapes[bucket - 1][0]
+            assert len(made.text(example)) > made.shapes[bucket - 1].text
 
 
 @given(st.lists(st.integers(0, 130), min_size=1, max_size=40), st.integers(1, 5))
@@ -181,8 +182,8 @@ def test_no_other_edges_pad_less(lengths: list[int], count: int):
 
 def test_buckets_of_no_history_and_short_texts_have_a_shape():
     empty = np.zeros(0, np.int32)
-    made = Buckets([Tokenized(np.ones(1, np.int32), empty, empty, empty, empty)], 4, 512)
-    assert made.shapes == [(16, 16)]
+    made = Buckets([Tokenized(np.ones(1, np.int32), empty, empty, empty, empty)], 4, 512, True)
+    assert made.shapes == [(16, 16, 16)]
     assert made.target == made.history == 16
 
 
@@ -199,7 +200,7 @@ def test_an_epoch_holds_every_index_once(buckets: list[int], batch_size: int, se
 
 
 def test_a_plan_is_a_function_of_its_seed_and_epochs_differ():
-    bucket_of = Buckets(many(50), 3, 512).of
+    bucket_of = Buckets(many(50), 3, 512, True).of
 
     def epochs(seed: int) -> list[list[int]]:
         plan = Plan(bucket_of, 8, 2, seed)
@@ -218,7 +219,7 @@ def test_a_plan_is_a_function_of_its_seed_and_epochs_differ():
 
 
 def test_a_plans_step_is_known_without_those_before():
-    bucket_of = Buckets(many(50), 3, 512).of
+    bucket_of = Buckets(many(50), 3, 512, True).of
     forwards, backwards = Plan(bucket_of, 8, 3, 0), Plan(bucket_of, 8, 3, 0)
     expected = [forwards[step] for step in range(21)]
     for step in reversed(range(21)):
@@ -266,25 +267,29 @@ def test_dropout_has_the_official_distribution():
 # Batches
 
 
-@pytest.mark.parametrize("count", [5, 3])
-def test_a_batch_holds_its_examples_and_nothing_else(store: HistoryStore, count: int):
+@pytest.mark.parametrize(("count", "decoder_only"), [(5, True), (3, True), (3, False)])
+def test_a_batch_holds_its_examples_and_nothing_else(
+    store: HistoryStore, count: int, decoder_only: bool
+):
     examples = many(20)
-    buckets = Buckets(examples, 2, 512)
+    buckets = Buckets(examples, 2, 512, decoder_only)
     indices = np.argsort(buckets.of, kind="stable")[:count]
     assert buckets.of[indices].max() == 0
     batch = Assemble(examples, buckets, store, range(5))((0, 0, indices))
-    prompt, query = buckets.shapes[0]
-    assert batch.prompt.shape == (5, prompt)
-    assert batch.query.shape == (5, query)
+    for name, width in buckets.shapes[0]._asdict().items():
+        assert getattr(batch, name).shape == (5, width)
     assert batch.target.shape == (5, buckets.target)
     assert batch.history.shape == (5, buckets.history, 4)
     assert batch.weight.tolist() == [1] * count + [0] * (5 - count)
     assert batch.index[:count].tolist() == indices.tolist()
     for i, index in enumerate(indices):
         example = examples[index]
-        for name in ("prompt", "target", "query"):
+        # What predicts the target's first token is the prompt's last, and nothing its last does.
+        answer = example.target[:-1] if decoder_only else example.target[:0]
+        parts = {"prompt": example.prompt, "target": example.target, "query": example.query}
+        parts["text"] = np.concatenate([example.prompt, answer])
+        for name, expected in parts.items():
             ids, mask = getattr(batch, name)[i], getattr(batch, f"{name}_mask")[i]
-            expected = getattr(example, name)
             assert ids.dtype == np.int32
             assert ids[: len(expected)].tolist() == expected.tolist()
             assert not ids[len(expected) :].any()
@@ -297,11 +302,12 @@ def test_a_batch_holds_its_examples_and_nothing_else(store: HistoryStore, count:
     for i in range(count, 5):
         assert not batch.target_mask[i].any()
         assert not batch.history_mask[i].any()
+        assert batch.text_mask[i].sum() == 1
         assert batch.prompt_mask[i].sum() == batch.query_mask[i].sum() == 1
 
 
 def full_batch(examples: list[Tokenized], store: HistoryStore, step: int, **options: Any) -> Batch:
-    buckets = Buckets(examples, 1, 512)
+    buckets = Buckets(examples, 1, 512, True)
     options.setdefault("rows", range(len(examples)))
     assemble = Assemble(examples, buckets, store, **options)
     return assemble((step, 0, np.arange(len(examples))))
@@ -364,7 +370,7 @@ def test_the_kept_items_stand_in_their_order_with_their_ages_and_differences(sto
 
 def iterator(store: HistoryStore, step: int = 0) -> grain.DatasetIterator:
     examples = many(30)
-    buckets = Buckets(examples, 2, 512)
+    buckets = Buckets(examples, 2, 512, True)
     assemble = Assemble(examples, buckets, store, range(4), seed=5, history_dropout=0.5)
     return training_batches(Plan(buckets.of, 4, 2, 5), assemble, step)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from parity import joined
 
 from pplug_jax.generate import generate
 from pplug_jax.llm import load_llm
@@ -149,13 +150,18 @@ def test_padded_after_the_end(ending: Ending, num_beams: int) -> None:
         assert (row[end:] == PAD).all()
 
 
+def full_forward(llm: Decoder, tokens: np.ndarray, mask: np.ndarray, new: np.ndarray) -> jax.Array:
+    """The hidden states that predict the new tokens, (B, T, D), without a cache."""
+    text, there = joined(tokens, mask, new, ones := np.ones(new.shape, bool))
+    return jax.jit(Decoder.target_hidden)(llm, llm.embed(text), there, new, ones)
+
+
 @two_eos
 def test_greedy_is_the_argmax_of_a_full_forward(ending: Ending) -> None:
     tokens, mask = prompts("left")
     llm, embeds = ending.llm, ending.llm.embed(tokens)
     new = generate(llm, embeds, mask, max_new_tokens=T)
-    hidden = jax.jit(Decoder.target_hidden)(llm, embeds, mask, new, np.ones(new.shape, bool))
-    best = np.asarray(llm.unembed(hidden).argmax(-1))
+    best = np.asarray(llm.unembed(full_forward(llm, tokens, mask, new)).argmax(-1))
     for row, again, end in zip(np.asarray(new), best, lengths(new, ending.eos), strict=True):
         np.testing.assert_array_equal(row[:end], again[:end])
 
@@ -164,10 +170,9 @@ def test_greedy_is_the_argmax_of_a_full_forward(ending: Ending) -> None:
 def test_cached_steps_give_the_hidden_states_of_a_full_forward(path: Path, side: str) -> None:
     llm = load_llm(path, dtype="float32")
     tokens, mask = prompts(side)
-    embeds = llm.embed(tokens)
     new = np.random.default_rng(3).integers(3, V, (len(LENGTHS), 4), dtype=np.int32)
-    full = jax.jit(Decoder.target_hidden)(llm, embeds, mask, new, np.ones(new.shape, bool))
-    hidden, cache = jax.jit(Decoder.prefill, static_argnums=3)(llm, embeds, mask, 5)
+    full = full_forward(llm, tokens, mask, new)
+    hidden, cache = jax.jit(Decoder.prefill, static_argnums=3)(llm, llm.embed(tokens), mask, 5)
     step = jax.jit(Decoder.step)
     for t in range(4):
         np.testing.assert_allclose(hidden, full[:, t], rtol=1e-4, atol=1e-5)

@@ -9,7 +9,7 @@ import pytest
 
 from configs import lamp5
 from pplug_jax import Personalizer
-from pplug_jax.data.batches import Assemble, Buckets
+from pplug_jax.data.batches import Assemble
 from pplug_jax.data.lamp import Example
 from pplug_jax.data.peers import Peers
 from pplug_jax.embedder import UserEmbedder
@@ -67,7 +67,7 @@ def test_a_served_soft_prompt_is_that_of_the_evaluation(models: Models, option: 
     undated = tuple({k: v for k, v in item.items() if k != "date"} for item in profile)
     examples = [Example("0", INPUT, None, history) for history in (profile, undated, ())]
     tokenized = models.tokenize(examples)
-    buckets = Buckets(tokenized, 1, models.encoder.max_length)
+    buckets = models.buckets(tokenized, 1)
     peers = Peers.load(models.store, models.workdir)
     assemble = Assemble(tokenized, buckets, models.store, range(8), recency=True, peers=peers)
     batch = assemble((0, 0, np.arange(3)))

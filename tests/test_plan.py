@@ -77,10 +77,10 @@ def test_flops_of_the_tiny_llms_programs(accumulation: int) -> None:
     programs = Programs(config, make_mesh(devices=jax.devices()[:1]))
     llm, encoder = programs.models.llm.config, programs.weights.input_encoder.config
     lengths, B, H, k = programs.lengths, 8, 512, config.plug.num_persona_tokens
-    assert lengths == (176, 1 + k, 48, 64, 40)  # 160 + 3 rounded up to 16s
+    assert lengths == (224, 176, 1 + k, 48, 64, 40)  # 160 + 3 + 47, 160 + 3 rounded up to 16s
 
     D, V, N = llm.hidden_size, llm.vocab_size, llm.num_heads * llm.head_dim
-    S, T = lengths.prompt + lengths.soft + lengths.target - 1, lengths.target
+    S, T = lengths.text + lengths.soft, lengths.target
     kernels = 2 * D * N + 2 * D * llm.num_kv_heads * llm.head_dim + 3 * D * llm.intermediate_size
     layers = llm.num_layers * 2 * B * S * kernels
     attention = llm.num_layers * 2 * 2 * B * S * S * N

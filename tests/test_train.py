@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import Mesh
+from parity import joined
 
 from pplug_jax.data.batches import Batch, place_batch
 from pplug_jax.embedder import UserEmbedder
@@ -50,11 +51,14 @@ def make_batch(vocab: int = 48, rows: int = B) -> Batch:
         return np.arange(width) < rng.integers(1, width + 1, (rows, 1))
 
     history = rng.normal(size=(rows, H, E)).astype(np.float32)
+    prompt = rng.integers(0, vocab, (rows, L), dtype=np.int32), lengths(L)
+    target = rng.integers(0, vocab, (rows, T), dtype=np.int32), lengths(T)
+    text, text_mask = joined(*prompt, *target)
     return Batch(
-        prompt=rng.integers(0, vocab, (rows, L), dtype=np.int32),
-        prompt_mask=lengths(L),
-        target=rng.integers(0, vocab, (rows, T), dtype=np.int32),
-        target_mask=lengths(T),
+        *prompt,
+        *target,
+        text,
+        text_mask,
         query=rng.integers(0, 30, (rows, Q), dtype=np.int32),
         query_mask=lengths(Q),
         history=history / np.linalg.norm(history, axis=-1, keepdims=True),

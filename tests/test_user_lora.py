@@ -8,13 +8,13 @@ import pytest
 from test_train import ONE_DEVICE, make_llm
 
 from configs.common import base_config
-from pplug_jax.data.batches import Tokenized
+from pplug_jax.data.batches import Buckets, Tokenized
 from pplug_jax.llm.lora import Lora
 from pplug_jax.user_lora import fit_user_loras
 
 MODELS = SimpleNamespace(
     mesh=ONE_DEVICE,
-    encoder=SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(max_length=64))),
+    buckets=lambda examples, count: Buckets(examples, count, 64, decoder_only=True),
     store=SimpleNamespace(encoder=SimpleNamespace(size=4), vectors=lambda rows: np.zeros((0, 4))),
     tokenizer=SimpleNamespace(prefix_length=1),
 )

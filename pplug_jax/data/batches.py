@@ -28,6 +28,7 @@ class Batch(NamedTuple):
 
     prompt, prompt_mask: (B, L) int32 and bool, the LLM's input without the soft tokens.
     target, target_mask: (B, T) int32 and bool, the gold output with its end-of-sequence token.
+    text, text_mask: (B, S) int32 and bool, what the LLM reads to learn the target, `Buckets.text`.
     query, query_mask: (B, Q) int32 and bool, the input as the input encoder's tokens.
     history, history_mask: (B, H, E) float32 and (B, H) bool, the encoded history.
     index: (B,) int32, each row's place in the list of examples. weight: (B,) float32, 1 or 0.
@@ -39,6 +40,8 @@ class Batch(NamedTuple):
     prompt_mask: jax.Array | np.ndarray
     target: jax.Array | np.ndarray
     target_mask: jax.Array | np.ndarray
+    text: jax.Array | np.ndarray
+    text_mask: jax.Array | np.ndarray
     query: jax.Array | np.ndarray
     query_mask: jax.Array | np.ndarray
     history: jax.Array | np.ndarray
@@ -145,26 +148,47 @@ def bucket_edges(lengths: np.ndarray, count: int) -> np.ndarray:
     return sizes[edges[::-1]]
 
 
-class Buckets:
-    """A handful of padded shapes for examples, with the edges that pad their prompts the least.
+class Shape(NamedTuple):
+    """A bucket's padded lengths: `Batch.text`'s, `prompt`'s and `query`'s."""
 
-    longest_query: what the input encoder can take.
+    text: int
+    prompt: int
+    query: int
+
+
+class Buckets:
+    """A handful of padded shapes for examples, with the edges that pad their texts the least.
+
+    longest_query: what the input encoder can take. decoder_only: the LLM's.
 
     Every example fits its bucket and all larger ones.
     """
 
-    def __init__(self, examples: Sequence[Tokenized], count: int, longest_query: int):
-        prompts = np.array([len(e.prompt) for e in examples])
-        edges = bucket_edges(prompts, count)
-        self.of = np.searchsorted(edges, prompts)
-        queries = np.array([len(e.query) for e in examples])
-        longest = [queries[self.of <= bucket].max(initial=1) for bucket in range(len(edges))]
+    def __init__(
+        self, examples: Sequence[Tokenized], count: int, longest_query: int, decoder_only: bool
+    ):
+        self.decoder_only = decoder_only
+        texts = np.array([len(self.text(e)) for e in examples])
+        edges = bucket_edges(texts, count)
+        self.of = np.searchsorted(edges, texts)
+        lengths = np.array([(len(e.prompt), len(e.query)) for e in examples])
+        longest = [lengths[self.of <= bucket].max(axis=0) for bucket in range(len(edges))]
         self.shapes = [
-            (int(edge), min(round_up(int(query)), longest_query))
-            for edge, query in zip(edges, longest, strict=True)
+            Shape(int(edge), round_up(prompt), min(round_up(query), longest_query))
+            for edge, (prompt, query) in zip(edges, longest, strict=True)
         ]
         self.target = round_up(max(len(e.target) for e in examples))
         self.history = round_up(max(len(e.rows) for e in examples))
+
+    def text(self, example: Tokenized) -> np.ndarray:
+        """The prompt, and in a decoder-only LLM the target right behind it.
+
+        Of the target all but its last token, which nothing is predicted from. So a row is padded
+        once, and not at the prompt's end and the target's.
+        """
+        if not self.decoder_only:
+            return example.prompt
+        return np.concatenate([example.prompt, example.target[:-1]])
 
 
 def plan_batches(
@@ -253,15 +277,14 @@ class Assemble:
 
     def __call__(self, planned: tuple[int, int, np.ndarray]) -> Batch:
         step, bucket, indices = planned
-        L, Q = self.buckets.shapes[bucket]
-        T, H, E = self.buckets.target, self.buckets.history, self.store.encoder.size
+        shape = self.buckets.shapes[bucket]._asdict()
+        H, E = self.buckets.history, self.store.encoder.size
         B = len(self.rows)
-        shapes = {"prompt": L, "target": T, "query": Q}
-        batch = {name: np.zeros((B, width), np.int32) for name, width in shapes.items()}
-        batch |= {f"{name}_mask": np.zeros((B, width), bool) for name, width in shapes.items()}
-        batch["prompt_mask"][:, 0] = batch["query_mask"][:, 0] = (
-            True  # rows that fill up have a token to attend to
-        )
+        widths = shape | {"target": self.buckets.target}
+        batch = {name: np.zeros((B, width), np.int32) for name, width in widths.items()}
+        batch |= {f"{name}_mask": np.zeros((B, width), bool) for name, width in widths.items()}
+        for name in shape:
+            batch[f"{name}_mask"][:, 0] = True  # rows that fill up have a token to attend to
         batch["history"] = np.zeros((B, H, E), np.float32)
         batch["history_mask"] = np.zeros((B, H), bool)
         if self.recency:
@@ -275,8 +298,8 @@ class Assemble:
                 break
             index = indices[row]
             example = self.examples[index]
-            for name in shapes:
-                ids = getattr(example, name)
+            for name in widths:
+                ids = self.buckets.text(example) if name == "text" else getattr(example, name)
                 batch[name][i, : len(ids)] = ids
                 batch[f"{name}_mask"][i, : len(ids)] = True
             rng = np.random.default_rng((self.seed, 1, step, int(row)))

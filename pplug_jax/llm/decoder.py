@@ -248,10 +248,11 @@ class Decoder(nnx.Module):
     Built abstract (`jax.ShapeDtypeStruct` weights); `load_llm` fills it.
 
     The trainer, the evaluator and the generator use only `embed`, `target_hidden`, `unembed`,
-    `prefill`, `step`, `embedding_norm`, `prompt_end` and
+    `prefill`, `step`, `embedding_norm`, `decoder_only`, `prompt_end` and
     `config.{hidden_size, vocab_size, max_length, eos_ids, pad_id}`.
     """
 
+    decoder_only: bool = True  # reads prompt and target as one text
     prompt_end: tuple[int, ...] = ()  # the tokens that close a prompt
 
     def __init__(self, config: DecoderConfig, dtype: str | jnp.dtype = "bfloat16"):
@@ -323,20 +324,19 @@ class Decoder(nnx.Module):
         """The hidden state that predicts each target token.
 
         Args:
-            inputs_embeds: (B, L, D), the prompt.
-            mask: (B, L) bool.
-            targets: (B, T) int32, the answer.
-            target_mask: (B, T) bool.
+            inputs_embeds: (B, L, D), the prompt and, right behind it, the target but for its last
+                token; an LLM with an encoder reads the prompt alone.
+            mask: (B, L) bool, padding behind.
+            targets: (B, T) int32, the target, which an LLM with an encoder reads here.
+            target_mask: (B, T) bool, padding behind.
 
         Returns:
-            (B, T, D); `unembed` makes logits of it.
+            (B, T, D), anything at padding; `unembed` makes logits of it.
         """
-        L = inputs_embeds.shape[1]
-        embeds = jnp.concatenate(
-            [inputs_embeds.astype(self.embedding.dtype), self.embed(targets[:, :-1])], axis=1
-        )
-        hidden = self.hidden(embeds, jnp.concatenate([mask, target_mask[:, :-1]], axis=1), remat)
-        return jnp.concatenate([last(hidden[:, :L], mask)[:, None], hidden[:, L:]], axis=1)
+        hidden = self.hidden(inputs_embeds, mask, remat)
+        first = jnp.sum(mask, axis=1, keepdims=True) - jnp.sum(target_mask, axis=1, keepdims=True)
+        at = first + jnp.arange(targets.shape[1])
+        return jnp.take_along_axis(hidden, at[..., None], axis=1, mode="clip")
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """(..., D) -> logits (..., V) float32."""

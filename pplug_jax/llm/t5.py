@@ -208,6 +208,8 @@ def relative_buckets(
 class T5(nnx.Module):
     """A frozen T5; built abstract (`jax.ShapeDtypeStruct` weights), filled by `load_llm`."""
 
+    decoder_only = False
+
     def __init__(self, config: T5Config, dtype: str | jnp.dtype = "bfloat16"):
         weight = abstract_weights(dtype)
 

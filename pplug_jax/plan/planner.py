@@ -46,8 +46,7 @@ def show_plan(config: ml_collections.ConfigDict, where: Slice) -> None:
     answer = compile_program(programs.answer(), held)
 
     lengths, rows = programs.lengths, config.eval.batch_size
-    prompt = lengths.soft + lengths.prompt
-    row, columns = prompt + lengths.target, {}
+    row, columns = programs.row_tokens, {}
     if training.cost:
         tokens = config.train.batch_size * row
         columns["training"] = _Program(tokens, training.memory, training.cost, training.useful)
@@ -59,6 +58,7 @@ def show_plan(config: ml_collections.ConfigDict, where: Slice) -> None:
     if answer.memory.fits:
         prefill = answer.cost(while_trips=0)
         decoding = answer.cost(while_trips=1) - prefill
+        prompt = lengths.soft + lengths.prompt
         columns["prefill"] = _Program(rows * prompt, answer.memory, prefill, prefill.flops)
         # A step makes one token of each row: of its beams, one is kept.
         columns["decoding"] = _Program(rows, answer.memory, decoding, decoding.flops)

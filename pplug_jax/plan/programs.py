@@ -57,8 +57,12 @@ class AbstractModels(Models):
 
 
 class Lengths(NamedTuple):
-    """Tokens of a row at most, as its arrays are padded. soft: of the plug. new: generated."""
+    """Tokens of a row at most, as its arrays are padded. soft: of the plug. new: generated.
 
+    text: what the LLM reads to learn the target, `Buckets.text`.
+    """
+
+    text: int
     prompt: int
     soft: int
     target: int
@@ -81,13 +85,22 @@ class Programs:
         self.weights = self.models.abstract_weights(self.method, self.settings)
         around = CHAT_TOKENS if config.llm.chat else PLAIN_TOKENS
         plug = self.settings.plug if self.method.plug else None
+        prompt, target = config.data.max_input_length + around, config.data.max_target_length
+        decoder_only = self.models.llm.decoder_only
         self.lengths = Lengths(
-            prompt=round_up(config.data.max_input_length + around),
+            text=round_up(prompt + target - 1 if decoder_only else prompt),
+            prompt=round_up(prompt),
             soft=soft_tokens(plug, self.method.reading) if plug else 0,
-            target=round_up(config.data.max_target_length),
+            target=round_up(target),
             query=min(config.encoder.max_length, self.encoder["max_position_embeddings"]),
             new=config.eval.max_new_tokens,
         )
+
+    @property
+    def row_tokens(self) -> int:
+        """What the LLM reads of a row to learn its target, padding included."""
+        apart = 0 if self.models.llm.decoder_only else self.lengths.target
+        return self.lengths.soft + self.lengths.text + apart
 
     def batch(self, rows: int) -> Batch:
         """A batch as `place_batch` lays it out."""
@@ -103,6 +116,8 @@ class Programs:
         return Batch(
             prompt=array(jnp.int32, lengths.prompt),
             prompt_mask=array(bool, lengths.prompt),
+            text=array(jnp.int32, lengths.text),
+            text_mask=array(bool, lengths.text),
             target=array(jnp.int32, lengths.target),
             target_mask=array(bool, lengths.target),
             query=array(jnp.int32, lengths.query),
