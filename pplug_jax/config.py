@@ -10,7 +10,7 @@ from pplug_jax.data.tasks import TASKS
 from pplug_jax.distributed import wait_for_all
 from pplug_jax.errors import InputError
 from pplug_jax.files import write_json
-from pplug_jax.methods import METHODS, configured
+from pplug_jax.methods import METHODS, PAPER_PLUG, configured
 
 # What the official code (rucliujn/PPlug) does where ours by default does something else, and what
 # it does where ours may be set to something else.
@@ -20,15 +20,7 @@ PARITY = {
     "data.max_history": 512,
     "encoder.query_prefix": "Represent this sentence for searching relevant passages:",
     "encoder.item_prefix": "",
-    "plug.history_dropout": 0.5,
-    "plug.persona_dropout": 0.0,
-    "plug.num_persona_tokens": 1,
-    "plug.projector_size": 0,
-    "plug.temperature": 1.0,
-    "plug.learned_temperature": False,
-    "plug.heads": 0,
-    "plug.recency": False,
-    "plug.difference": False,
+    **PAPER_PLUG,
 }
 
 

@@ -144,6 +144,7 @@ class UserEmbedder(nnx.Module):
         heads: of the attention, with learned maps; 0 is the paper, one without.
         recency: learn how much less an older item weighs.
         difference: k tokens more, from how the items differ from other users' similar ones.
+        frozen_encoder: Enc_inp gets no gradient; in the paper it does.
         dtype: of the computation; parameters stay float32.
 
     Raises:
@@ -163,6 +164,7 @@ class UserEmbedder(nnx.Module):
         heads: int = 0,
         recency: bool = False,
         difference: bool = False,
+        frozen_encoder: bool = False,
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
@@ -203,6 +205,7 @@ class UserEmbedder(nnx.Module):
             if difference
             else (None, None)
         )
+        self.frozen_encoder = frozen_encoder
         self.temperature = temperature
         self.scale = scale
         self.dtype = dtype
@@ -293,6 +296,8 @@ class UserEmbedder(nnx.Module):
             self.temperature if self.log_temperature is None else jnp.exp(self.log_temperature[...])
         )
         vectors = self.input_encoder(query, query_mask, remat)
+        if self.frozen_encoder:
+            vectors = jax.lax.stop_gradient(vectors)
         history = jnp.where(history_mask[..., None], history, 0).astype(jnp.float32)
         penalty = None
         if self.recency_rate is not None:

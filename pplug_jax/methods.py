@@ -55,6 +55,21 @@ class Method:
         return self.weights == self.name
 
 
+# The plug of the paper, and its history dropout in the official code's data.
+PAPER_PLUG = {
+    "plug.history_dropout": 0.5,
+    "plug.persona_dropout": 0.0,
+    "plug.num_persona_tokens": 1,
+    "plug.projector_size": 0,
+    "plug.temperature": 1.0,
+    "plug.learned_temperature": False,
+    "plug.heads": 0,
+    "plug.recency": False,
+    "plug.difference": False,
+    "plug.encoder_rate": 1.0,
+}
+
+
 def _variant(name: str, about: str, **settings: Any) -> Method:
     """pplug, trained with other settings."""
     fields = tuple((field.replace("__", "."), value) for field, value in settings.items())
@@ -131,7 +146,7 @@ _LORA = (
     ),
 )
 
-# The paper's plug with one thing changed each.
+# The config's plug, by default the paper's, with one thing changed each.
 _ADDED = (
     _variant("pplug_cold", "a fixed temperature of 0.1", plug__temperature=0.1),
     _variant(
@@ -145,7 +160,15 @@ _ADDED = (
     _variant("pplug_dropout", "10% of personas are dropped", plug__persona_dropout=0.1),
     _variant("pplug_difference", "what others write on the like", plug__difference=True),
     _variant("pplug_recency", "a learned preference for the newest items", plug__recency=True),
+    _variant("pplug_frozen", "the input encoder stays as it was", plug__encoder_rate=0.0),
     _variant("pplug_own_items", "trained on history items too", train__own_items=2),
+    # The other way round, for a config whose own plug is another.
+    Method(
+        "pplug_paper",
+        "the paper's plug",
+        plug="pplug_paper",
+        settings=(*PAPER_PLUG.items(), ("train.own_items", 0)),
+    ),
 )
 
 METHODS = {method.name: method for method in (*_UNTRAINED, *_PAPER, *_CONTROLS, *_LORA, *_ADDED)}

@@ -204,6 +204,7 @@ class Models:
             heads=config.heads,
             recency=config.recency,
             difference=config.difference,
+            frozen_encoder=config.encoder_rate == 0,
             dtype=config.dtype,
             rngs=nnx.Rngs(key),
         )

@@ -36,9 +36,16 @@ from pplug_jax.writer import Writer, read_scalars
 
 @functools.lru_cache
 def make_optimizer(
-    steps: int, learning_rate: float, weight_decay: float, warmup: float, clip_norm: float
+    steps: int,
+    learning_rate: float,
+    weight_decay: float,
+    warmup: float,
+    clip_norm: float,
+    encoder_rate: float = 1.0,
 ) -> optax.GradientTransformation:
     """AdamW behind global-norm clipping, with linear warm-up and linear decay to 0, as the paper.
+
+    encoder_rate: Enc_inp's learning rate over that of the rest; 1 is the paper.
 
     Cached, since it is a static argument of the step: equal settings shall not compile twice.
     """
@@ -51,7 +58,16 @@ def make_optimizer(
         [rising],
     )
     return optax.chain(
-        optax.clip_by_global_norm(clip_norm), optax.adamw(schedule, weight_decay=weight_decay)
+        optax.clip_by_global_norm(clip_norm),
+        optax.adamw(schedule, weight_decay=weight_decay),
+        optax.masked(optax.scale(encoder_rate), _of_encoder),
+    )
+
+
+def _of_encoder(weights: Weights) -> Weights:
+    """Which leaves are Enc_inp's."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "input_encoder" in jax.tree_util.keystr(path[:1]), weights
     )
 
 
@@ -194,6 +210,7 @@ def fit(
         config.train.weight_decay,
         config.train.warmup,
         config.train.clip_norm,
+        config.plug.encoder_rate,
     )
     opt_state = init_optimizer(optimizer, weights, mesh)
     update = jit_step(weights, opt_state)

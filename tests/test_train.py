@@ -73,8 +73,8 @@ def step(
 ) -> tuple[UserEmbedder, dict]:
     """One update of a copy of `plug`, whose buffers the step would take."""
     plug = place(jax.tree.map(jnp.copy, plug), mesh)
-    opt_state = init_optimizer(OPTIMIZER, plug, mesh)
     settings = {"optimizer": OPTIMIZER, "prefix_length": 1} | settings
+    opt_state = init_optimizer(settings["optimizer"], plug, mesh)
     with jax.set_mesh(mesh):
         plug, _, metrics = jit_step(plug, opt_state)(plug, opt_state, llm, batch, **settings)
     return plug, metrics
@@ -178,6 +178,25 @@ def test_accumulation_and_remat_change_nothing() -> None:
         np.testing.assert_allclose(other_metrics["loss"], metrics["loss"], rtol=1e-5)
         np.testing.assert_allclose(other_metrics["grad_norm"], metrics["grad_norm"], rtol=1e-4)
     assert math.isfinite(metrics["loss"])
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.25])
+def test_the_encoder_learns_at_its_own_rate(rate: float) -> None:
+    llm, batch, plug = make_llm(), make_batch(), make_plug(40, frozen_encoder=rate == 0)
+    optimizer = make_optimizer(10, 1e-2, 1e-4, 0.1, 1.0, rate)
+    (same, _), (other, _) = step(plug, llm, batch), step(plug, llm, batch, optimizer=optimizer)
+
+    def moved(after: UserEmbedder) -> list[np.ndarray]:
+        leaves = zip(*(jax.tree.leaves(x.input_encoder) for x in (after, plug)), strict=True)
+        return [np.asarray(now) - np.asarray(before) for now, before in leaves]
+
+    assert (max(np.abs(x).max() for x in moved(other)) > 0) == (rate > 0)
+    if rate:
+        for slower, full in zip(moved(other), moved(same), strict=True):
+            np.testing.assert_allclose(slower, rate * full, atol=1e-6)
+    np.testing.assert_allclose(
+        other.projector.down[...], same.projector.down[...], rtol=1e-5, atol=1e-7
+    )
 
 
 def test_a_row_that_fills_up_the_batch_has_no_weight() -> None:
