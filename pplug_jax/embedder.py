@@ -95,7 +95,9 @@ def attention_weights(
     if 0 < nearest < scores.shape[1]:
         mask &= scores >= jax.lax.top_k(scores, nearest)[0][:, -1:]
         scores = jnp.where(mask, scores, -jnp.inf)
-    top = jnp.max(scores, axis=1, keepdims=True)
+    # The weights do not depend on `top`. Through the maximum a gradient would be 0 / 0 where XLA
+    # makes the scores twice, rounded otherwise, and finds none of them equal to it.
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=1, keepdims=True))
     weights = jnp.where(mask, jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0)), 0)
     return weights / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1e-30)
 
