@@ -25,6 +25,7 @@ from pplug_jax.data.batches import (
     place_batch,
     training_batches,
 )
+from pplug_jax.data.form import SIZE as FORM_SIZE
 from pplug_jax.data.history import HistoryStore
 from pplug_jax.inputs import TrainingInputs
 from pplug_jax.methods import METHODS, configured
@@ -78,6 +79,7 @@ def lamp_like(count: int, texts: int) -> list[Tokenized]:
                 ids(max(8, prompt - 8)),
                 rng.integers(0, texts, items),
                 np.zeros(items, np.float32),
+                np.zeros((items, FORM_SIZE), np.float32),
             )
         )
     return examples

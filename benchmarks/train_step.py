@@ -32,6 +32,7 @@ from benchmarks.original import SOFT, Planned, Plug, Recipe
 from benchmarks.timing import in_turn, report
 from configs import common
 from pplug_jax.data.batches import Assemble, Plan, Tokenized, place_batch
+from pplug_jax.data.form import SIZE as FORM_SIZE
 from pplug_jax.data.history import HistoryStore
 from pplug_jax.embedder import PAPER, Reading, UserEmbedder
 from pplug_jax.llm.decoder import Decoder
@@ -151,6 +152,7 @@ def draw_examples(store: HistoryStore) -> list[Tokenized]:
             query=tokens(min(i + 2, 256)),
             rows=rng.choice(len(store), n, replace=False),
             ages=np.zeros(n, np.float32),
+            forms=np.zeros((n, FORM_SIZE), np.float32),
         )
         for i, t, n in zip(inputs, targets, items, strict=True)
     ]

@@ -8,7 +8,7 @@ P = W2 (sum_i w_i GELU(W1 H_i + b1)) + b2   the paper's sum_i w_i Proj(H_i): exa
 I = MLP(v)
 soft prompt = scale * [I ; P]               scale = mean norm of the LLM's embedding rows
 
-Three extensions, each off in the paper:
+Four extensions, each off in the paper:
 
 heads       head n has its own w, from the scores (A_n q) . (K_n H_i) / temperature with trained
             maps that start as the identity, and pools its own n-th of the units GELU(W1 H_i + b1)
@@ -16,6 +16,8 @@ recency     w_i ~ exp(q . H_i / temperature) * (1 + age_i)^-softplus(rate), age_
             newer items
 difference  soft prompt = scale * [I ; P ; Diff], Diff as P by a projector of its own from
             d_i = H_i - mean of what other users wrote on similar things (DEP, arXiv 2507.20849)
+form        soft prompt = scale * [I ; P ; Form], Form as P by a projector of its own from the form
+            of what the user wrote (data/form.py), which H_i may not tell
 """
 
 import math
@@ -26,6 +28,7 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
+from pplug_jax.data.form import SIZE as FORM_SIZE
 from pplug_jax.encoder.bert import Bert, gelu
 from pplug_jax.errors import InputError
 from pplug_jax.mesh import rows
@@ -130,8 +133,8 @@ PAPER = Reading()
 
 
 def soft_tokens(plug: ml_collections.ConfigDict, reading: Reading = PAPER) -> int:
-    """How many soft tokens a plug of these settings makes: I, P, and Diff if it is on."""
-    return reading.instruction + plug.num_persona_tokens * (1 + plug.difference)
+    """How many soft tokens a plug of these settings makes: I, P, and Diff and Form if on."""
+    return reading.instruction + plug.num_persona_tokens * (1 + plug.difference + plug.form)
 
 
 class UserEmbedder(nnx.Module):
@@ -146,6 +149,7 @@ class UserEmbedder(nnx.Module):
         heads: of the attention, with learned maps; 0 is the paper, one without.
         recency: learn how much less an older item weighs.
         difference: k tokens more, from how the items differ from other users' similar ones.
+        form: k tokens more, from the form of the items.
         frozen_encoder: Enc_inp gets no gradient; in the paper it does.
         dtype: of the computation; parameters stay float32.
 
@@ -166,6 +170,7 @@ class UserEmbedder(nnx.Module):
         heads: int = 0,
         recency: bool = False,
         difference: bool = False,
+        form: bool = False,
         frozen_encoder: bool = False,
         dtype: str = "float32",
         rngs: nnx.Rngs,
@@ -202,11 +207,14 @@ class UserEmbedder(nnx.Module):
         rate = jnp.float32(math.log(math.expm1(FIRST_RECENCY)))
         self.recency_rate = nnx.Param(rate, axes=()) if recency else None
         # Drawn last, so that no other parameter depends on whether they are there.
-        self.difference_projector, self.null_difference = (
-            (Projector(size, hidden, llm_size, num_persona_tokens, rngs), null_tokens())
-            if difference
-            else (None, None)
-        )
+
+        def more_tokens(there: bool, width: int) -> tuple[Projector | None, nnx.Param | None]:
+            if not there:
+                return None, None
+            return Projector(width, hidden, llm_size, num_persona_tokens, rngs), null_tokens()
+
+        self.difference_projector, self.null_difference = more_tokens(difference, size)
+        self.form_projector, self.null_form = more_tokens(form, FORM_SIZE)
         self.frozen_encoder = frozen_encoder
         self.temperature = temperature
         self.scale = scale
@@ -220,11 +228,12 @@ class UserEmbedder(nnx.Module):
         history_mask: jax.Array,
         history_age: jax.Array | None = None,
         history_difference: jax.Array | None = None,
+        history_form: jax.Array | None = None,
         *,
         reading: Reading = PAPER,
         remat: bool = False,
     ) -> jax.Array:
-        """The soft prompt [I ; P], or [I ; P ; Diff].
+        """The soft prompt [I ; P], or [I ; P ; Diff ; Form].
 
         Args:
             query, query_mask: (B, Q) int32 and bool, the input as Enc_inp's tokens.
@@ -233,12 +242,13 @@ class UserEmbedder(nnx.Module):
             history_age: (B, H) float32, how many of the user's items are newer; only for `recency`.
             history_difference: (B, H, E), each item less the mean of others' similar items; only
                 for `difference`.
+            history_form: (B, H, F), how each item is written; only for `form`.
             reading: static; one of the paper's ablations.
             remat: recompute the input encoder's activations in the backward pass.
 
         Returns:
-            (B, 1 + k, D) in the computation's dtype; k more with the difference, and 1 less without
-            the instruction.
+            (B, 1 + k, D) in the computation's dtype; k more with the difference and with the form,
+            and 1 less without the instruction.
         """
         weights = self._weights(
             query, query_mask, history, history_mask, history_age, reading, remat
@@ -256,6 +266,8 @@ class UserEmbedder(nnx.Module):
             parts.append(
                 tokens(self.difference_projector, history_difference, self.null_difference)
             )
+        if self.form_projector is not None:
+            parts.append(tokens(self.form_projector, history_form, self.null_form))
         if reading.instruction:
             vector = self.instruction[...].astype(self.dtype)
             made = self.instruction_projector.second(self.instruction_projector.first(vector))

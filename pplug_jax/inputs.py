@@ -49,11 +49,8 @@ def shown(
         readers = strangers([each.rows for each in tokenized], config.seed)
     else:
         readers = range(len(tokenized))
-    none = {"rows": np.zeros(0, np.int64), "ages": np.zeros(0, np.float32)}
     return [
-        each._replace(
-            **none if i is None else {"rows": tokenized[i].rows, "ages": tokenized[i].ages}
-        )
+        each.with_history_of(None if i is None else tokenized[i])
         for each, i in zip(tokenized, readers, strict=True)
     ]
 

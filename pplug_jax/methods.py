@@ -66,6 +66,7 @@ PAPER_PLUG = {
     "plug.heads": 0,
     "plug.recency": False,
     "plug.difference": False,
+    "plug.form": False,
     "plug.encoder_rate": 1.0,
 }
 
@@ -159,6 +160,7 @@ _ADDED = (
     _variant("pplug_heads", "4 heads with learned query and key maps", plug__heads=4),
     _variant("pplug_dropout", "10% of personas are dropped", plug__persona_dropout=0.1),
     _variant("pplug_difference", "what others write on the like", plug__difference=True),
+    _variant("pplug_form", "how the user writes, beside what about", plug__form=True),
     _variant("pplug_recency", "a learned preference for the newest items", plug__recency=True),
     _variant("pplug_frozen", "the input encoder stays as it was", plug__encoder_rate=0.0),
     _variant("pplug_own_items", "trained on history items too", train__own_items=2),

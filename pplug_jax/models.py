@@ -168,6 +168,7 @@ class Models:
             local_rows(self.mesh, batch_size),
             recency=config.plug.recency,
             peers=self.peers if config.plug.difference else None,
+            forms=config.plug.form,
             **training,
         )
 
@@ -204,6 +205,7 @@ class Models:
             heads=config.heads,
             recency=config.recency,
             difference=config.difference,
+            form=config.form,
             frozen_encoder=config.encoder_rate == 0,
             dtype=config.dtype,
             rngs=nnx.Rngs(key),

@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from pplug_jax.data.batches import item_ages
+from pplug_jax.data.batches import item_ages, item_forms
 from pplug_jax.data.lamp import by_date
 from pplug_jax.embedder import UserEmbedder
 from pplug_jax.errors import InputError
@@ -47,12 +47,12 @@ class Personalizer:
         return cls(models, models.restore_weights(method, config, workdir))
 
     def soft_prompt(self, input: str, history: Sequence[str | dict[str, Any]] = ()) -> np.ndarray:
-        """The soft tokens [I ; P] for this input, (k + 1, D) float32; with Diff (2k + 1, D).
+        """The soft tokens [I ; P] for this input, (k + 1, D) float32; k more with Diff, and Form.
 
         Args:
             input: the task's input, instruction included.
-            history: the user's texts, or profile items as the task's files have them; none gives
-                the null persona.
+            history: profile items as the task's files have them, or the user's texts alone, which
+                do not tell the form of an answer; none gives the null persona.
         """
         return np.asarray(self._soft_prompt(input, history)[0], np.float32)
 
@@ -62,7 +62,11 @@ class Personalizer:
             history = by_date(history)
         texts = [item if isinstance(item, str) else models.item_text(item) for item in history]
         ages = item_ages([{} if isinstance(item, str) else item for item in history])
-        texts, ages = (each[-models.config.data.max_history :] for each in (texts, ages))
+        answers = [{models.task.answer: ""} if isinstance(item, str) else item for item in history]
+        forms = item_forms(models.task, answers)
+        texts, ages, forms = (
+            each[-models.config.data.max_history :] for each in (texts, ages, forms)
+        )
         query = np.array(encoder.queries([models.task.query_text(input)]), np.int32)
         # The store's precision, so that a served persona is the one that was trained and tested.
         vectors = encoder.encode(texts).astype(np.float16).astype(np.float32)
@@ -75,7 +79,7 @@ class Personalizer:
             # One masked item stands in for an empty history, whose width would be 0.
             return np.pad(items, [(0, not texts), *[(0, 0)] * (items.ndim - 1)])[None]
 
-        arrays = jax.tree.map(row, (vectors, there, ages, differences))
+        arrays = jax.tree.map(row, (vectors, there, ages, differences, forms))
         return _soft_prompt(self.plug, query, np.ones(query.shape, bool), *arrays)
 
     def generate(self, input: str, history: Sequence[str | dict[str, Any]] = ()) -> str:

@@ -31,6 +31,7 @@ from pplug_jax.data.batches import (
     tokenize,
     training_batches,
 )
+from pplug_jax.data.form import SIZE, form
 from pplug_jax.data.history import HistoryStore
 from pplug_jax.data.lamp import Example
 from pplug_jax.data.peers import Peers
@@ -79,7 +80,8 @@ def tokenized(rng: np.random.Generator, rows: int | None = None) -> Tokenized:
 
     rows = int(rng.integers(0, 20)) if rows is None else rows
     ages = np.arange(rows, dtype=np.float32)[::-1]
-    return Tokenized(ids(2, 200), ids(1, 20), ids(2, 60), rng.integers(0, 40, rows), ages)
+    forms = rng.normal(size=(rows, SIZE)).astype(np.float32)
+    return Tokenized(ids(2, 200), ids(1, 20), ids(2, 60), rng.integers(0, 40, rows), ages, forms)
 
 
 def many(count: int, seed: int = 0) -> list[Tokenized]:
@@ -107,6 +109,9 @@ def test_tokenize(llama_tokenizer: transformers.PreTrainedTokenizerBase, store: 
     assert second.target.tolist() == [1]  # no gold: EOS alone
     assert second.rows.tolist() == second.ages.tolist() == []
     assert first.ages.tolist() == [0, 0, 0]
+    expected = [form(each["title"]) for each in profile[2:]]
+    np.testing.assert_array_equal(first.forms, expected)
+    assert second.forms.shape == (0, SIZE)
 
     dated = tuple(item(i) | {"date": f"2001-0{i + 1}"} for i in range(5))
     (third,) = tokenize(TASK, [Example("2", input, None, dated)], tokenizer, store, **lengths)
@@ -182,7 +187,7 @@ def test_no_other_edges_pad_less(lengths: list[int], count: int):
 
 def test_buckets_of_no_history_and_short_texts_have_a_shape():
     empty = np.zeros(0, np.int32)
-    made = Buckets([Tokenized(np.ones(1, np.int32), empty, empty, empty, empty)], 4, 512, True)
+    made = Buckets([Tokenized(np.ones(1, np.int32), *[empty] * 5)], 4, 512, True)
     assert made.shapes == [(16, 16, 16)]
     assert made.target == made.history == 16
 
@@ -344,11 +349,14 @@ def test_persona_dropout_leaves_no_history(store: HistoryStore):
 def test_the_kept_items_stand_in_their_order_with_their_ages_and_differences(store: HistoryStore):
     rng = np.random.default_rng(0)
     examples = [
-        tokenized(rng)._replace(rows=rng.permutation(40)[:12], ages=rng.permutation(12) + 1.0)
+        tokenized(rng, rows=12)._replace(
+            rows=rng.permutation(40)[:12], ages=rng.permutation(12) + 1.0
+        )
         for _ in range(50)
     ]
     peers = Peers.of(store, [example.rows for example in examples])
-    batch = full_batch(examples, store, 0, history_dropout=0.5, recency=True, peers=peers)
+    options = {"recency": True, "peers": peers, "forms": True}
+    batch = full_batch(examples, store, 0, history_dropout=0.5, **options)
     counts = batch.history_mask.sum(axis=1)
     assert counts.min() < counts.max() == 12
     for i, (example, n) in enumerate(zip(examples, counts, strict=True)):
@@ -361,10 +369,11 @@ def test_the_kept_items_stand_in_their_order_with_their_ages_and_differences(sto
         # Of the whole history: what was dropped is still no other user's.
         differences = vectors - peers.means(example.rows)
         np.testing.assert_array_equal(batch.history_difference[i, :n], differences[kept])
-        for name in ("history", "history_age", "history_difference"):
+        np.testing.assert_array_equal(batch.history_form[i, :n], example.forms[kept])
+        for name in ("history", "history_age", "history_difference", "history_form"):
             assert not getattr(batch, name)[i, n:].any()
     without = full_batch(examples, store, 0, history_dropout=0.5)
-    assert without.history_age is without.history_difference is None
+    assert without.history_age is without.history_difference is without.history_form is None
     np.testing.assert_array_equal(without.history, batch.history)
 
 
@@ -388,7 +397,8 @@ def test_training_goes_on_from_a_step(store: HistoryStore):
 
 
 def extensions(examples: Sequence[Tokenized], store: HistoryStore) -> dict[str, Any]:
-    return {"recency": True, "peers": Peers.of(store, [example.rows for example in examples])}
+    peers = Peers.of(store, [example.rows for example in examples])
+    return {"recency": True, "peers": peers, "forms": True}
 
 
 @pytest.mark.parametrize("extended", [False, True])
@@ -397,7 +407,7 @@ def test_a_batch_is_sharded_over_its_rows(store: HistoryStore, extended: bool):
     examples = many(8)
     local = full_batch(examples, store, 0, **(extensions(examples, store) if extended else {}))
     placed = place_batch(local, mesh)
-    assert len(jax.tree.leaves(local)) == len(Batch._fields) - (0 if extended else 2)
+    assert len(jax.tree.leaves(local)) == len(Batch._fields) - (0 if extended else 3)
     for array, expected in zip(*map(jax.tree.leaves, (placed, local)), strict=True):
         np.testing.assert_array_equal(array, expected)
         assert array.dtype == expected.dtype

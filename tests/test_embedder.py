@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pplug_jax.data.form import SIZE
 from pplug_jax.embedder import (
     FIRST_RECENCY,
     PAPER,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 E, D, B, H, Q = 16, 24, 3, 6, 5
 SCALE = 7.5
-EXTENSIONS = {"heads": 3, "recency": True, "difference": True}
+EXTENSIONS = {"heads": 3, "recency": True, "difference": True, "form": True}
 OPTIONS = {"paper": {}, "all": EXTENSIONS} | {name: {name: EXTENSIONS[name]} for name in EXTENSIONS}
 READINGS = [PAPER, Reading(uniform=True), Reading(top=2), Reading(instruction=False)]
 
@@ -58,6 +59,7 @@ class Inputs(NamedTuple):
     history_mask: np.ndarray
     history_age: np.ndarray
     history_difference: np.ndarray
+    history_form: np.ndarray
 
     def items(self, change: Callable[[np.ndarray], np.ndarray]) -> "Inputs":
         """With `change` applied to every array of items."""
@@ -72,7 +74,8 @@ def inputs() -> Inputs:
     mask = np.arange(H) < np.array([[H], [3], [1]])
     age = np.array([[50, 20, 4, 2, 1, 0], [2, 1, 0, 0, 0, 0], [0] * 6], np.float32)
     query = rng.integers(1, 40, (B, Q), dtype=np.int32)
-    return Inputs(query, np.ones((B, Q), bool), history, mask, age, difference)
+    form = rng.normal(size=(B, H, SIZE)).astype(np.float32)
+    return Inputs(query, np.ones((B, Q), bool), history, mask, age, difference, form)
 
 
 @functools.partial(jax.jit, static_argnames="reading")
@@ -126,9 +129,8 @@ def test_equals_the_equations_in_pytorch(
         return out.unflatten(0, (-1, D))
 
     for row, there in enumerate(inputs.history_mask):
-        items, ages, differences = (
-            torch.tensor(x[row][there])
-            for x in (inputs.history, inputs.history_age, inputs.history_difference)
+        items, ages, differences, forms = (
+            torch.tensor(x[row][there]) for x in (inputs.history, *inputs[4:])
         )
         weights = weigh(vectors[row], items, ages)
         np.testing.assert_allclose(attended[row][there], weights.mean(0), atol=1e-5)
@@ -136,6 +138,8 @@ def test_equals_the_equations_in_pytorch(
         expected = [project(plug.projector, items, weights)]
         if plug.difference_projector is not None:
             expected.append(project(plug.difference_projector, differences, weights))
+        if plug.form_projector is not None:
+            expected.append(project(plug.form_projector, forms, weights))
         if reading.instruction:
             one = tensor(plug.instruction)[None], torch.ones(1, 1)
             expected.insert(0, project(plug.instruction_projector, *one))
@@ -147,7 +151,11 @@ def test_the_number_of_soft_tokens_is_known_beforehand(
     plug: UserEmbedder, inputs: Inputs, reading: Reading
 ) -> None:
     settings = ml_collections.ConfigDict(
-        {"num_persona_tokens": 2, "difference": plug.difference_projector is not None}
+        {
+            "num_persona_tokens": 2,
+            "difference": plug.difference_projector is not None,
+            "form": plug.form_projector is not None,
+        }
     )
     shape = call(plug, *inputs, reading=reading).shape
     assert shape == (B, soft_tokens(settings, reading), D)
@@ -181,15 +189,15 @@ def test_an_empty_history_gives_the_null_persona_and_finite_gradients(
     plug: UserEmbedder, inputs: Inputs
 ) -> None:
     empty = inputs.items(lambda x: np.zeros_like(x) if x.dtype == bool else np.full_like(x, np.nan))
-    nulls = [plug.null_persona, plug.null_difference]
+    nulls = [plug.null_persona, plug.null_difference, plug.null_form]
     expected = np.concatenate([null[...] for null in nulls if null is not None])
     np.testing.assert_allclose(call(plug, *empty)[0, 1:], SCALE * expected, rtol=1e-6)
     grads = gradients(plug, *empty)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
     assert np.abs(grads.null_persona[...]).max() > 0
     assert np.abs(grads.projector.up[...]).max() == 0
-    if plug.null_difference is not None:
-        assert np.abs(grads.null_difference[...]).max() > 0
+    for null in (grads.null_difference, grads.null_form):
+        assert null is None or np.abs(null[...]).max() > 0
 
 
 def test_every_parameter_gets_a_gradient(plug: UserEmbedder, inputs: Inputs) -> None:

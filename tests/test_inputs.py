@@ -22,7 +22,12 @@ def example(i: int, items: int) -> Example:
 
 def tokenized(*rows: list[int]) -> list[Tokenized]:
     token = np.array([1], np.int32)
-    return [Tokenized(token, token, token, np.array(r, int), np.array(r, np.float32)) for r in rows]
+    return [
+        Tokenized(
+            token, token, token, np.array(r, int), np.array(r, np.float32), np.ones((len(r), 1))
+        )
+        for r in rows
+    ]
 
 
 @pytest.mark.parametrize(

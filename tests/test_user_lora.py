@@ -29,7 +29,7 @@ def items(count: int = 8) -> list[Tokenized]:
 
     none = np.zeros(0, int)
     return [
-        Tokenized(tokens(5 + i), tokens(1 + i % 4), tokens(1), none, none.astype(np.float32))
+        Tokenized(tokens(5 + i), tokens(1 + i % 4), tokens(1), none, none, none)
         for i in range(count)
     ]
 

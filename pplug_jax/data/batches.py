@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from pplug_jax.data.form import SIZE as FORM_SIZE
+from pplug_jax.data.form import form
 from pplug_jax.data.history import HistoryStore
 from pplug_jax.data.lamp import Example, Item, date_order
 from pplug_jax.data.peers import Peers
@@ -34,6 +36,7 @@ class Batch(NamedTuple):
     index: (B,) int32, each row's place in the list of examples. weight: (B,) float32, 1 or 0.
     history_age: (B, H) float32, how many items of the profile are newer; None where no plug asks.
     history_difference: (B, H, E) float32, each item less its peers' mean; None where no plug asks.
+    history_form: (B, H, F) float32, the form of what the user wrote; None where no plug asks.
     """
 
     prompt: jax.Array | np.ndarray
@@ -50,6 +53,7 @@ class Batch(NamedTuple):
     weight: jax.Array | np.ndarray
     history_age: jax.Array | np.ndarray | None = None
     history_difference: jax.Array | np.ndarray | None = None
+    history_form: jax.Array | np.ndarray | None = None
 
     @property
     def plug_inputs(self) -> tuple[jax.Array | np.ndarray | None, ...]:
@@ -61,6 +65,7 @@ class Batch(NamedTuple):
             self.history_mask,
             self.history_age,
             self.history_difference,
+            self.history_form,
         )
 
 
@@ -68,6 +73,7 @@ class Tokenized(NamedTuple):
     """One example's variable-length arrays.
 
     rows: (n,) int64, its history's rows in the store. ages: (n,) float32, `item_ages`.
+    forms: (n, F) float32, `form` of what the user wrote of each item.
     """
 
     prompt: np.ndarray
@@ -75,6 +81,14 @@ class Tokenized(NamedTuple):
     query: np.ndarray
     rows: np.ndarray
     ages: np.ndarray
+    forms: np.ndarray
+
+    def with_history_of(self, other: "Tokenized | None") -> "Tokenized":
+        """This example for another's user, or for one without a history."""
+        history = {name: getattr(other or self, name) for name in ("rows", "ages", "forms")}
+        if other is None:
+            history = {name: array[:0] for name, array in history.items()}
+        return self._replace(**history)
 
 
 def item_ages(profile: Sequence[Item]) -> np.ndarray:
@@ -87,6 +101,12 @@ def item_ages(profile: Sequence[Item]) -> np.ndarray:
     dates = [date_order(item) for item in profile]
     order = sorted(dates)
     return np.array([len(order) - bisect.bisect_right(order, date) for date in dates], np.float32)
+
+
+def item_forms(task: Task, profile: Sequence[Item]) -> np.ndarray:
+    """The form of each item's answer, what the user wrote, (n, F) float32."""
+    forms = [form(str(item[task.answer])) for item in profile]
+    return np.array(forms, np.float32).reshape(len(forms), FORM_SIZE)
 
 
 def history_rows(
@@ -120,6 +140,7 @@ def tokenize(
             np.array(store.encoder.queries([task.query_text(example.input)])[0], np.int32),
             history_rows(task, example, store, max_history, history_labels),
             item_ages(example.profile)[-max_history:],
+            item_forms(task, example.profile[-max_history:]),
         )
         for example in examples
     ]
@@ -251,7 +272,7 @@ class Assemble:
     """(step, bucket, indices) -> this process' rows of the batch.
 
     rows: which they are, `mesh.local_rows`. recency: whether the batch says how old the items are.
-    peers: to say how they differ, if asked.
+    peers: to say how they differ, if asked. forms: whether it says in which form they are written.
     """
 
     def __init__(
@@ -266,6 +287,7 @@ class Assemble:
         persona_dropout: float = 0.0,
         recency: bool = False,
         peers: Peers | None = None,
+        forms: bool = False,
     ):
         self.examples, self.buckets, self.store, self.rows = examples, buckets, store, rows
         self.seed, self.history_dropout, self.persona_dropout = (
@@ -273,7 +295,7 @@ class Assemble:
             history_dropout,
             persona_dropout,
         )
-        self.recency, self.peers = recency, peers
+        self.recency, self.peers, self.forms = recency, peers, forms
 
     def __call__(self, planned: tuple[int, int, np.ndarray]) -> Batch:
         step, bucket, indices = planned
@@ -291,6 +313,8 @@ class Assemble:
             batch["history_age"] = np.zeros((B, H), np.float32)
         if self.peers:
             batch["history_difference"] = np.zeros((B, H, E), np.float32)
+        if self.forms:
+            batch["history_form"] = np.zeros((B, H, FORM_SIZE), np.float32)
         batch["index"] = np.zeros(B, np.int32)
         batch["weight"] = np.zeros(B, np.float32)
         for i, row in enumerate(self.rows):
@@ -315,6 +339,8 @@ class Assemble:
                 # Dropped items are still the user's own, never peers.
                 means = self.peers.means(example.rows)[kept]
                 batch["history_difference"][i, : len(kept)] = vectors - means
+            if self.forms:
+                batch["history_form"][i, : len(kept)] = example.forms[kept]
             batch["index"][i] = index
             batch["weight"][i] = 1
         return Batch(**batch)

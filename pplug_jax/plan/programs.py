@@ -14,6 +14,7 @@ from pplug_jax import hf
 from pplug_jax.answers import answer_tokens, gold_losses
 from pplug_jax.config import ConfigError, check_batches
 from pplug_jax.data.batches import Batch, round_up
+from pplug_jax.data.form import SIZE as FORM_SIZE
 from pplug_jax.embedder import soft_tokens
 from pplug_jax.llm import abstract_llm
 from pplug_jax.llm.shapes import PUBLISHED, published_directory
@@ -128,6 +129,7 @@ class Programs:
             weight=array(jnp.float32),
             history_age=array(jnp.float32, items) if plug.recency else None,
             history_difference=array(jnp.float32, items, width) if plug.difference else None,
+            history_form=array(jnp.float32, items, FORM_SIZE) if plug.form else None,
         )
 
     def optimizer_state(self, optimizer: Any) -> Any:
