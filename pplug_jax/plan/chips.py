@@ -97,10 +97,10 @@ def find_slice(name: str) -> Slice:
         )
     os.environ |= _ENVIRONMENT
     chip = CHIPS[kind]
+    # Hosts have four chips, unless told otherwise.
+    settings = chip.settings | ({"chips_per_host_bounds": (1, 1, 1)} if shape == "1x1" else {})
     try:
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=name, **chip.settings
-        ).devices
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **settings).devices
     except jax.errors.JaxRuntimeError as error:
         if "INVALID_ARGUMENT" not in str(error):
             raise
