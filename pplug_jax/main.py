@@ -57,7 +57,7 @@ ALONE = ("download", "check_data", "plan")  # the modes in which each process wo
 def default_workdir(config_file: str) -> Path:
     """configs/lamp5.py:llama3_1b@v5e-8 -> runs/lamp5-llama3_1b, whatever the slice."""
     path, _, argument = config_file.partition("@")[0].partition(":")
-    return Path("runs") / (Path(path).stem + (f"-{argument}" if argument else ""))
+    return Path("runs") / "-".join([Path(path).stem, *filter(None, argument.split(":"))])
 
 
 def _keep_compiled() -> None:

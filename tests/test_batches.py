@@ -25,6 +25,7 @@ from pplug_jax.data.batches import (
     bucket_edges,
     drop_history,
     item_ages,
+    item_forms,
     place_batch,
     plan_batches,
     round_up,
@@ -117,6 +118,14 @@ def test_tokenize(llama_tokenizer: transformers.PreTrainedTokenizerBase, store: 
     (third,) = tokenize(TASK, [Example("2", input, None, dated)], tokenizer, store, **lengths)
     assert third.ages.tolist() == [2, 1, 0]
     assert third.rows.tolist() == first.rows.tolist()
+
+
+def test_the_form_is_that_of_what_the_user_wrote():
+    (titled,) = item_forms(TASK, [item(1)])
+    np.testing.assert_array_equal(titled, form("title 1"))
+    (tweet,) = item_forms(TASKS["LaMP_7"], [{"id": "1", "text": "Off to town!"}])
+    np.testing.assert_array_equal(tweet, form("Off to town!"))
+    assert item_forms(TASK, []).shape == (0, SIZE)
 
 
 def test_an_item_is_read_with_its_label_or_without(

@@ -168,6 +168,9 @@ def test_the_default_workdir_is_named_after_the_config() -> None:
     assert default_workdir("configs/lamp5.py:llama3_1b") == Path("runs/lamp5-llama3_1b")
     assert default_workdir("configs/lamp5.py:llama3_1b@v5e-8") == Path("runs/lamp5-llama3_1b")
     assert default_workdir("configs/lamp5.py") == Path("runs/lamp5")
+    assert default_workdir("configs/best.py:lamp4:llama3_1b@v5e-8") == Path(
+        "runs/best-lamp4-llama3_1b"
+    )
 
 
 ENVIRONMENT = os.environ | {

@@ -147,7 +147,9 @@ def test_custom_demonstrations_say_what_an_item_has():
 
 
 CONFIGS = sorted(
-    path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("common", "llms")
+    path.stem
+    for path in (ROOT / "configs").glob("*.py")
+    if path.stem not in ("common", "llms", "best")
 )
 
 
@@ -165,6 +167,19 @@ def test_every_config_is_complete(name: str):
             section, key = field.split(".")
             assert flat[section][key] == value
     assert {importlib.import_module(f"configs.{n}").get_config().task for n in CONFIGS} == {*TASKS}
+
+
+@pytest.mark.parametrize("argument", ["lamp4", "lamp5:flan_t5_xxl@v5e-8", "custom:gemma3_1b"])
+def test_the_best_plug_is_a_tasks_config_with_another_plug(argument: str):
+    from configs import best
+
+    config = best.get_config(argument)
+    check_config(config)
+    task, *llm = argument.split(":")
+    plain = importlib.import_module(f"configs.{task}").get_config(*llm)
+    assert config.plug != plain.plug
+    config.plug = plain.plug
+    assert config == plain
 
 
 def test_the_papers_settings():
