@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pplug_jax.errors import InputError
@@ -50,11 +50,14 @@ def make_mesh(
         )
     types = (AxisType.Auto,) * len(AXES)
     found = len({getattr(device, "slice_index", 0) for device in devices})
+    # Unlike `jax.make_mesh`, which refuses an axis that is a part of one of the slice's own.
+    split = {"allow_split_physical_axes": True}
     if found == 1:  # one slice, or a platform without, which may be told to act as several
-        return jax.make_mesh(shape, AXES, types, devices=devices)
-    if slices != found:
+        placed = create_device_mesh(shape, devices, **split)
+    elif slices == found:
+        placed = create_hybrid_device_mesh((1, *shape[1:]), (slices, 1, 1, 1), devices, **split)
+    else:
         raise InputError(f"there are {found} slices: set config.mesh.slices={found}")
-    placed = create_hybrid_device_mesh((1, *shape[1:]), (slices, 1, 1, 1), devices)
     return Mesh(placed, AXES, axis_types=types)
 
 
