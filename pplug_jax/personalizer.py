@@ -61,12 +61,9 @@ class Personalizer:
         if models.config.data.sort_by_date and not any(isinstance(item, str) for item in history):
             history = by_date(history)
         texts = [item if isinstance(item, str) else models.item_text(item) for item in history]
-        ages = item_ages([{} if isinstance(item, str) else item for item in history])
-        answers = [{models.task.answer: ""} if isinstance(item, str) else item for item in history]
-        forms = item_forms(models.task, answers)
-        texts, ages, forms = (
-            each[-models.config.data.max_history :] for each in (texts, ages, forms)
-        )
+        items = [{} if isinstance(item, str) else item for item in history]
+        read = texts, item_ages(items), item_forms(models.task, items)
+        texts, ages, forms = (each[-models.config.data.max_history :] for each in read)
         query = np.array(encoder.queries([models.task.query_text(input)]), np.int32)
         # The store's precision, so that a served persona is the one that was trained and tested.
         vectors = encoder.encode(texts).astype(np.float16).astype(np.float32)

@@ -104,8 +104,8 @@ def item_ages(profile: Sequence[Item]) -> np.ndarray:
 
 
 def item_forms(task: Task, profile: Sequence[Item]) -> np.ndarray:
-    """The form of what the user wrote, each item's answer or else its text, (n, F) float32."""
-    forms = [form(str(item.get(task.answer, item.get(task.cut)))) for item in profile]
+    """The form of what the user wrote, (n, F) float32: each item's answer, or else its text."""
+    forms = [form(str(item.get(task.answer, item.get(task.cut, "")))) for item in profile]
     return np.array(forms, np.float32).reshape(len(forms), FORM_SIZE)
 
 
