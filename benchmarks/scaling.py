@@ -17,6 +17,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from configs import lamp5
 from pplug_jax.mesh import make_mesh
@@ -81,6 +82,10 @@ def draw(path: Path) -> None:
         for axis in (times, memory, received):
             axis.set_xscale("log", base=2)
             axis.set_xticks(list(SLICES), list(map(str, SLICES)))
+            if axis is not memory:
+                axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.yaxis.set_major_formatter(ScalarFormatter())
+                axis.yaxis.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.3)
             axis.legend(fontsize=7)
     for axis in axes[-1]:
