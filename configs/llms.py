@@ -13,7 +13,7 @@ class Preset(NamedTuple):
 
     v5e_8, v5p_16: how many of the slice's 8 chips (16 and 95 GiB each; v5p counts two cores a chip)
     share one copy of the weights; None where all of them together are too small. docs/pods.md has
-    the plans, most with room for fewer.
+    the plans, most with room for fewer. v5e_8_accumulation: parts of a batch, for room there.
     learning_rate: the paper's; it was found for FlanT5-XXL.
     """
 
@@ -23,13 +23,14 @@ class Preset(NamedTuple):
     v5e_8: int | None
     v5p_16: int
     learning_rate: float = 1e-4
+    v5e_8_accumulation: int = 1
 
 
 PRESETS = {
     "gemma3_1b": Preset("google/gemma-3-1b-it", True, 512, 1, 1),
     "gemma3_4b": Preset("google/gemma-3-4b-it", True, 512, 4, 1),
     "gemma3_12b": Preset("google/gemma-3-12b-it", True, 512, 8, 1),
-    "gemma3_27b": Preset("google/gemma-3-27b-it", True, 512, 8, 1),
+    "gemma3_27b": Preset("google/gemma-3-27b-it", True, 512, 8, 1, v5e_8_accumulation=2),
     "gemma2_9b": Preset("google/gemma-2-9b-it", True, 512, 8, 1),
     "llama3_1b": Preset("meta-llama/Llama-3.2-1B-Instruct", True, 512, 1, 1),
     "llama3_8b": Preset("meta-llama/Llama-3.1-8B-Instruct", True, 512, 8, 1),
@@ -74,3 +75,5 @@ def use(c: ml_collections.ConfigDict, argument: str) -> None:
         if copies is None:
             raise ValueError(f"{argument}: {name} does not fit a {machine}; see docs/pods.md")
         c.mesh.fsdp = copies
+        if machine == "v5e-8":
+            c.train.accumulation = preset.v5e_8_accumulation
