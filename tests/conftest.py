@@ -20,6 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import itertools
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -32,6 +33,9 @@ from nltk.corpus import wordnet
 from parity import save_random
 
 from pplug_jax.tools.bpe import train_bpe
+
+# What a shell starts in the background ignores Ctrl-C, and so would all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a slow machine is no failure
 hypothesis.settings.load_profile("untimed")
