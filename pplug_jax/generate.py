@@ -72,7 +72,7 @@ def _beam(
     llm: LLM, hidden: jax.Array, cache: Any, T: int, K: int, length_penalty: float
 ) -> jax.Array:
     """Beam search over K beams a row."""
-    B, V = hidden.shape[0], llm.config.vocab_size
+    B = hidden.shape[0]
     # Enough candidates that K of them go on even where the best ones all end.
     candidates = K * max(2, 1 + len(llm.config.eos_ids))
 
@@ -84,6 +84,7 @@ def _beam(
         """The next tokens of the beams, whose states are `hidden` (B, K, D)."""
         t = state["t"]
         logits = llm.unembed(hidden)
+        V = logits.shape[-1]
         log_probs = (
             logits + (state["scores"] - jax.nn.logsumexp(logits, axis=-1))[..., None]
         ).reshape(B, K * V)

@@ -136,8 +136,8 @@ def load_weights(
     """Fills the abstract `module` with the checkpoint's tensors; a device reads only its slice.
 
     Args:
-        module: its variables hold `jax.ShapeDtypeStruct`, whose shapes the checkpoint must have and
-            whose dtypes it is cast to.
+        module: its variables hold `jax.ShapeDtypeStruct`, whose shapes the checkpoint must have (or
+            their `stored_shape`, behind which zeros follow) and whose dtypes it is cast to.
         sources: variable path, joined with dots -> its tensor.
         ignore: pattern of the tensor names that the checkpoint may have besides.
         prefix: what stands before the names of this module's tensors; the others are another
@@ -170,7 +170,8 @@ def load_weights(
                 f"{directory}: the checkpoint lacks the tensor {missing[0]} "
                 f"({len(missing)} of its kind)"
             )
-        shape = abstract.shape[1:] if stacked else abstract.shape
+        stored_shape = variable.get_metadata("stored_shape", abstract.shape)
+        shape = stored_shape[1:] if stacked else stored_shape
         for name in names:
             file, tensor = tensors[name]
             found = tuple(tensor.get_shape())
@@ -189,7 +190,9 @@ def load_weights(
         if stacked:
             array = _stack(read, names, abstract, where, store)
         else:
-            read_slice = functools.partial(read, names[0])
+            read_slice = functools.partial(
+                _padded, abstract.shape, stored_shape, functools.partial(read, names[0])
+            )
             array = store(jax.make_array_from_callback(abstract.shape, where, read_slice))
         filled.append((path, variable.replace(array)))
 
@@ -202,6 +205,25 @@ def load_weights(
             f"{', '.join(unexpected[:5])}"
         )
     return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def _padded(
+    shape: tuple[int, ...],
+    stored: tuple[int, ...],
+    read: Callable[[tuple[slice, ...]], np.ndarray],
+    index: tuple[slice, ...],
+) -> np.ndarray:
+    """The part `index` of an array of `shape`: what `read` has up to `stored`, zeros behind."""
+    if shape == stored:
+        return read(index)
+    bounds = [piece.indices(n)[:2] for piece, n in zip(index, shape, strict=True)]
+    starts, stops = zip(*bounds, strict=True)
+    # A row at least is read, since safetensors refuses a slice of none.
+    inside = [
+        slice(min(a, n - 1), min(b, n)) for a, b, n in zip(starts, stops, stored, strict=True)
+    ]
+    part = read(tuple(inside))[tuple(slice(max(n - a, 0)) for a, n in zip(starts, stored))]
+    return np.pad(part, [(0, b - a - n) for a, b, n in zip(starts, stops, part.shape, strict=True)])
 
 
 def _stack(
@@ -250,6 +272,7 @@ def save_weights(
     for path, variable in nnx.to_flat_state(nnx.state(module)):
         source = sources[".".join(map(str, path))]
         array = np.asarray(variable.get_value()).astype(dtype)
+        array = array[tuple(map(slice, variable.get_metadata("stored_shape", array.shape)))]
         for i, part in enumerate(array if "{}" in source.name else [array]):
             tensors[source.name.format(i)] = np.ascontiguousarray(
                 part.T if source.transpose else part

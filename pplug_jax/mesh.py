@@ -64,7 +64,8 @@ def make_mesh(
 def sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
     """Where an array of `shape` with logical `axes` lies.
 
-    A dimension that its mesh axes do not divide is replicated: never wrong, only larger.
+    A dimension that its mesh axes do not divide is replicated: never wrong, only larger. LLMs' odd
+    vocabularies are padded instead, before they come here.
     """
     spec = []
     for axis, size in zip(axes, shape, strict=True):

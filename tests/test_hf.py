@@ -58,11 +58,11 @@ def test_a_sharded_checkpoint_is_the_same_model(tiny_llama: Path, sharded: Path)
     assert_same_weights(load_llm(sharded, dtype="float32"), load_llm(tiny_llama, dtype="float32"))
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("tied", "vocab"), [(True, 320), (False, 320), (False, 331)])
 def test_saved_weights_are_read_back(
-    make_llama: Callable[..., Path], tmp_path: Path, tied: bool
+    make_llama: Callable[..., Path], tmp_path: Path, tied: bool, vocab: int
 ) -> None:
-    path = make_llama(tie_word_embeddings=tied)
+    path = make_llama(tie_word_embeddings=tied, vocab_size=vocab)
     llm = load_llm(path, dtype="float32")
     shutil.copy(path / "config.json", tmp_path)
     hf.save_weights(llm, tmp_path, llama.SOURCES, np.float32)

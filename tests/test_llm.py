@@ -164,17 +164,20 @@ def test_weights_stored_in_half_precision(tiny_llama: Path, tmp_path: Path, stor
     assert_close(logits(llm, llm.embed(tokens), mask)[mask], theirs[mask], 1e-4)
 
 
-def test_sharded_over_eight_devices(tiny_llama: Path, llm: Decoder) -> None:
-    sharded = load_llm(tiny_llama, mesh=make_mesh(2, 2, 2), dtype="float32")
+@pytest.mark.parametrize(("vocab", "rows"), [(320, 160), (331, 192)])
+def test_sharded_over_eight_devices(make_llama: Callable[..., Path], vocab: int, rows: int) -> None:
+    path = make_llama(vocab_size=vocab)
+    llm = load_llm(path, dtype="float32")
+    sharded = load_llm(path, mesh=make_mesh(2, 2, 2), dtype="float32")
     mask = masks()["left"]
     tokens = random_tokens(llm, mask.shape)
     theirs = np.asarray(logits(llm, llm.embed(tokens), mask))
     assert_close(logits(sharded, sharded.embed(tokens), mask)[mask], theirs[mask], 1e-5)
 
-    # Embedding rows over "tensor", columns over "fsdp"; layers are never cut.
+    # Embedding rows, padded, over "tensor", columns over "fsdp"; layers are never cut.
     for array, piece in (
-        (sharded.embedding, (160, 16)),
-        (sharded.head, (160, 16)),
+        (sharded.embedding, (rows, 16)),
+        (sharded.head, (rows, 16)),
         (sharded.layers.query, (2, 16, 16)),
         (sharded.layers.key, (2, 16, 8)),
         (sharded.layers.output, (2, 16, 16)),

@@ -111,7 +111,7 @@ def test_target_hidden_shifts_the_targets(make_t5: Callable[..., Path], remat: b
         ).logits.numpy()
     there = np.ones(targets.shape, bool)
     hidden = llm.target_hidden(llm.embed(tokens), mask, targets, there, remat)
-    assert_close(llm.unembed(hidden), theirs)
+    assert_close(llm.unembed(hidden)[..., : theirs.shape[-1]], theirs)
 
 
 @pytest.mark.parametrize(("num_beams", "length_penalty"), [(1, 1.0), (4, 1.0), (4, 0.6), (3, -1)])

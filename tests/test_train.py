@@ -164,9 +164,9 @@ def test_no_matrix_product_makes_a_weight_gradient_of_the_llm(remat: bool) -> No
 
 
 def test_logits_are_computed_at_target_positions_only() -> None:
-    llm, batch = make_llm(vocab=50), make_batch()
+    llm, batch = make_llm(vocab=192), make_batch()
     jaxpr = jax.make_jaxpr(lambda plug: loss_fn(plug, llm, batch, 1))(make_plug(40))
-    assert {shape for shape in dot_shapes(jaxpr.jaxpr) if 50 in shape} == {(B, T, 50)}
+    assert {shape for shape in dot_shapes(jaxpr.jaxpr) if 192 in shape} == {(B, T, 192)}
 
 
 def test_accumulation_and_remat_change_nothing() -> None:
@@ -271,7 +271,7 @@ def test_a_lora_is_trained_alone_and_alike_on_a_mesh() -> None:
 def test_no_device_holds_every_row() -> None:
     """The weights' shards do not decide for the activations: logits and encoder stay split."""
     mesh = make_mesh(1, 8, 1)
-    V = 56
+    V = 64
     llm, plug = place(make_llm(hidden=48, mlp=64, vocab=V), mesh), place(make_plug(48), mesh)
     gradient = jax.jit(jax.grad(lambda plug, llm, batch: loss_fn(plug, llm, batch, 1)[0]))
     with jax.set_mesh(mesh):

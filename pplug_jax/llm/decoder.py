@@ -23,12 +23,25 @@ class Frozen(nnx.Variable):
     """A weight that nothing trains: no `nnx.Param` filter sees it."""
 
 
+# Vocabularies are padded to a multiple of it, so that any usual number of devices can share them.
+# Every published one that we have a preset of is such a multiple as it is.
+VOCAB_MULTIPLE = 64
+
+
 def abstract_weights(dtype: str | jnp.dtype) -> Callable[..., Frozen]:
-    """weight((size, axis), ...): an abstract variable of that shape and those logical axes."""
+    """weight((size, axis), ...): an abstract variable of that shape and those logical axes.
+
+    A `vocab` axis is padded; `stored_shape` is then the tensor's in a checkpoint.
+    """
 
     def weight(*dims: tuple[int, str]) -> Frozen:
-        shape, axes = zip(*dims, strict=True)
-        return Frozen(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), axes=axes)
+        stored_shape, axes = zip(*dims, strict=True)
+        shape = tuple(
+            -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if axis == "vocab" else size
+            for size, axis in dims
+        )
+        array = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+        return Frozen(array, axes=axes, stored_shape=stored_shape)
 
     return weight
 
@@ -271,8 +284,7 @@ class Decoder(nnx.Module):
 
     def embedding_norm(self) -> jax.Array:
         """Mean L2 norm of all embedded tokens, () float32: the scale soft tokens should have."""
-        norms = jnp.linalg.norm(self.embedding[...].astype(jnp.float32), axis=-1)
-        return self.config.embedding_scale * jnp.mean(norms)
+        return self.config.embedding_scale * mean_norm(self.embedding[...], self.config.vocab_size)
 
     def _views(
         self, at: jax.Array, slots: jax.Array, visible: jax.Array
@@ -339,9 +351,9 @@ class Decoder(nnx.Module):
         return jnp.take_along_axis(hidden, at[..., None], axis=1, mode="clip")
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
-        """(..., D) -> logits (..., V) float32."""
+        """(..., D) -> logits (..., padded V) float32, of which padding has -inf."""
         table = self.embedding if self.head is None else self.head
-        return soft_cap(unembed(hidden, table[...]), self.config.logit_cap)
+        return unembed(hidden, table[...], self.config.vocab_size, self.config.logit_cap)
 
     def logits(
         self, inputs_embeds: jax.Array, mask: jax.Array, targets: jax.Array | None = None
@@ -356,12 +368,13 @@ class Decoder(nnx.Module):
             (B, L, V) at the prompt's tokens, or (B, T, V) at the targets where they are given.
         """
         if targets is None:
-            return self.unembed(self.hidden(inputs_embeds, mask))
+            return self.unembed(self.hidden(inputs_embeds, mask))[..., : self.config.vocab_size]
         embeds = jnp.concatenate(
             [inputs_embeds.astype(self.embedding.dtype), self.embed(targets)], axis=1
         )
         there = jnp.concatenate([mask, jnp.ones(targets.shape, bool)], axis=1)
-        return self.unembed(self.hidden(embeds, there)[:, mask.shape[1] :])
+        hidden = self.hidden(embeds, there)[:, mask.shape[1] :]
+        return self.unembed(hidden)[..., : self.config.vocab_size]
 
     def prefill(
         self, inputs_embeds: jax.Array, mask: jax.Array, max_new_tokens: int, num_beams: int = 1
@@ -436,11 +449,21 @@ class Decoder(nnx.Module):
         )
 
 
-def unembed(hidden: jax.Array, table: jax.Array) -> jax.Array:
-    """(B, ..., D), (V, D) -> (B, ..., V) float32."""
+def mean_norm(table: jax.Array, vocab_size: int) -> jax.Array:
+    """The mean L2 norm of the first `vocab_size` rows, () float32."""
+    return jnp.mean(jnp.linalg.norm(table[:vocab_size].astype(jnp.float32), axis=-1))
+
+
+def unembed(
+    hidden: jax.Array, table: jax.Array, vocab_size: int, cap: float | None = None
+) -> jax.Array:
+    """(B, ..., D), (padded V, D) -> (B, ..., padded V) float32, -inf from `vocab_size` on."""
     hidden = rows(hidden)
     logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-    return constrain(logits, "batch", *[None] * (logits.ndim - 2), "vocab")
+    logits = soft_cap(constrain(logits, "batch", *[None] * (logits.ndim - 2), "vocab"), cap)
+    if len(table) == vocab_size:
+        return logits
+    return jnp.where(jnp.arange(len(table)) < vocab_size, logits, -jnp.inf)
 
 
 def positions(mask: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ from pplug_jax.llm.decoder import (
     ACTIVATIONS,
     Frozen,
     abstract_weights,
+    mean_norm,
     positions,
     rms_norm,
     see_own,
@@ -237,7 +238,7 @@ class T5(nnx.Module):
 
     def embedding_norm(self) -> jax.Array:
         """Mean L2 norm of all embedded tokens, () float32: the scale soft tokens should have."""
-        return jnp.mean(jnp.linalg.norm(self.embedding[...].astype(jnp.float32), axis=-1))
+        return mean_norm(self.embedding[...], self.config.vocab_size)
 
     def _bias(
         self, table: Frozen, at: jax.Array, slots: jax.Array, bidirectional: bool
@@ -300,12 +301,13 @@ class T5(nnx.Module):
         return self.decode(tokens, self.encode(inputs_embeds, mask, remat), mask, remat)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
-        """(..., D) -> logits (..., V) float32."""
-        return unembed(hidden, self.head[...])
+        """(..., D) -> logits (..., padded V) float32, of which padding has -inf."""
+        return unembed(hidden, self.head[...], self.config.vocab_size)
 
     def logits(self, inputs_embeds: jax.Array, mask: jax.Array, targets: jax.Array) -> jax.Array:
         """The prompt (B, L, D), (B, L) and the decoder's inputs (B, T) -> (B, T, V) float32."""
-        return self.unembed(self.decode(targets, self.encode(inputs_embeds, mask), mask))
+        hidden = self.decode(targets, self.encode(inputs_embeds, mask), mask)
+        return self.unembed(hidden)[..., : self.config.vocab_size]
 
     def prefill(
         self, inputs_embeds: jax.Array, mask: jax.Array, max_new_tokens: int, num_beams: int = 1
