@@ -11,6 +11,7 @@ from pplug_jax.errors import InputError
 from pplug_jax.hf import Source
 from pplug_jax.llm.attention import attend
 from pplug_jax.mesh import rows
+from pplug_jax.remat import checkpointed
 
 POOLINGS = ("cls", "mean")
 
@@ -183,7 +184,7 @@ class Bert(nnx.Module):
         x = layer_norm(x, self.norm_scale[...], self.norm_bias[...], self.config.norm_eps).astype(
             self.dtype
         )
-        x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, self.layers)
+        x, _ = jax.lax.scan(checkpointed(layer, remat), x, self.layers)
         return x
 
     def __call__(self, tokens: jax.Array, mask: jax.Array, remat: bool = False) -> jax.Array:

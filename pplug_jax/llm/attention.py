@@ -31,23 +31,15 @@ def attend(
 
     # Products of stacks of matrices: XLA's CPU backend takes three to five times as long for the
     # same sums as einsums with the heads in their midst.
-    def attended(
-        query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None
-    ) -> jax.Array:
-        query = query.reshape(B, L, K, -1, D).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, D)
-        key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
-        scores = jnp.matmul(query, key, preferred_element_type=jnp.float32).reshape(B, N, L, -1)
-        scores *= D**-0.5 if scale is None else scale
-        if cap is not None:
-            scores = cap * jnp.tanh(scores / cap)
-        if bias is not None:
-            scores += bias
-        scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores).astype(value.dtype)
-        h = (weights.reshape(B, K, -1, weights.shape[-1]) @ value).reshape(B, K, -1, L, D)
-        return h.transpose(0, 3, 1, 2, 4).reshape(B, L, N, D)
-
-    # Left alone, a backward pass finds four arrays of (B, heads, L, S) kept of every layer. Made
-    # anew they are a sixth more matmul work of attention alone, and no more time even on a CPU.
-    # Layers are scanned, so that nothing has to keep XLA from merging the two.
-    return jax.checkpoint(attended, prevent_cse=False)(query, key, value, bias)
+    query = query.reshape(B, L, K, -1, D).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, D)
+    key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
+    scores = jnp.matmul(query, key, preferred_element_type=jnp.float32).reshape(B, N, L, -1)
+    scores *= D**-0.5 if scale is None else scale
+    if cap is not None:
+        scores = cap * jnp.tanh(scores / cap)
+    if bias is not None:
+        scores += bias
+    scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores).astype(value.dtype)
+    h = (weights.reshape(B, K, -1, weights.shape[-1]) @ value).reshape(B, K, -1, L, D)
+    return h.transpose(0, 3, 1, 2, 4).reshape(B, L, N, D)

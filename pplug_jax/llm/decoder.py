@@ -17,6 +17,7 @@ from flax import nnx
 from pplug_jax.llm.attention import attend
 from pplug_jax.llm.linear import linear
 from pplug_jax.mesh import constrain, rows
+from pplug_jax.remat import checkpointed
 
 
 class Frozen(nnx.Variable):
@@ -319,7 +320,7 @@ class Decoder(nnx.Module):
             return weights(rows(x), *view(slides)), None
 
         x = inputs_embeds.astype(self.embedding.dtype)
-        x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, self._scanned())
+        x, _ = jax.lax.scan(checkpointed(layer, remat), x, self._scanned())
         return self._final_norm(x)
 
     def _final_norm(self, x: jax.Array) -> jax.Array:

@@ -30,6 +30,7 @@ from pplug_jax.llm.decoder import (
 from pplug_jax.llm.linear import linear
 from pplug_jax.llm.llama import check
 from pplug_jax.mesh import rows
+from pplug_jax.remat import checkpointed
 
 ATTENTION = {"query": "q", "key": "k", "value": "v", "output": "o"}
 MLP = {"gate": "wi_0", "up": "wi_1", "down": "wo"}
@@ -260,7 +261,7 @@ class T5(nnx.Module):
             return weights.mlp(attention(x, *keys_values, mask[:, None], bias)), None
 
         x = inputs_embeds.astype(self.embedding.dtype)
-        x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, self.encoder)
+        x, _ = jax.lax.scan(checkpointed(layer, remat), x, self.encoder)
         return rms_norm(x, self.encoder_norm[...], self.config.norm_eps)
 
     def decode(
@@ -279,9 +280,7 @@ class T5(nnx.Module):
             x = cross(x, *cross.keys_values(encoded), mask[:, None])
             return weights.mlp(x), None
 
-        x, _ = jax.lax.scan(
-            jax.checkpoint(layer) if remat else layer, self.embed(tokens), self.decoder
-        )
+        x, _ = jax.lax.scan(checkpointed(layer, remat), self.embed(tokens), self.decoder)
         return rms_norm(x, self.decoder_norm[...], self.config.norm_eps)
 
     def target_hidden(
