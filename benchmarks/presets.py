@@ -18,7 +18,18 @@ from pplug_jax.plan.roofline import GIB
 from pplug_jax.plan.training import plan_training
 
 TOPOLOGIES = {"v5e-8": "v5e:2x4", "v5p-16": "v5p:2x2x2"}
-HEADER = ("preset", "slice", "fsdp", "arguments_gib", "peak_gib", "bound", "step_ms", "mfu")
+HEADER = (
+    "preset",
+    "slice",
+    "fsdp",
+    "parts",
+    "remat",
+    "arguments_gib",
+    "peak_gib",
+    "bound",
+    "step_ms",
+    "mfu",
+)
 
 
 def row(name: str, machine: str) -> list[str]:
@@ -27,7 +38,8 @@ def row(name: str, machine: str) -> list[str]:
     mesh = make_mesh(**config.mesh, devices=where.devices)
     found = plan_training(Programs(config, mesh), where)
     sizes = [f"{size / GIB:.2f}" for size in (found.memory.arguments, found.memory.peak)]
-    cells = [name, machine, str(config.mesh.fsdp), *sizes]
+    layout = (config.mesh.fsdp, config.train.accumulation, config.train.remat)
+    cells = [name, machine, *map(str, layout), *sizes]
     if found.cost is None:
         return [*cells, "does not fit", "", ""]
     step = f"{1e3 * found.cost.seconds(where):.1f}"

@@ -8,36 +8,56 @@ from typing import NamedTuple
 import ml_collections
 
 
+class Layout(NamedTuple):
+    """How a preset trains 64 rows on a slice of 8 chips: the fastest way that docs/pods.md plans.
+
+    fsdp: chips that share one copy of the weights. accumulation: parts that the rows are worked off
+    in. remat: forward passes are made twice, where there is no room for what they would leave.
+    """
+
+    fsdp: int
+    accumulation: int = 1
+    remat: bool = False
+
+
 class Preset(NamedTuple):
     """path: hub id. chat: with its chat template. max_input_length: tokens of an input.
 
-    v5e_8, v5p_16: how many of the slice's 8 chips (16 and 95 GiB each; v5p counts two cores a chip)
-    share one copy of the weights; None where all of them together are too small. docs/pods.md has
-    the plans, most with room for fewer. v5e_8_accumulation: parts of a batch, for room there.
+    v5e_8, v5p_16: its layout on 8 chips of 16 GiB, and on 8 of 95 GiB (v5p counts two cores a
+    chip); None where all of them together are too small.
     learning_rate: the paper's; it was found for FlanT5-XXL.
     """
 
     path: str
     chat: bool
     max_input_length: int
-    v5e_8: int | None
-    v5p_16: int
+    v5e_8: Layout | None
+    v5p_16: Layout
     learning_rate: float = 1e-4
-    v5e_8_accumulation: int = 1
+
+
+def _instruct(path: str, v5e_8: Layout | None, v5p_16: Layout) -> Preset:
+    return Preset(path, True, 512, v5e_8, v5p_16)
+
+
+def _flan(path: str, v5e_8: Layout, v5p_16: Layout) -> Preset:
+    return Preset(path, False, 256, v5e_8, v5p_16)
 
 
 PRESETS = {
-    "gemma3_1b": Preset("google/gemma-3-1b-it", True, 512, 1, 1),
-    "gemma3_4b": Preset("google/gemma-3-4b-it", True, 512, 4, 1),
-    "gemma3_12b": Preset("google/gemma-3-12b-it", True, 512, 8, 1),
-    "gemma3_27b": Preset("google/gemma-3-27b-it", True, 512, 8, 1, v5e_8_accumulation=2),
-    "gemma2_9b": Preset("google/gemma-2-9b-it", True, 512, 8, 1),
-    "llama3_1b": Preset("meta-llama/Llama-3.2-1B-Instruct", True, 512, 1, 1),
-    "llama3_8b": Preset("meta-llama/Llama-3.1-8B-Instruct", True, 512, 8, 1),
-    "llama3_70b": Preset("meta-llama/Llama-3.3-70B-Instruct", True, 512, None, 2),
-    "qwen3_8b": Preset("Qwen/Qwen3-8B", True, 512, 8, 1),
-    "flan_t5_base": Preset("google/flan-t5-base", False, 256, 1, 1),
-    "flan_t5_xxl": Preset("google/flan-t5-xxl", False, 256, 8, 1),  # the paper
+    "gemma3_1b": _instruct("google/gemma-3-1b-it", Layout(1), Layout(1)),
+    "gemma3_4b": _instruct("google/gemma-3-4b-it", Layout(4, 2), Layout(1)),
+    "gemma3_12b": _instruct("google/gemma-3-12b-it", Layout(8, 4), Layout(1)),
+    "gemma3_27b": _instruct(
+        "google/gemma-3-27b-it", Layout(8, 2, remat=True), Layout(1, remat=True)
+    ),
+    "gemma2_9b": _instruct("google/gemma-2-9b-it", Layout(8, 4), Layout(1)),
+    "llama3_1b": _instruct("meta-llama/Llama-3.2-1B-Instruct", Layout(1), Layout(1)),
+    "llama3_8b": _instruct("meta-llama/Llama-3.1-8B-Instruct", Layout(8, 2), Layout(1)),
+    "llama3_70b": _instruct("meta-llama/Llama-3.3-70B-Instruct", None, Layout(2, remat=True)),
+    "qwen3_8b": _instruct("Qwen/Qwen3-8B", Layout(8, 2), Layout(1)),
+    "flan_t5_base": _flan("google/flan-t5-base", Layout(1), Layout(1)),
+    "flan_t5_xxl": _flan("google/flan-t5-xxl", Layout(8), Layout(1)),  # the paper
 }
 SLICES = {"v5e-8": "v5e_8", "v5p-16": "v5p_16"}
 
@@ -64,16 +84,15 @@ def use(c: ml_collections.ConfigDict, argument: str) -> None:
     c.llm.separator = ""
     c.data.max_input_length = preset.max_input_length
     c.train.learning_rate = preset.learning_rate
-    c.train.remat = True
+    c.train.remat = True  # it fits most
     c.plug.dtype = "bfloat16"
     c.encoder.path = "BAAI/bge-base-en-v1.5"
     # BGE's own; the official code has it too, for inputs alone and without the blank at its end.
     c.encoder.query_prefix = "Represent this sentence for searching relevant passages: "
     c.encoder.dtype = "bfloat16"
     if machine:
-        copies = getattr(preset, SLICES[machine])
-        if copies is None:
+        layout = getattr(preset, SLICES[machine])
+        if layout is None:
             raise ValueError(f"{argument}: {name} does not fit a {machine}; see docs/pods.md")
-        c.mesh.fsdp = copies
-        if machine == "v5e-8":
-            c.train.accumulation = preset.v5e_8_accumulation
+        c.mesh.fsdp = layout.fsdp
+        c.train.accumulation, c.train.remat = layout.accumulation, layout.remat

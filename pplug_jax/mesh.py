@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pplug_jax.errors import InputError
 
@@ -67,14 +67,17 @@ def sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> Na
     A dimension that its mesh axes do not divide is replicated: never wrong, only larger. LLMs' odd
     vocabularies are padded instead, before they come here.
     """
-    spec = []
-    for axis, size in zip(axes, shape, strict=True):
-        names = RULES.get(axis) if axis is not None else None
-        parts = math.prod(
-            mesh.shape[name] for name in ([names] if isinstance(names, str) else names or ())
-        )
-        spec.append(names if names and size % parts == 0 else None)
+    spec = [
+        RULES.get(axis) if size % parts(mesh, axis) == 0 else None
+        for axis, size in zip(axes, shape, strict=True)
+    ]
     return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def parts(mesh: Mesh | AbstractMesh, axis: str | None) -> int:
+    """The number of pieces that a logical axis is cut into."""
+    names = RULES.get(axis, ())
+    return math.prod(mesh.shape[name] for name in ([names] if isinstance(names, str) else names))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -99,7 +102,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_parts(mesh: Mesh) -> int:
     """The number of pieces that a global batch is cut into."""
-    return math.prod(mesh.shape[name] for name in RULES["batch"])
+    return parts(mesh, "batch")
 
 
 def local_rows(mesh: Mesh, size: int) -> np.ndarray:
@@ -113,8 +116,8 @@ def place_rows(local: np.ndarray, mesh: Mesh) -> jax.Array:
 
     local: (n, ...), the rows that `local_rows(mesh, B)` names.
     """
-    parts = batch_parts(mesh)
-    size = len(local) * parts // len(local_rows(mesh, parts))
+    pieces = batch_parts(mesh)
+    size = len(local) * pieces // len(local_rows(mesh, pieces))
     shape = (size, *local.shape[1:])
     rows = local_rows(mesh, size)
 

@@ -3,6 +3,13 @@
 import jax
 import jax.numpy as jnp
 
+from pplug_jax.mesh import parts
+
+# Scores of more bytes on a device are made for some queries at a time, so that a TPU can hold them
+# in its on-chip memory, instead of sending them to HBM and back for every step of the softmax.
+SCORES_BYTES = 2**25
+FEWEST_QUERIES = 64  # or the matrix units would have too little to do at a time
+
 
 def attend(
     query: jax.Array,
@@ -26,6 +33,46 @@ def attend(
     Returns:
         (B, L, heads, head_dim).
     """
+    B, L, N, _ = query.shape
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = 1 if mesh.empty else parts(mesh, "batch") * parts(mesh, "heads")
+    count = min(-(-4 * B * N * L * key.shape[1] // devices // SCORES_BYTES), L // FEWEST_QUERIES)
+    if count <= 1:
+        return _attend(query, key, value, mask, scale, cap, bias)
+    size = -(-L // count)
+
+    def chunks(x: jax.Array, axis: int) -> jax.Array:
+        """Cuts the queries' axis; an axis of 1 stands for all of them."""
+        if x.shape[axis] == 1:
+            return jnp.broadcast_to(x, (count, *x.shape))
+        padding = [(0, size * count - L if i == axis else 0) for i in range(x.ndim)]
+        x = jnp.pad(x, padding)
+        x = x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    # Their gradients are summed over the chunks, in float32.
+    wide = key.astype(jnp.float32), value.astype(jnp.float32)
+
+    def chunk(cut: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
+        query, mask, bias = cut
+        own = (x.astype(y.dtype) for x, y in zip(wide, (key, value), strict=True))
+        return _attend(query, *own, mask, scale, cap, bias)
+
+    cut = chunks(query, 1), chunks(mask, 1), None if bias is None else chunks(bias, 2)
+    h = jax.lax.map(jax.checkpoint(chunk, prevent_cse=False), cut)
+    return jnp.moveaxis(h, 0, 1).reshape(B, count * size, N, -1)[:, :L]
+
+
+def _attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    scale: float | None,
+    cap: float | None,
+    bias: jax.Array | None,
+) -> jax.Array:
+    """All queries at once."""
     B, L, N, D = query.shape
     K = key.shape[2]
 
