@@ -57,7 +57,7 @@ PRESETS = {
     "llama3_70b": _instruct("meta-llama/Llama-3.3-70B-Instruct", None, Layout(2, remat=True)),
     "qwen3_8b": _instruct("Qwen/Qwen3-8B", Layout(8, 2), Layout(1)),
     "flan_t5_base": _flan("google/flan-t5-base", Layout(1), Layout(1)),
-    "flan_t5_xxl": _flan("google/flan-t5-xxl", Layout(8), Layout(1)),  # the paper
+    "flan_t5_xxl": _flan("google/flan-t5-xxl", Layout(8, remat=True), Layout(1)),  # the paper
 }
 SLICES = {"v5e-8": "v5e_8", "v5p-16": "v5p_16"}
 

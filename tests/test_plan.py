@@ -99,8 +99,9 @@ def test_flops_of_the_tiny_llms_programs(accumulation: int) -> None:
     losses = matmul_flops(programs.losses().jaxpr)
     assert losses == layers + attention + logits + bert + plug
     # The LLM's weights and the history get no gradients; both factors of its attention do. The
-    # scores, half of attention's work, are made anew.
-    made_anew = attention / 2 + encoder.num_layers * 2 * B * Q * Q * E
+    # scores, half of attention's work, are made anew, and the encoder's values' mean, which the
+    # gradient of the kernel behind it needs.
+    made_anew = attention / 2 + encoder.num_layers * 2 * 2 * B * Q * Q * E
     assert matmul_flops(programs.train(remat=False).jaxpr) == pytest.approx(
         2 * (layers + logits + scores + first)
         + 3 * (attention + bert + pooled + second)
