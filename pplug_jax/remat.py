@@ -9,8 +9,9 @@ def checkpointed(layer: Callable, remat: bool) -> Callable:
     """`layer`, to be scanned over, of which products with weights are kept, or nothing at all.
 
     What lies between them is made anew: norms, activations, rotations, and attention, whose arrays
-    of (B, heads, L, S) would be the largest. That costs a sixth more matmul work of attention
-    alone, no measurable time, and saves much memory (docs/performance.md).
+    of (B, heads, L, S) would be the largest. That is a sixth more matmul work of attention alone, a
+    third where weights are trained; it takes no time that could be measured, and saves two fifths
+    of the memory (docs/performance.md).
 
     remat: keep the layer's input alone.
     """
