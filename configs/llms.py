@@ -47,17 +47,17 @@ def _flan(path: str, v5e_8: Layout, v5p_16: Layout) -> Preset:
 PRESETS = {
     "gemma3_1b": _instruct("google/gemma-3-1b-it", Layout(1), Layout(1)),
     "gemma3_4b": _instruct("google/gemma-3-4b-it", Layout(4, 2), Layout(1)),
-    "gemma3_12b": _instruct("google/gemma-3-12b-it", Layout(8, remat=True), Layout(1)),
+    "gemma3_12b": _instruct("google/gemma-3-12b-it", Layout(8, 4), Layout(1)),
     "gemma3_27b": _instruct(
         "google/gemma-3-27b-it", Layout(8, 2, remat=True), Layout(1, remat=True)
     ),
-    "gemma2_9b": _instruct("google/gemma-2-9b-it", Layout(8, remat=True), Layout(1)),
+    "gemma2_9b": _instruct("google/gemma-2-9b-it", Layout(8, 4), Layout(1)),
     "llama3_1b": _instruct("meta-llama/Llama-3.2-1B-Instruct", Layout(1), Layout(1)),
     "llama3_8b": _instruct("meta-llama/Llama-3.1-8B-Instruct", Layout(8, 2), Layout(1)),
     "llama3_70b": _instruct("meta-llama/Llama-3.3-70B-Instruct", None, Layout(2, remat=True)),
     "qwen3_8b": _instruct("Qwen/Qwen3-8B", Layout(8, 2), Layout(1)),
     "flan_t5_base": _flan("google/flan-t5-base", Layout(1), Layout(1)),
-    "flan_t5_xxl": _flan("google/flan-t5-xxl", Layout(8, remat=True), Layout(1)),  # the paper
+    "flan_t5_xxl": _flan("google/flan-t5-xxl", Layout(8), Layout(1)),  # the paper
 }
 SLICES = {"v5e-8": "v5e_8", "v5p-16": "v5p_16"}
 

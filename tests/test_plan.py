@@ -243,6 +243,15 @@ def test_traffic_of_a_tpu_program() -> None:
     )
 
 
+def test_a_loop_may_count_by_more_than_one() -> None:
+    """As those that multiply with a shard while the next comes round the ring, from both sides."""
+    root = "  ROOT %next = (s32[], f32[7,64]{1,0}) tuple("
+    one, two = "%one = s32[] constant(1)\n", "%two = s32[] add(%half, %one)\n"
+    counting = one + "  %half = s32[] add(%i, %one)\n  " + two
+    text = TPU_PROGRAM.replace(root + "%i", f"  {counting}{root}%two")
+    assert traffic(text).collectives["all-gather"] == (4, 4 * 64 * 64 * 2 * 3 / 4)
+
+
 def test_a_loop_of_unknown_length_must_be_given_one() -> None:
     text = TPU_PROGRAM.replace("direction=LT", "direction=NE")
     with pytest.raises(ValueError, match="does not say how often loop runs"):

@@ -176,16 +176,32 @@ class _Program:
     def trips(self, loop: _Instruction) -> int:
         if known := re.search(r"known_trip_count\D*(\d+)", loop.rest):
             return int(known[1])
-        # The TPU compiler leaves the count out; lax.scan's loops count from 0 up to a constant.
+        # The TPU compiler leaves the count out. Its loops count from 0 up to a constant: lax.scan's
+        # by 1, those that multiply with what the ring has brought so far by 2.
         condition = self.computations[loop.called("condition")[0]]
         *_, root = condition.values()
         if root.op == "compare" and "direction=LT" in root.rest:
-            bound = condition[root.operands[1]]
+            counter, bound = (condition[operand] for operand in root.operands)
             if bound.op == "constant":
-                return int(bound.inside)
+                return -(-int(bound.inside) // self._step(loop, counter))
         if self.while_trips is None:
             raise ValueError(f"the program does not say how often {loop.name} runs")
         return self.while_trips
+
+    def _step(self, loop: _Instruction, counter: _Instruction) -> int:
+        """What the loop's body adds to its counter, a part of the loop's tuple."""
+        body = self.computations[loop.called("body")[0]]
+        *_, root = body.values()
+        place = re.search(r"index=(\d+)", counter.rest)
+        if root.op != "tuple" or place is None:
+            return 1
+
+        def added(value: _Instruction) -> int:
+            if value.op == "constant":
+                return int(value.inside)
+            return sum(added(body[x]) for x in value.operands) if value.op == "add" else 0
+
+        return added(body[root.operands[int(place[1])]]) or 1
 
     def run(self, name: str, times: float, fused: bool = False) -> float:
         """Notes the collectives of a computation; returns the HBM bytes it moves, `times` times."""
