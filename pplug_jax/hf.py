@@ -213,17 +213,14 @@ def _padded(
     read: Callable[[tuple[slice, ...]], np.ndarray],
     index: tuple[slice, ...],
 ) -> np.ndarray:
-    """The part `index` of an array of `shape`: what `read` has up to `stored`, zeros behind."""
+    """The part `index` of an array of `shape`: the rows that are `stored`, and zeros behind."""
     if shape == stored:
         return read(index)
-    bounds = [piece.indices(n)[:2] for piece, n in zip(index, shape, strict=True)]
-    starts, stops = zip(*bounds, strict=True)
+    start, stop, _ = index[0].indices(shape[0])
     # A row at least is read, since safetensors refuses a slice of none.
-    inside = [
-        slice(min(a, n - 1), min(b, n)) for a, b, n in zip(starts, stops, stored, strict=True)
-    ]
-    part = read(tuple(inside))[tuple(slice(max(n - a, 0)) for a, n in zip(starts, stored))]
-    return np.pad(part, [(0, b - a - n) for a, b, n in zip(starts, stops, part.shape, strict=True)])
+    inside = slice(min(start, stored[0] - 1), min(stop, stored[0]))
+    part = read((inside, *index[1:]))[: max(stored[0] - start, 0)]
+    return np.pad(part, [(0, stop - start - len(part)), *[(0, 0)] * (part.ndim - 1)])
 
 
 def _stack(

@@ -1,5 +1,7 @@
 """The one attention call of every model; other backends (splash, cuDNN) belong behind it."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -36,7 +38,8 @@ def attend(
     B, L, N, _ = query.shape
     mesh = jax.sharding.get_abstract_mesh()
     devices = 1 if mesh.empty else parts(mesh, "batch") * parts(mesh, "heads")
-    count = min(-(-4 * B * N * L * key.shape[1] // devices // SCORES_BYTES), L // FEWEST_QUERIES)
+    scores_bytes = 4 * B * N * L * key.shape[1] / devices
+    count = min(math.ceil(scores_bytes / SCORES_BYTES), L // FEWEST_QUERIES)
     if count <= 1:
         return _attend(query, key, value, mask, scale, cap, bias)
     size = -(-L // count)

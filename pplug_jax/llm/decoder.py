@@ -369,12 +369,13 @@ class Decoder(nnx.Module):
             (B, L, V) at the prompt's tokens, or (B, T, V) at the targets where they are given.
         """
         if targets is None:
-            return self.unembed(self.hidden(inputs_embeds, mask))[..., : self.config.vocab_size]
-        embeds = jnp.concatenate(
-            [inputs_embeds.astype(self.embedding.dtype), self.embed(targets)], axis=1
-        )
-        there = jnp.concatenate([mask, jnp.ones(targets.shape, bool)], axis=1)
-        hidden = self.hidden(embeds, there)[:, mask.shape[1] :]
+            hidden = self.hidden(inputs_embeds, mask)
+        else:
+            embeds = jnp.concatenate(
+                [inputs_embeds.astype(self.embedding.dtype), self.embed(targets)], axis=1
+            )
+            there = jnp.concatenate([mask, jnp.ones(targets.shape, bool)], axis=1)
+            hidden = self.hidden(embeds, there)[:, mask.shape[1] :]
         return self.unembed(hidden)[..., : self.config.vocab_size]
 
     def prefill(
