@@ -87,14 +87,16 @@ def predict(
     tokenizer, size = models.tokenizer, config.eval.batch_size
     assemble = models.assemble(config, tokenized, size)
     answers, losses, times = [""] * len(tokenized), np.zeros((len(tokenized), 2)), []
-    llm = models.llm
+    llm, order = models.llm, np.arange(len(tokenized))
     if method.user_lora:
         llm, weights = weights.on(llm), None
+        # Users of as many items together: a batch's training is as long as its longest user's.
+        order = np.argsort([len(mine) for mine in own], kind="stable")
         items = [item for mine in own for item in mine]
         ends = np.cumsum([len(mine) for mine in own])
         users = [range(end - len(mine), end) for mine, end in zip(own, ends, strict=True)]
     with Progress(f"answering with {method.name}", len(tokenized), "examples") as progress:
-        for bucket, indices in plan_batches(np.arange(len(tokenized)), assemble.buckets.of, size):
+        for bucket, indices in plan_batches(order, assemble.buckets.of, size):
             start = time.monotonic()
             if method.user_lora:
                 mine = [users[i] for i in indices] + [range(0)] * (size - len(indices))
