@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from pplug_jax.ahead import compiled_ahead
 from pplug_jax.checkpoint import CheckpointError, Checkpoints
 from pplug_jax.data.batches import (
     Batch,
@@ -213,7 +214,7 @@ def fit(
         config.plug.encoder_rate,
     )
     opt_state = init_optimizer(optimizer, weights, mesh)
-    update = jit_step(weights, opt_state)
+    jitted = jit_step(weights, opt_state)
     step = 0
     checkpoints = Checkpoints(directory / "checkpoints" / method.name, config.train.keep)
     if checkpoints.latest is not None:
@@ -224,12 +225,33 @@ def fit(
             )
         weights, opt_state, step = checkpoints.restore(weights, opt_state)
     data = training_batches(plan, assemble, step)
+    # The arrays themselves are given away to the first step.
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        (weights, opt_state, llm),
+    )
+
+    def lower(bucket: int) -> jax.stages.Lowered:
+        empty = assemble((0, bucket, np.zeros(0, int)))
+        with jax.set_mesh(mesh):
+            return jitted.lower(
+                *arguments,
+                place_batch(empty, mesh),
+                optimizer=optimizer,
+                prefix_length=models.tokenizer.prefix_length,
+                accumulation=config.train.accumulation,
+                remat=config.train.remat,
+                reading=method.reading,
+            )
+
+    buckets = [plan[i][1] for i in range(step, len(plan))]
     writer = Writer(directory, method.name, step)
     soft = soft_tokens(config.plug, method.reading) if method.plug else 0
     try:
         with (
             Stop() as stop,
             Progress(f"training {method.name}", len(plan), "steps", step) as progress,
+            compiled_ahead(lower, dict.fromkeys(buckets)) as compiled,
         ):
             since, tokens, recent, info = time.monotonic(), 0, [], ""
             while step < len(plan):
@@ -237,18 +259,10 @@ def fit(
                 own = batch.prompt_mask.sum() + batch.target_mask.sum() + soft * batch.weight.sum()
                 # Of several processes each sees its own rows alone.
                 tokens += int(own) * config.train.batch_size // len(batch.weight)
-                with jax.set_mesh(mesh):
-                    weights, opt_state, metrics = update(
-                        weights,
-                        opt_state,
-                        llm,
-                        place_batch(batch, mesh),
-                        optimizer=optimizer,
-                        prefix_length=models.tokenizer.prefix_length,
-                        accumulation=config.train.accumulation,
-                        remat=config.train.remat,
-                        reading=method.reading,
-                    )
+                update = compiled(plan[step][1])
+                weights, opt_state, metrics = update(
+                    weights, opt_state, llm, place_batch(batch, mesh)
+                )
                 step += 1
                 recent.append(metrics)
                 if step % config.train.log_every == 0 or step == len(plan):

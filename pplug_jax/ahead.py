@@ -1,0 +1,35 @@
+"""Programs compiled in the background, before they are needed."""
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+
+CORES_A_COMPILER = 4  # about as many as XLA keeps busy with one program
+
+
+@contextlib.contextmanager
+def compiled_ahead(
+    lower: Callable[[Hashable], jax.stages.Lowered], keys: Iterable[Hashable]
+) -> Iterator[Callable[[Hashable], jax.stages.Compiled]]:
+    """Gives what returns the compiled program of a key, waiting for it where it must.
+
+    lower: a key's program, not compiled yet. keys: those to compile, the most urgent first. What
+    has not begun when the context ends never does.
+    """
+    tracing = threading.Lock()  # Python runs one trace at a time: the most urgent shall have it
+
+    def compiled(key: Hashable) -> jax.stages.Compiled:
+        with tracing:
+            lowered = lower(key)
+        return lowered.compile()
+
+    pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // CORES_A_COMPILER))
+    futures = {key: pool.submit(compiled, key) for key in keys}
+    try:
+        yield lambda key: futures[key].result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
