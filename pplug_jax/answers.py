@@ -24,7 +24,7 @@ from pplug_jax.generate import generate
 from pplug_jax.inputs import own_items, shown
 from pplug_jax.llm import LLM
 from pplug_jax.methods import Method, Weights, adapt, inputs_embeds, token_losses
-from pplug_jax.models import Models, parameter_count
+from pplug_jax.models import Models, parameter_count, trained_count
 from pplug_jax.progress import Progress
 from pplug_jax.user_lora import fit_user_loras
 
@@ -33,7 +33,7 @@ class Answers(NamedTuple):
     """What a method gave: a text for each example by its id, and what it took.
 
     losses: of each example's gold, the sum over its tokens and their number. step: the trained
-    weights', if any. trainable: parameters trained. bytes_per_user: what has to be kept of a user,
+    weights', if any. trainable: `trained_count`. bytes_per_user: what has to be kept of a user,
     on average. milliseconds: an example's, in batches, of which the median is taken.
     """
 
@@ -174,7 +174,7 @@ def answer(
         {example.id: text for example, text in zip(examples, texts, strict=True)},
         losses.tolist(),
         step,
-        parameter_count(trained) if trained is not None else 0,
+        trained_count(method, trained) if trained is not None else 0,
         _bytes_per_user(models, method, config, examples, inputs),
         preparing + milliseconds,
     )

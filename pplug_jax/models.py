@@ -262,3 +262,12 @@ class Models:
 def parameter_count(module: nnx.Module) -> int:
     variables = nnx.to_flat_state(nnx.state(module))
     return sum(math.prod(variable.get_value().shape) for _, variable in variables)
+
+
+def trained_count(method: Method, weights: Weights) -> int:
+    """How many of the method's parameters its training changes."""
+    # Enc_inp is there too where it is frozen, or where no query is asked for.
+    idle = isinstance(weights, UserEmbedder) and (
+        weights.frozen_encoder or METHODS[method.weights].reading.uniform
+    )
+    return parameter_count(weights) - (parameter_count(weights.input_encoder) if idle else 0)

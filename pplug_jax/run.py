@@ -21,7 +21,7 @@ from pplug_jax.evaluate import evaluate
 from pplug_jax.inputs import TrainingInputs
 from pplug_jax.methods import METHODS, configured
 from pplug_jax.metrics import check_metrics
-from pplug_jax.models import Models, parameter_count
+from pplug_jax.models import Models, parameter_count, trained_count
 from pplug_jax.plots import plot_losses
 from pplug_jax.progress import say
 from pplug_jax.splits import data_directory, data_name, existing_directory, read_split, report_bad
@@ -36,7 +36,7 @@ def describe(models: Models, train: Sequence[Example], held_out: Sequence[Exampl
     for method in (METHODS[name] for name in config.methods):
         if method.trained:
             settings = configured(config, method, config.seed)
-            count = parameter_count(models.abstract_weights(method, settings))
+            count = trained_count(method, models.abstract_weights(method, settings))
             trainable[count].append(method.name)
     data = data_name(config)
     if data_directory(config) is None:

@@ -22,7 +22,8 @@ from pplug_jax.llm import load_llm
 from pplug_jax.llm.decoder import Decoder, DecoderConfig, Frozen, Rope
 from pplug_jax.llm.lora import Lora
 from pplug_jax.mesh import make_mesh, place
-from pplug_jax.methods import inputs_embeds
+from pplug_jax.methods import METHODS, inputs_embeds
+from pplug_jax.models import trained_count
 from pplug_jax.tools.initialise import initialise
 from pplug_jax.train import init_optimizer, jit_step, loss_fn, make_optimizer
 
@@ -178,6 +179,17 @@ def test_accumulation_and_remat_change_nothing() -> None:
         np.testing.assert_allclose(other_metrics["loss"], metrics["loss"], rtol=1e-5)
         np.testing.assert_allclose(other_metrics["grad_norm"], metrics["grad_norm"], rtol=1e-4)
     assert math.isfinite(metrics["loss"])
+
+
+@pytest.mark.parametrize(
+    ("name", "frozen"), [("pplug", False), ("pplug", True), ("instruction_only", False)]
+)
+def test_what_counts_as_trained_is_what_has_a_gradient(name: str, frozen: bool) -> None:
+    method, plug, batch = METHODS[name], make_plug(40, frozen_encoder=frozen), make_batch()
+    batch.history_mask[0] = False  # whose row gets the null persona
+    grads = jax.grad(loss_fn, has_aux=True)(plug, make_llm(), batch, reading=method.reading)[0]
+    moved = sum(g.size for g in jax.tree.leaves(grads) if jnp.any(g))
+    assert trained_count(method, plug) == moved > 0
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.25])

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from pplug_jax.config import ConfigError, apply_parity, check_config
 from pplug_jax.mesh import make_mesh
-from pplug_jax.models import parameter_count
+from pplug_jax.models import parameter_count, trained_count
 from pplug_jax.plan.chips import CHIPS, Slice, find_slice
 from pplug_jax.plan.hlo import COLLECTIVES
 from pplug_jax.plan.programs import Programs
@@ -79,7 +79,7 @@ def _describe(programs: Programs, where: Slice) -> None:
     say(
         f"{config.llm.path}, {parameter_count(programs.models.llm):,} parameters, "
         f"{config.llm.quantize or config.llm.dtype}; training {programs.method.name}, "
-        f"{parameter_count(programs.weights):,} parameters"
+        f"{trained_count(programs.method, programs.weights):,} parameters"
     )
     say(
         f"{where.name}: {len(where.devices)} x {where.chip.hbm_gib} GiB, mesh "
