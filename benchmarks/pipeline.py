@@ -1,7 +1,7 @@
 """The input pipeline alone, and how long training waits for it: `python -m benchmarks.pipeline`
 
-Examples are made-up token ids with lengths like LaMP-5's, their histories rows of a store of
-made-up vectors as wide as BGE base's. The waiting is that of the default run, on the embedded
+Examples are made up (`benchmarks.lamp_like`), their histories rows of a store of made-up vectors as
+wide as BGE base's. The waiting is that of the default run, on the embedded
 sample with the bundled models.
 """
 
@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
+from benchmarks.lamp_like import draw_examples
 from benchmarks.timing import in_turn, report
 from configs import lamp5
 from pplug_jax.data.batches import (
@@ -25,7 +26,6 @@ from pplug_jax.data.batches import (
     place_batch,
     training_batches,
 )
-from pplug_jax.data.form import SIZE as FORM_SIZE
 from pplug_jax.data.history import HistoryStore
 from pplug_jax.inputs import TrainingInputs
 from pplug_jax.methods import METHODS, configured
@@ -56,33 +56,6 @@ class MadeUp:
         on_batch(len(texts))
         made = np.random.default_rng(len(texts)).standard_normal((len(texts), self.size))
         return made / np.linalg.norm(made, axis=-1, keepdims=True)
-
-
-def lamp_like(count: int, texts: int) -> list[Tokenized]:
-    """Lengths as LaMP-5's: prompts of 210 tokens on average, cut at 256, and 88 items."""
-    rng = np.random.default_rng(0)
-
-    def gamma(mean: float, spread: float, low: int, high: int) -> int:
-        drawn = rng.gamma((mean / spread) ** 2, spread**2 / mean)
-        return int(np.clip(round(drawn), low, high))
-
-    def ids(length: int) -> np.ndarray:
-        return rng.integers(3, 30_000, length, dtype=np.int32)
-
-    examples = []
-    for _ in range(count):
-        prompt, items = gamma(210, 85, 20, 256), gamma(88, 54, 20, 512)
-        examples.append(
-            Tokenized(
-                ids(prompt + 2),
-                ids(gamma(14, 5, 4, 128)),
-                ids(max(8, prompt - 8)),
-                rng.integers(0, texts, items),
-                np.zeros(items, np.float32),
-                np.zeros((items, FORM_SIZE), np.float32),
-            )
-        )
-    return examples
 
 
 def padding(examples: Sequence[Tokenized], count: int) -> tuple[float, float, float, int]:
@@ -139,7 +112,7 @@ def main(_: list[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         store = HistoryStore(Path(scratch) / "made-up", MadeUp())
         store.add(f"text {i}" for i in range(FLAGS.texts))
-        examples = lamp_like(FLAGS.examples, FLAGS.texts)
+        examples = draw_examples(FLAGS.examples, FLAGS.texts)
         shares = {count: padding(examples, count) for count in range(1, 7)}
         show_table(
             f"Padding, LaMP-like (target: {TARGET:.0%})",

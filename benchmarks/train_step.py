@@ -2,11 +2,11 @@
 
     python -m benchmarks.train_step --llm=t5 --batch=16 --dtype=bfloat16 --peak
 
-Random weights, the same for all, on examples as long as LaMP-5's, in the batches of our plan. Ours
-is timed as a run does it, from the tokenised examples through buckets and placing to the update.
-`original` pads to the maxima; `lean` is PyTorch with as little work as ours, on the same batches of
-like lengths (`benchmarks.original`). So original to lean is what the algorithm gains, lean to ours
-what the compiler does. The losses of all updates must agree.
+Random weights, the same for all, on examples as long as LaMP-5's (`benchmarks.lamp_like`), in the
+batches of our plan. Ours is timed as a run does it, from the tokenised examples through buckets
+and placing to the update. `original` pads to the maxima; `lean` is PyTorch with as little work as
+ours, on the same batches of like lengths (`benchmarks.original`). So original to lean is what the
+algorithm gains, lean to ours what the compiler does. The losses of all updates must agree.
 
 Read the Llama's `original` with care: a head of 32000 words is a third of so small an LLM, and of a
 large one a twentieth, so that logits at every place cost it more here.
@@ -28,11 +28,11 @@ import torch
 import transformers
 from absl import app, flags
 
+from benchmarks.lamp_like import draw_examples
 from benchmarks.original import SOFT, Planned, Plug, Recipe
 from benchmarks.timing import in_turn, report
 from configs import common
-from pplug_jax.data.batches import Assemble, Plan, Tokenized, place_batch
-from pplug_jax.data.form import SIZE as FORM_SIZE
+from pplug_jax.data.batches import Assemble, Plan, place_batch
 from pplug_jax.data.history import HistoryStore
 from pplug_jax.embedder import PAPER, Reading, UserEmbedder
 from pplug_jax.llm.decoder import Decoder
@@ -129,33 +129,6 @@ def fill_store(store: HistoryStore) -> None:
 
     store.encoder.encode = draw
     store.add([str(i) for i in range(4096)])
-
-
-def draw_examples(store: HistoryStore) -> list[Tokenized]:
-    """Random tokens and histories, as many as LaMP-5's have."""
-    rng = np.random.default_rng(0)
-
-    def lengths(median: float, spread: float, low: int, high: int) -> np.ndarray:
-        drawn = median * np.exp(spread * rng.normal(size=EXAMPLES))
-        return np.clip(drawn, low, high).astype(int)
-
-    def tokens(count: int) -> np.ndarray:
-        return rng.integers(3, 30000, count, dtype=np.int32)
-
-    inputs = lengths(200, 0.35, 16, 256)
-    targets = lengths(14, 0.4, 3, 40)
-    items = lengths(60, 0.8, 2, 512)  # 84 on average
-    return [
-        Tokenized(
-            prompt=tokens(i + 2),  # a start token and a separator
-            target=tokens(t),
-            query=tokens(min(i + 2, 256)),
-            rows=rng.choice(len(store), n, replace=False),
-            ages=np.zeros(n, np.float32),
-            forms=np.zeros((n, FORM_SIZE), np.float32),
-        )
-        for i, t, n in zip(inputs, targets, items, strict=True)
-    ]
 
 
 forward = jax.jit(loss_fn, static_argnames="prefix_length")
@@ -272,7 +245,7 @@ def make_peers(scratch: Path) -> tuple[dict[str, Ours | Recipe], list[Planned]]:
     config = read_config(scratch)
     models = Models(config, scratch / "run")
     fill_store(models.store)
-    data = models.assemble(config, draw_examples(models.store), FLAGS.batch)
+    data = models.assemble(config, draw_examples(EXAMPLES, len(models.store)), FLAGS.batch)
     plan = Plan(data.buckets.of, FLAGS.batch, 1.0, 0)
     weights = models.new_weights(METHODS["pplug"], config)
     kind = {"llama": transformers.LlamaForCausalLM, "t5": transformers.T5ForConditionalGeneration}

@@ -100,11 +100,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_parts(mesh: Mesh) -> int:
-    """The number of pieces that a global batch is cut into."""
-    return parts(mesh, "batch")
-
-
 def local_rows(mesh: Mesh, size: int) -> np.ndarray:
     """Which rows of a batch of `size` lie on this process' devices, in order; (n,) int64."""
     pieces = sharding(mesh, ("batch",), (size,)).addressable_devices_indices_map((size,))
@@ -116,7 +111,7 @@ def place_rows(local: np.ndarray, mesh: Mesh) -> jax.Array:
 
     local: (n, ...), the rows that `local_rows(mesh, B)` names.
     """
-    pieces = batch_parts(mesh)
+    pieces = parts(mesh, "batch")
     size = len(local) * pieces // len(local_rows(mesh, pieces))
     shape = (size, *local.shape[1:])
     rows = local_rows(mesh, size)

@@ -31,7 +31,7 @@ from pplug_jax.files import is_remote
 from pplug_jax.hub import local_directory
 from pplug_jax.llm import LLM, abstract_llm, load_llm
 from pplug_jax.llm.lora import Lora
-from pplug_jax.mesh import batch_parts, local_rows, make_mesh, place, place_abstract
+from pplug_jax.mesh import local_rows, make_mesh, parts, place, place_abstract
 from pplug_jax.methods import METHODS, Method, Weights, configured
 
 ASSETS = Path(__file__).parent / "assets"
@@ -63,7 +63,7 @@ class Models:
         self.workdir = workdir
         self.task = TASKS[config.task]
         self.mesh = make_mesh(**config.mesh)
-        check_batches(config, batch_parts(self.mesh))
+        check_batches(config, parts(self.mesh, "batch"))
         llm_path = model_path(config.llm.path, "llm")
         self.encoder_path = model_path(config.encoder.path, "encoder")
         self.llm = self._load_llm(llm_path)

@@ -16,7 +16,7 @@ from pplug_jax.distributed import fetch
 from pplug_jax.encoder import bert
 from pplug_jax.errors import InputError
 from pplug_jax.llm.decoder import Frozen
-from pplug_jax.mesh import batch_parts, local_rows, make_mesh, place_rows
+from pplug_jax.mesh import local_rows, make_mesh, parts, place_rows
 
 # The compiled text lengths: each a third or a half longer, so that little is padded.
 LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -157,7 +157,7 @@ class Encoder:
         prefix = self.query_prefix if queries else self.item_prefix
         tokens = self.tokenize([prefix + text for text in texts])
         self.cut_texts += sum(len(ids) == self.max_length for ids in tokens)
-        parts = batch_parts(self.mesh)
+        pieces = parts(self.mesh, "batch")
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         order = np.argsort([-len(ids) for ids in tokens], kind="stable")
         vectors = np.zeros((len(tokens), self.size), np.float32)
@@ -166,7 +166,7 @@ class Encoder:
             # No wider than the position table, whose size need not be one of LENGTHS.
             width = min(next(x for x in LENGTHS if x >= longest), self.model.config.max_length)
             size = min(batch_size, max(1, CPU_TOKENS // width)) if on_cpu else batch_size
-            size = -(-size // parts) * parts
+            size = -(-size // pieces) * pieces
             rows, order = order[:size], order[size:]
             ids = np.zeros((size, width), np.int32)
             lengths = np.ones(size, np.int32)

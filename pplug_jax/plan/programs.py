@@ -18,7 +18,7 @@ from pplug_jax.data.form import SIZE as FORM_SIZE
 from pplug_jax.embedder import soft_tokens
 from pplug_jax.llm import abstract_llm
 from pplug_jax.llm.shapes import PUBLISHED, published_directory
-from pplug_jax.mesh import batch_parts, place_abstract, replicated, sharding
+from pplug_jax.mesh import parts, place_abstract, replicated, sharding
 from pplug_jax.methods import METHODS, Method, configured
 from pplug_jax.models import Models, model_path
 from pplug_jax.train import jit_step, make_optimizer
@@ -51,7 +51,7 @@ class AbstractModels(Models):
 
     def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh):
         self.config, self.mesh = config, mesh
-        check_batches(config, batch_parts(mesh))
+        check_batches(config, parts(mesh, "batch"))
         llm = abstract_llm(config_directory(config.llm.path, "llm"), **self._llm_settings)
         self.llm = place_abstract(llm, mesh)
         self.encoder_path = config_directory(config.encoder.path, "encoder")
