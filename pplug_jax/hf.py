@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 from pplug_jax.errors import InputError
 from pplug_jax.mesh import shardings
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt")  # a directory holds one or more
 # Of a stack of layers, so many bytes are read at a time.
 PIECE_BYTES = 2**26
 
@@ -80,11 +81,8 @@ def load_tokenizer(directory: str | Path, vocab_size: int) -> transformers.PreTr
         InputError: the tokenizer is missing, or can give an id that an embedding table of
             `vocab_size` rows lacks.
     """
-    if not any(
-        (Path(directory) / name).is_file()
-        for name in ("tokenizer.json", "tokenizer.model", "vocab.txt")
-    ):
-        raise FileNotFoundError(f"{directory}: no tokenizer.json, tokenizer.model or vocab.txt")
+    if not any((Path(directory) / name).is_file() for name in TOKENIZERS):
+        raise FileNotFoundError(f"{directory}: none of {', '.join(TOKENIZERS)}")
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     if len(tokenizer) > vocab_size:
         raise InputError(

@@ -166,12 +166,15 @@ def test_the_fingerprint_tells_encoders_apart(tiny_bert: Path, tmp_path: Path) -
         file.seek(-4, 2)
         file.write(b"\0\0\0\0")
     copy = shutil.copytree(tiny_bert, tmp_path / "copy")
+    vocabulary = shutil.copytree(tiny_bert, tmp_path / "vocabulary")
+    (vocabulary / "vocab.txt").write_text("[PAD]")
     prints = [
         load_encoder(tiny_bert).fingerprint,
         load_encoder(tiny_bert, pooling="mean").fingerprint,
         load_encoder(tiny_bert, max_length=64).fingerprint,
         load_encoder(tiny_bert, dtype="bfloat16").fingerprint,
         load_encoder(weights).fingerprint,
+        load_encoder(vocabulary).fingerprint,
         load_encoder(other("config", "config.json", "1e-12", "1e-05")).fingerprint,
         load_encoder(
             other(

@@ -112,11 +112,8 @@ class Encoder:
         self.cut_texts = 0
         settings = f"{self.model.pooling} {self.max_length} {dtype} {item_prefix}"
         digest = hashlib.sha256(settings.encode())
-        for file in [
-            Path(path) / "config.json",
-            Path(path) / "tokenizer.json",
-            *hf.weight_files(path),
-        ]:
+        names = ("config.json", "tokenizer_config.json", *hf.TOKENIZERS)
+        for file in (*(Path(path) / name for name in names), *hf.weight_files(path)):
             if file.is_file():
                 with open(file, "rb") as handle:
                     digest.update(hashlib.file_digest(handle, "sha256").digest())
