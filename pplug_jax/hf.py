@@ -82,7 +82,9 @@ def load_tokenizer(directory: str | Path, vocab_size: int) -> transformers.PreTr
             `vocab_size` rows lacks.
     """
     if not any((Path(directory) / name).is_file() for name in TOKENIZERS):
-        raise FileNotFoundError(f"{directory}: none of {', '.join(TOKENIZERS)}")
+        raise FileNotFoundError(
+            f"{directory}: no tokenizer, which is one of {', '.join(TOKENIZERS)}"
+        )
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     if len(tokenizer) > vocab_size:
         raise InputError(

@@ -190,7 +190,9 @@ def test_a_tokenizer_larger_than_the_embedding_table(tiny_llama: Path) -> None:
 
 def test_no_tokenizer(path: Path) -> None:
     (path / "tokenizer.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"model: no tokenizer\.json"):
+    with pytest.raises(
+        FileNotFoundError, match=r"model: no tokenizer, which is one of tokenizer\.json"
+    ):
         hf.load_tokenizer(path, 320)
 
 
