@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from pplug_jax.ahead import compiled_ahead
 from pplug_jax.checkpoint import Checkpoints
 from pplug_jax.data import submission
 from pplug_jax.data.batches import Batch, Tokenized, place_batch, plan_batches
@@ -89,35 +90,47 @@ def predict(
     answers, losses, times = [""] * len(tokenized), np.zeros((len(tokenized), 2)), []
     llm, order = models.llm, np.arange(len(tokenized))
     if method.user_lora:
-        llm, weights = weights.on(llm), None
-        # Users of as many items together: a batch's training is as long as its longest user's.
-        order = np.argsort([len(mine) for mine in own], kind="stable")
+        llm = weights.on(llm)
         items = [item for mine in own for item in mine]
         ends = np.cumsum([len(mine) for mine in own])
         users = [range(end - len(mine), end) for mine, end in zip(own, ends, strict=True)]
-    with Progress(f"answering with {method.name}", len(tokenized), "examples") as progress:
-        for bucket, indices in plan_batches(order, assemble.buckets.of, size):
+        weights = fit_user_loras(models, llm, config, items, [range(0)] * size)  # untrained yet
+        # Users of as many items together: a batch's training is as long as its longest user's.
+        order = np.argsort([len(mine) for mine in own], kind="stable")
+    batches = plan_batches(order, assemble.buckets.of, size)
+    reading = {"prefix_length": tokenizer.prefix_length, "reading": method.reading}
+    decoding = {
+        name: config.eval[name] for name in ("max_new_tokens", "num_beams", "length_penalty")
+    }
+    arguments = weights, llm
+
+    def lower(program: tuple[str, int]) -> jax.stages.Lowered:
+        name, bucket = program
+        empty = assemble((0, bucket, np.zeros(0, int)))
+        with jax.set_mesh(models.mesh):
+            batch = place_batch(empty, models.mesh)
+            if name == "answers":
+                return answer_tokens.lower(*arguments, batch, **reading, **decoding)
+            return gold_losses.lower(*arguments, batch, **reading)
+
+    buckets = dict.fromkeys(bucket for bucket, _ in batches)
+    programs = [(name, bucket) for bucket in buckets for name in ("answers", "losses")]
+    with (
+        Progress(f"answering with {method.name}", len(tokenized), "examples") as progress,
+        compiled_ahead(lower, programs) as compiled,
+    ):
+        for bucket, indices in batches:
+            answer_with = compiled(("answers", bucket))
             start = time.monotonic()
             if method.user_lora:
                 mine = [users[i] for i in indices] + [range(0)] * (size - len(indices))
                 weights = fit_user_loras(models, llm, config, items, mine)
-            with jax.set_mesh(models.mesh):
-                batch = place_batch(assemble((0, bucket, indices)), models.mesh)
-                tokens = answer_tokens(
-                    weights,
-                    llm,
-                    batch,
-                    reading=method.reading,
-                    prefix_length=tokenizer.prefix_length,
-                    max_new_tokens=config.eval.max_new_tokens,
-                    num_beams=config.eval.num_beams,
-                    length_penalty=config.eval.length_penalty,
-                )
+            batch = place_batch(assemble((0, bucket, indices)), models.mesh)
+            tokens = answer_with(weights, llm, batch)
             for index, row in zip(indices, fetch(tokens), strict=False):
                 answers[index] = tokenizer.decode(row)
             times.append(1000 * (time.monotonic() - start) / len(indices))
-            with jax.set_mesh(models.mesh):
-                found = gold_losses(weights, llm, batch, tokenizer.prefix_length, method.reading)
+            found = compiled(("losses", bucket))(weights, llm, batch)
             losses[indices] = fetch(found)[: len(indices)]
             progress.advance(len(indices))
     return answers, losses, float(np.median(times))

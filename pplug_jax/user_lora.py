@@ -84,4 +84,4 @@ def fit_user_loras(
                 learning_rate=settings.user_learning_rate,
                 prefix_length=models.tokenizer.prefix_length,
             )
-    return lora
+    return place(lora, models.mesh)  # the compiler may have put some elsewhere
