@@ -21,7 +21,7 @@ flags.DEFINE_list("items", ["10", "100", "1000", "10000", "100000"], "History it
 flags.DEFINE_integer("encoder_size", 768, "E, width of the items' vectors; 768 is BGE base's.")
 flags.DEFINE_integer("llm_size", 2048, "D, width of the LLM; 2048 is Llama 3.2 1B's.")
 FLAGS.set_default("repeats", 3)
-TOLERANCE = 1e-5  # of the persona's largest entry
+TOLERANCE = 3e-5  # of the largest entry; 100,000 items nearly cancel, and float32 rounds each
 MIB = 2**20
 
 
