@@ -1,8 +1,8 @@
 """The input pipeline alone, and how long training waits for it: `python -m benchmarks.pipeline`
 
 Examples are made up (`benchmarks.lamp_like`), their histories rows of a store of made-up vectors as
-wide as BGE base's. The waiting is that of the default run, on the embedded
-sample with the bundled models.
+wide as BGE base's. The waiting is that of the default run, on the embedded sample with the bundled
+models.
 """
 
 import tempfile

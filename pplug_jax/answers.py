@@ -102,25 +102,24 @@ def predict(
     decoding = {
         name: config.eval[name] for name in ("max_new_tokens", "num_beams", "length_penalty")
     }
+    static = {answer_tokens: reading | decoding, gold_losses: reading}
     arguments = weights, llm
 
-    def lower(program: tuple[str, int]) -> jax.stages.Lowered:
-        name, bucket = program
+    def lower(program: tuple[Any, int]) -> jax.stages.Lowered:
+        function, bucket = program
         empty = assemble((0, bucket, np.zeros(0, int)))
         with jax.set_mesh(models.mesh):
             batch = place_batch(empty, models.mesh)
-            if name == "answers":
-                return answer_tokens.lower(*arguments, batch, **reading, **decoding)
-            return gold_losses.lower(*arguments, batch, **reading)
+            return function.lower(*arguments, batch, **static[function])
 
     buckets = dict.fromkeys(bucket for bucket, _ in batches)
-    programs = [(name, bucket) for bucket in buckets for name in ("answers", "losses")]
+    programs = [(function, bucket) for bucket in buckets for function in static]
     with (
         Progress(f"answering with {method.name}", len(tokenized), "examples") as progress,
         compiled_ahead(lower, programs) as compiled,
     ):
         for bucket, indices in batches:
-            answer_with = compiled(("answers", bucket))
+            answer_with = compiled((answer_tokens, bucket))
             start = time.monotonic()
             if method.user_lora:
                 mine = [users[i] for i in indices] + [range(0)] * (size - len(indices))
@@ -130,7 +129,7 @@ def predict(
             for index, row in zip(indices, fetch(tokens), strict=False):
                 answers[index] = tokenizer.decode(row)
             times.append(1000 * (time.monotonic() - start) / len(indices))
-            found = compiled(("losses", bucket))(weights, llm, batch)
+            found = compiled((gold_losses, bucket))(weights, llm, batch)
             losses[indices] = fetch(found)[: len(indices)]
             progress.advance(len(indices))
     return answers, losses, float(np.median(times))

@@ -244,14 +244,14 @@ def fit(
                 reading=method.reading,
             )
 
-    buckets = [plan[i][1] for i in range(step, len(plan))]
+    buckets = [plan[i][1] for i in range(len(plan))]
     writer = Writer(directory, method.name, step)
     soft = soft_tokens(config.plug, method.reading) if method.plug else 0
     try:
         with (
             Stop() as stop,
             Progress(f"training {method.name}", len(plan), "steps", step) as progress,
-            compiled_ahead(lower, dict.fromkeys(buckets)) as compiled,
+            compiled_ahead(lower, dict.fromkeys(buckets[step:])) as compiled,
         ):
             since, tokens, recent, info = time.monotonic(), 0, [], ""
             while step < len(plan):
@@ -259,7 +259,7 @@ def fit(
                 own = batch.prompt_mask.sum() + batch.target_mask.sum() + soft * batch.weight.sum()
                 # Of several processes each sees its own rows alone.
                 tokens += int(own) * config.train.batch_size // len(batch.weight)
-                update = compiled(plan[step][1])
+                update = compiled(buckets[step])
                 weights, opt_state, metrics = update(
                     weights, opt_state, llm, place_batch(batch, mesh)
                 )
