@@ -101,7 +101,7 @@ def main(_: list[str]) -> None:
     train = programs.settings.train
     rows = train.batch_size
     weights, llm, batch = (
-        fill(x) for x in (programs.weights, programs.models.llm, programs.batch(rows))
+        fill(x) for x in (programs.weights, programs.models.abstract_llm, programs.batch(rows))
     )
     optimizer = make_optimizer(
         1, train.learning_rate, train.weight_decay, train.warmup, train.clip_norm

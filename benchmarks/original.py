@@ -29,7 +29,7 @@ class Plug(torch.nn.Module):
 
     def __init__(self, encoder: transformers.BertModel, ours: UserEmbedder, lean: bool):
         super().__init__()
-        self.encoder, self.scale, self.lean = encoder, ours.scale, lean
+        self.encoder, self.scale, self.lean = encoder, float(ours.scale[...]), lean
         self.projector = copied(ours.projector)
         self.instruction_projector = copied(ours.instruction_projector)
         self.instruction = torch.nn.Parameter(torch.tensor(np.asarray(ours.instruction[...])))

@@ -88,9 +88,9 @@ def predict(
     tokenizer, size = models.tokenizer, config.eval.batch_size
     assemble = models.assemble(config, tokenized, size)
     answers, losses, times = [""] * len(tokenized), np.zeros((len(tokenized), 2)), []
-    llm, order = models.llm, np.arange(len(tokenized))
+    llm, order = models.abstract_llm, np.arange(len(tokenized))
     if method.user_lora:
-        llm = weights.on(llm)
+        llm = weights.on(models.llm)
         items = [item for mine in own for item in mine]
         ends = np.cumsum([len(mine) for mine in own])
         users = [range(end - len(mine), end) for mine, end in zip(own, ends, strict=True)]
@@ -115,9 +115,10 @@ def predict(
     buckets = dict.fromkeys(bucket for bucket, _ in batches)
     programs = [(function, bucket) for bucket in buckets for function in static]
     with (
-        Progress(f"answering with {method.name}", len(tokenized), "examples") as progress,
         compiled_ahead(lower, programs) as compiled,
+        Progress(f"answering with {method.name}", len(tokenized), "examples") as progress,
     ):
+        llm = llm if method.user_lora else models.llm
         for bucket, indices in batches:
             answer_with = compiled((answer_tokens, bucket))
             start = time.monotonic()
@@ -255,7 +256,7 @@ def write_personas(
     for tokenized in (inputs, others):
         assemble = models.assemble(config, tokenized, config.eval.batch_size)
         weights = [np.zeros(0)] * len(tokenized)
-        personas = np.zeros((len(tokenized), models.llm.config.hidden_size), np.float32)
+        personas = np.zeros((len(tokenized), models.abstract_llm.config.hidden_size), np.float32)
         for bucket, indices in plan_batches(
             np.arange(len(tokenized)), assemble.buckets.of, config.eval.batch_size
         ):

@@ -4,7 +4,7 @@ A training run's hold what is trained, the optimiser and the step, which is also
 data; never the LLM.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -188,22 +188,24 @@ def save_module(directory: epath.Path, module: Any, origin: dict[str, Any]) -> N
         checkpointer.save(directory, items, force=True)
 
 
-def restore_module(directory: epath.Path, module: Any, origin: dict[str, Any]) -> Any:
-    """What `save_module` wrote, laid out as the abstract `module`.
+def module_loader(directory: epath.Path, module: Any, origin: dict[str, Any]) -> Callable[[], Any]:
+    """What restores what `save_module` wrote, laid out as the abstract `module`.
 
     Raises:
         CheckpointError: it was made from something else than `origin`.
     """
-    with ocp.Checkpointer(_module_handler()) as checkpointer:
-        items = ocp.args.Composite(origin=ocp.args.JsonRestore())
-        found = checkpointer.restore(directory, items)["origin"]
-        if found != origin:
-            raise CheckpointError(
-                f"{directory} was converted from {found}, not from {origin}: "
-                "delete it, or name another place with --config.llm.converted"
-            )
-        items = ocp.args.Composite(arrays=_restore_args(module))
-        return _restored_like(module, checkpointer.restore(directory, items)["arrays"])
+
+    def restore(**items: Any) -> Any:
+        with ocp.Checkpointer(_module_handler()) as checkpointer:
+            return checkpointer.restore(directory, ocp.args.Composite(**items))
+
+    found = restore(origin=ocp.args.JsonRestore())["origin"]
+    if found != origin:
+        raise CheckpointError(
+            f"{directory} was converted from {found}, not from {origin}: "
+            "delete it, or name another place with --config.llm.converted"
+        )
+    return lambda: _restored_like(module, restore(arrays=_restore_args(module))["arrays"])
 
 
 def _module_handler() -> ocp.CompositeCheckpointHandler:

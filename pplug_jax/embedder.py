@@ -31,6 +31,7 @@ from flax import nnx
 from pplug_jax.data.form import SIZE as FORM_SIZE
 from pplug_jax.encoder.bert import Bert, gelu
 from pplug_jax.errors import InputError
+from pplug_jax.llm.decoder import Frozen
 from pplug_jax.mesh import rows
 
 # E[GELU(z)^2] for z ~ N(0, 1): what the first layer hands to the second at initialisation.
@@ -142,7 +143,7 @@ class UserEmbedder(nnx.Module):
 
     Args of the constructor:
         input_encoder: Enc_inp, its weights `nnx.Param`.
-        llm_size: D. scale: the soft tokens' norm at initialisation.
+        llm_size: D. scale: the soft tokens' norm at initialisation, kept with the weights.
         num_persona_tokens: k; 1 is the paper. projector_size: the persona projector's
             hidden units; 0 is D, the paper.
         temperature: of the attention; 1.0 is the paper. learned_temperature: train it from there.
@@ -161,7 +162,7 @@ class UserEmbedder(nnx.Module):
         self,
         input_encoder: Bert,
         llm_size: int,
-        scale: float,
+        scale: jax.Array | float,
         *,
         num_persona_tokens: int = 1,
         projector_size: int = 0,
@@ -217,7 +218,7 @@ class UserEmbedder(nnx.Module):
         self.form_projector, self.null_form = more_tokens(form, FORM_SIZE)
         self.frozen_encoder = frozen_encoder
         self.temperature = temperature
-        self.scale = scale
+        self.scale = Frozen(jnp.float32(scale), axes=())
         self.dtype = dtype
 
     def __call__(
@@ -272,7 +273,8 @@ class UserEmbedder(nnx.Module):
             vector = self.instruction[...].astype(self.dtype)
             made = self.instruction_projector.second(self.instruction_projector.first(vector))
             parts.insert(0, jnp.broadcast_to(made, (history.shape[0], *made.shape)))
-        return jnp.concatenate(parts, axis=1) * self.scale
+        scale = jax.lax.stop_gradient(self.scale[...]).astype(self.dtype)
+        return jnp.concatenate(parts, axis=1) * scale
 
     def attention(
         self,

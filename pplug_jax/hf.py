@@ -123,7 +123,7 @@ def open_weights(file: Path) -> safe_open:
         ) from error
 
 
-def load_weights(
+def weights_loader(
     module: nnx.Module,
     directory: str | Path,
     sources: Mapping[str, Source],
@@ -132,8 +132,10 @@ def load_weights(
     ignore: str = "",
     prefix: str = "",
     store: Callable[[jax.Array], Any] = lambda array: array,
-) -> nnx.Module:
-    """Fills the abstract `module` with the checkpoint's tensors; a device reads only its slice.
+) -> Callable[[], nnx.Module]:
+    """What fills the abstract `module` with the checkpoint's tensors, which are checked at once.
+
+    Each device reads only its slice.
 
     Args:
         module: its variables hold `jax.ShapeDtypeStruct`, whose shapes the checkpoint must have (or
@@ -158,7 +160,7 @@ def load_weights(
     graph, state = nnx.split(module)
     places = nnx.to_flat_state(shardings(module, mesh))
     wanted: set[str] = set()
-    filled = []
+    fillings: list[Callable[[], Any]] = []
     for (path, variable), (_, place) in zip(nnx.to_flat_state(state), places, strict=True):
         abstract = variable.get_value()
         source = sources[".".join(map(str, path))]
@@ -188,13 +190,11 @@ def load_weights(
 
         where = place.get_value()
         if stacked:
-            array = _stack(read, names, abstract, where, store)
+            filling = functools.partial(_stack, read, names, abstract, where, store)
         else:
-            read_slice = functools.partial(
-                _padded, abstract.shape, stored_shape, functools.partial(read, names[0])
-            )
-            array = store(jax.make_array_from_callback(abstract.shape, where, read_slice))
-        filled.append((path, variable.replace(array)))
+            read_whole = functools.partial(read, names[0])
+            filling = functools.partial(_single, read_whole, stored_shape, abstract, where, store)
+        fillings.append(filling)
 
     unexpected = sorted(
         name for name in tensors if name not in wanted and not re.fullmatch(ignore, name)
@@ -204,7 +204,26 @@ def load_weights(
             f"{directory}: the checkpoint has tensors that this architecture does not: "
             f"{', '.join(unexpected[:5])}"
         )
-    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+    def load() -> nnx.Module:
+        flat = [
+            (path, variable.replace(filling()))
+            for (path, variable), filling in zip(nnx.to_flat_state(state), fillings, strict=True)
+        ]
+        return nnx.merge(graph, nnx.from_flat_state(flat))
+
+    return load
+
+
+def _single(
+    read: Callable[[tuple[slice, ...]], np.ndarray],
+    stored_shape: tuple[int, ...],
+    abstract: jax.ShapeDtypeStruct,
+    where: jax.sharding.Sharding,
+    store: Callable[[jax.Array], Any],
+) -> Any:
+    part = functools.partial(_padded, abstract.shape, stored_shape, read)
+    return store(jax.make_array_from_callback(abstract.shape, where, part))
 
 
 def _padded(
@@ -264,7 +283,7 @@ def _put(stack: jax.Array, piece: jax.Array, start: int) -> jax.Array:
 def save_weights(
     module: nnx.Module, directory: str | Path, sources: Mapping[str, Source], dtype: Any
 ) -> None:
-    """Writes `module` as `model.safetensors`, the inverse of `load_weights`."""
+    """Writes `module` as `model.safetensors`, the inverse of what `weights_loader` gives."""
     tensors = {}
     for path, variable in nnx.to_flat_state(nnx.state(module)):
         source = sources[".".join(map(str, path))]

@@ -1,20 +1,21 @@
-"""The loaded parts that training, evaluation and serving share: mesh, LLM, encoder, store."""
+"""The parts that training, evaluation and serving share: mesh, LLM, encoder, store."""
 
 import contextlib
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
 from flax import nnx
 
 from pplug_jax import hf
-from pplug_jax.checkpoint import Checkpoints, is_saved, restore_module, save_module
+from pplug_jax.checkpoint import Checkpoints, is_saved, module_loader, save_module
 from pplug_jax.config import ConfigError, check_batches
 from pplug_jax.data.batches import Assemble, Buckets, Tokenized, history_rows, tokenize
 from pplug_jax.data.history import HistoryStore
@@ -29,7 +30,7 @@ from pplug_jax.encoder.encode import abstract_bert, load_bert
 from pplug_jax.errors import InputError
 from pplug_jax.files import is_remote
 from pplug_jax.hub import local_directory
-from pplug_jax.llm import LLM, abstract_llm, load_llm
+from pplug_jax.llm import LLM, abstract_llm, llm_loader
 from pplug_jax.llm.lora import Lora
 from pplug_jax.mesh import local_rows, make_mesh, parts, place, place_abstract
 from pplug_jax.methods import METHODS, Method, Weights, configured
@@ -52,7 +53,9 @@ def model_path(path: str, field: str) -> Path:
 
 
 class Models:
-    """What a config names, loaded onto its mesh.
+    """What a config names, on its mesh.
+
+    abstract_llm: the LLM's shapes, dtypes and places, which is all that compiling needs.
 
     Raises:
         ConfigError, FileNotFoundError, ValueError: a path, checkpoint or setting that cannot work.
@@ -66,13 +69,15 @@ class Models:
         check_batches(config, parts(self.mesh, "batch"))
         llm_path = model_path(config.llm.path, "llm")
         self.encoder_path = model_path(config.encoder.path, "encoder")
-        self.llm = self._load_llm(llm_path)
-        tokenizer = hf.load_tokenizer(llm_path, self.llm.config.vocab_size)
+        llm = abstract_llm(llm_path, **self._llm_settings)
+        self.abstract_llm = place_abstract(llm, self.mesh)
+        self._load_llm = self._llm_loader(llm_path)
+        tokenizer = hf.load_tokenizer(llm_path, llm.config.vocab_size)
         self.tokenizer = Tokenizer(
             tokenizer,
-            self.llm.config.eos_ids,
+            llm.config.eos_ids,
             separator=config.llm.separator,
-            prompt_end=self.llm.prompt_end,
+            prompt_end=llm.prompt_end,
             chat=config.llm.chat,
         )
         self._check_length()
@@ -88,12 +93,15 @@ class Models:
         local = "history" if is_remote(workdir) else workdir / "history"
         self.store = HistoryStore(config.data.history_store or local, self.encoder)
 
-    def _load_llm(self, path: Path) -> LLM:
-        settings = self._llm_settings
-        if not is_saved(self.converted):
-            return load_llm(path, mesh=self.mesh, **settings)
-        abstract = place_abstract(abstract_llm(path, **settings), self.mesh)
-        return restore_module(self.converted, abstract, self._llm_origin)
+    def _llm_loader(self, path: Path) -> Callable[[], LLM]:
+        if is_saved(self.converted):
+            return module_loader(self.converted, self.abstract_llm, self._llm_origin)
+        return llm_loader(path, mesh=self.mesh, **self._llm_settings)
+
+    @functools.cached_property
+    def llm(self) -> LLM:
+        """The frozen LLM, loaded when it is first asked for."""
+        return self._load_llm()
 
     def convert_llm(self) -> bool:
         """Writes the loaded LLM for later starts to restore; returns whether it was not there."""
@@ -148,7 +156,7 @@ class Models:
 
     def buckets(self, examples: Sequence[Tokenized], count: int) -> Buckets:
         longest_query = self.encoder.model.config.max_length
-        return Buckets(examples, count, longest_query, self.llm.decoder_only)
+        return Buckets(examples, count, longest_query, self.abstract_llm.decoder_only)
 
     def assemble(
         self,
@@ -179,25 +187,22 @@ class Models:
         soft = max(map(soft_tokens, plugs), default=0)
         prompt = self.tokenizer.prefix_length + data.max_input_length + len(self.tokenizer.suffix)
         answer = max(data.max_target_length, self.config.eval.max_new_tokens)
-        if prompt + soft + answer > self.llm.config.max_length:
+        longest = self.abstract_llm.config.max_length
+        if prompt + soft + answer > longest:
             raise ConfigError(
                 f"config.data.max_input_length: prompt, soft tokens and answer may reach "
                 f"{prompt + soft + answer} tokens, "
-                f"but the LLM was made for {self.llm.config.max_length}"
+                f"but the LLM was made for {longest}"
             )
 
-    @functools.cached_property
-    def _soft_norm(self) -> float:
-        return float(jax.jit(lambda llm: llm.embedding_norm())(self.llm))
-
     def _build_plug(
-        self, config: ml_collections.ConfigDict, norm: float, encoder: Bert, key: jax.Array
+        self, config: ml_collections.ConfigDict, encoder: Bert, scale: jax.Array, key: jax.Array
     ) -> UserEmbedder:
         """A plug with `encoder` for Enc_inp, whose other parts are drawn from the key."""
         return UserEmbedder(
             encoder,
-            self.llm.config.hidden_size,
-            norm,
+            self.abstract_llm.config.hidden_size,
+            scale,
             num_persona_tokens=config.num_persona_tokens,
             projector_size=config.projector_size,
             temperature=config.temperature,
@@ -212,7 +217,7 @@ class Models:
         )
 
     def _build_lora(self, config: ml_collections.ConfigDict, key: jax.Array) -> Lora:
-        return Lora(self.llm, config.rank, config.alpha, rngs=nnx.Rngs(key))
+        return Lora(self.abstract_llm, config.rank, config.alpha, rngs=nnx.Rngs(key))
 
     def _input_encoder(self, config: ml_collections.ConfigDict) -> dict[str, Any]:
         return {
@@ -230,9 +235,10 @@ class Models:
         if method.lora:
             build = functools.partial(self._build_lora, config.lora)
             return place_abstract(jax.eval_shape(build, key), self.mesh)
-        build = functools.partial(self._build_plug, config.plug, self._soft_norm)
+        build = functools.partial(self._build_plug, config.plug)
         encoder = abstract_bert(self.encoder_path, **self._input_encoder(config.plug))
-        return place_abstract(jax.eval_shape(build, encoder, key), self.mesh)
+        scale = jax.ShapeDtypeStruct((), jnp.float32)
+        return place_abstract(jax.eval_shape(build, encoder, scale, key), self.mesh)
 
     def restore_weights(
         self, method: Method, config: ml_collections.ConfigDict, directory: Path
@@ -254,13 +260,14 @@ class Models:
         if method.lora:
             build = jax.jit(functools.partial(self._build_lora, config.lora))
             return place(build(key), self.mesh)
-        build = jax.jit(functools.partial(self._build_plug, config.plug, self._soft_norm))
+        build = jax.jit(functools.partial(self._build_plug, config.plug))
         encoder = load_bert(self.encoder_path, self.mesh, **self._input_encoder(config.plug))
-        return place(build(encoder, key), self.mesh)
+        scale = jax.jit(lambda llm: llm.embedding_norm())(self.llm)
+        return place(build(encoder, scale, key), self.mesh)
 
 
-def parameter_count(module: nnx.Module) -> int:
-    variables = nnx.to_flat_state(nnx.state(module))
+def parameter_count(module: nnx.Module, *filters: type[nnx.Variable]) -> int:
+    variables = nnx.to_flat_state(nnx.state(module, *filters))
     return sum(math.prod(variable.get_value().shape) for _, variable in variables)
 
 
@@ -270,4 +277,5 @@ def trained_count(method: Method, weights: Weights) -> int:
     idle = isinstance(weights, UserEmbedder) and (
         weights.frozen_encoder or METHODS[method.weights].reading.uniform
     )
-    return parameter_count(weights) - (parameter_count(weights.input_encoder) if idle else 0)
+    count = parameter_count(weights, nnx.Param)
+    return count - parameter_count(weights.input_encoder) if idle else count

@@ -28,6 +28,7 @@ class Personalizer:
 
     def __init__(self, models: Models, plug: UserEmbedder):
         self.models = models
+        self.llm = models.llm  # loaded now, not by the first who asks
         self.plug = plug
         self.peers = None if plug.difference_projector is None else models.peers
 
@@ -84,14 +85,14 @@ class Personalizer:
         models = self.models
         prompt = models.tokenizer.prompt(input, models.config.data.max_input_length)[None]
         embeds, mask = inputs_embeds(
-            models.llm,
+            self.llm,
             self._soft_prompt(input, history),
             prompt,
             np.ones(prompt.shape, bool),
             models.tokenizer.prefix_length,
         )
         tokens = generate(
-            models.llm,
+            self.llm,
             embeds,
             mask,
             max_new_tokens=models.config.eval.max_new_tokens,

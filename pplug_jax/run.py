@@ -31,7 +31,7 @@ from pplug_jax.train import fit
 def describe(models: Models, train: Sequence[Example], held_out: Sequence[Example]) -> None:
     """Prints what is about to be done."""
     config = models.config
-    frozen = parameter_count(models.llm)
+    frozen = parameter_count(models.abstract_llm)
     trainable: dict[int, list[str]] = defaultdict(list)
     for method in (METHODS[name] for name in config.methods):
         if method.trained:

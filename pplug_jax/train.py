@@ -1,5 +1,6 @@
 """Fits a plug or a LoRA: the loss, the jit-compiled step, and the loop around them."""
 
+import contextlib
 import functools
 import math
 import signal
@@ -61,14 +62,16 @@ def make_optimizer(
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
         optax.adamw(schedule, weight_decay=weight_decay),
-        optax.masked(optax.scale(encoder_rate), _of_encoder),
+        optax.masked(optax.scale(encoder_rate), _part("input_encoder")),
+        optax.masked(optax.set_to_zero(), _part("scale")),
     )
 
 
-def _of_encoder(weights: Weights) -> Weights:
-    """Which leaves are Enc_inp's."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: "input_encoder" in jax.tree_util.keystr(path[:1]), weights
+def _part(name: str) -> Callable[[Weights], Weights]:
+    """Tells which leaves are those of the weights' attribute."""
+    return functools.partial(
+        jax.tree_util.tree_map_with_path,
+        lambda path, _: jax.tree_util.keystr(path[:1], simple=True) == name,
     )
 
 
@@ -78,6 +81,23 @@ def init_optimizer(
     """The first state: moments lie as the parameters do, counters on every device."""
     return jax.tree.map(
         lambda x: x if x.ndim else jax.device_put(x, replicated(mesh)), optimizer.init(weights)
+    )
+
+
+def abstract_optimizer(
+    optimizer: optax.GradientTransformation, weights: Weights, mesh: Mesh
+) -> optax.OptState:
+    """What `init_optimizer` gives, as shapes, dtypes and places; so may the weights be."""
+
+    def abstract(x: jax.ShapeDtypeStruct, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    return optax.tree.map_params(
+        optimizer,
+        lambda moment, weight: abstract(moment, weight.sharding),
+        jax.eval_shape(optimizer.init, weights),
+        weights,
+        transform_non_params=lambda counter: abstract(counter, replicated(mesh)),
     )
 
 
@@ -194,7 +214,7 @@ def fit(
         FloatingPointError: the loss is no number any more.
         CheckpointError: the newest checkpoint is of other data.
     """
-    llm, mesh = models.llm, models.mesh
+    mesh = models.mesh
     assemble = models.assemble(
         config,
         examples,
@@ -204,7 +224,6 @@ def fit(
         persona_dropout=config.plug.persona_dropout,
     )
     plan = Plan(assemble.buckets.of, config.train.batch_size, config.train.epochs, config.seed)
-    weights = models.new_weights(method, config)
     optimizer = make_optimizer(
         len(plan),
         config.train.learning_rate,
@@ -213,29 +232,16 @@ def fit(
         config.train.clip_norm,
         config.plug.encoder_rate,
     )
-    opt_state = init_optimizer(optimizer, weights, mesh)
-    jitted = jit_step(weights, opt_state)
-    step = 0
-    checkpoints = Checkpoints(directory / "checkpoints" / method.name, config.train.keep)
-    if checkpoints.latest is not None:
-        if checkpoints.latest > len(plan):
-            raise CheckpointError(
-                f"{directory}: the checkpoint is of step {checkpoints.latest}, but this run "
-                f"has {len(plan)}; the data have changed since: give another --workdir"
-            )
-        weights, opt_state, step = checkpoints.restore(weights, opt_state)
-    data = training_batches(plan, assemble, step)
-    # The arrays themselves are given away to the first step.
-    arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-        (weights, opt_state, llm),
-    )
+    shapes = models.abstract_weights(method, config)
+    trained = shapes, abstract_optimizer(optimizer, shapes, mesh)
+    jitted = jit_step(*trained)
 
     def lower(bucket: int) -> jax.stages.Lowered:
         empty = assemble((0, bucket, np.zeros(0, int)))
         with jax.set_mesh(mesh):
             return jitted.lower(
-                *arguments,
+                *trained,
+                models.abstract_llm,
                 place_batch(empty, mesh),
                 optimizer=optimizer,
                 prefix_length=models.tokenizer.prefix_length,
@@ -245,66 +251,80 @@ def fit(
             )
 
     buckets = [plan[i][1] for i in range(len(plan))]
-    writer = Writer(directory, method.name, step)
     soft = soft_tokens(config.plug, method.reading) if method.plug else 0
-    try:
-        with (
-            Stop() as stop,
-            Progress(f"training {method.name}", len(plan), "steps", step) as progress,
-            compiled_ahead(lower, dict.fromkeys(buckets[step:])) as compiled,
-        ):
-            since, tokens, recent, info = time.monotonic(), 0, [], ""
-            while step < len(plan):
-                batch = next(data)
-                own = batch.prompt_mask.sum() + batch.target_mask.sum() + soft * batch.weight.sum()
-                # Of several processes each sees its own rows alone.
-                tokens += int(own) * config.train.batch_size // len(batch.weight)
-                update = compiled(buckets[step])
-                weights, opt_state, metrics = update(
-                    weights, opt_state, llm, place_batch(batch, mesh)
-                )
-                step += 1
-                recent.append(metrics)
-                if step % config.train.log_every == 0 or step == len(plan):
-                    # The only place where the host waits for the device.
-                    values = {name: float(np.mean([m[name] for m in recent])) for name in metrics}
-                    if not math.isfinite(values["loss"]):
-                        raise FloatingPointError(
-                            f"the loss is {values['loss']} at step {step}; lower "
-                            "config.train.learning_rate "
-                            f"(the last checkpoint is step {checkpoints.latest})"
-                        )
-                    seconds = time.monotonic() - since
-                    values["steps_per_second"] = len(recent) / seconds
-                    values["tokens_per_second"] = tokens / seconds
-                    writer.write(step, **values)
-                    info = (
-                        "loss {loss:.3f}, {steps_per_second:.1f} steps/s, "
-                        "{tokens_per_second:.0f} tokens/s"
-                    ).format(**values)
-                    since, tokens, recent = time.monotonic(), 0, []
-                progress.advance(1, info)
-                stopped = stop.asked(step) and step < len(plan)
-                if stopped or step % config.train.checkpoint_every == 0 or step == len(plan):
-                    loss = None
-                    if validation and not stopped:
-                        before = time.monotonic()
-                        loss = validation_loss(models, method, config, weights, validation)
-                        writer.write(step, validation_loss=loss)
-                        since += time.monotonic() - before
-                    checkpoints.save(step, weights, opt_state, loss)
-                    writer.flush()
-                if stopped:
-                    checkpoints.wait()
-                    say(
-                        f"{stop.signal.name}: saved step {step} of {len(plan)}; "
-                        "run the same command again to go on from there"
+    kept = Checkpoints(directory / "checkpoints" / method.name, config.train.keep)
+    with contextlib.closing(kept) as checkpoints, contextlib.ExitStack() as stack:
+        if checkpoints.latest is None:
+            weights, step = None, 0
+        elif checkpoints.latest <= len(plan):
+            weights, opt_state, step = checkpoints.restore(*trained)
+        else:
+            raise CheckpointError(
+                f"{directory}: the checkpoint is of step {checkpoints.latest}, but this run "
+                f"has {len(plan)}; the data have changed since: give another --workdir"
+            )
+        if step == len(plan):
+            say(f"training {method.name}: all {step} steps were done")
+            return weights
+        compiled = stack.enter_context(compiled_ahead(lower, dict.fromkeys(buckets[step:])))
+        # Meanwhile, what no compiler needs.
+        llm = models.llm
+        if weights is None:
+            weights = models.new_weights(method, config)
+            opt_state = init_optimizer(optimizer, weights, mesh)
+        data = training_batches(plan, assemble, step)
+        writer = stack.enter_context(contextlib.closing(Writer(directory, method.name, step)))
+        stop = stack.enter_context(Stop())
+        progress = stack.enter_context(
+            Progress(f"training {method.name}", len(plan), "steps", step)
+        )
+        since, tokens, recent, info = time.monotonic(), 0, [], ""
+        while step < len(plan):
+            batch = next(data)
+            own = batch.prompt_mask.sum() + batch.target_mask.sum() + soft * batch.weight.sum()
+            # Of several processes each sees its own rows alone.
+            tokens += int(own) * config.train.batch_size // len(batch.weight)
+            update = compiled(buckets[step])
+            weights, opt_state, metrics = update(weights, opt_state, llm, place_batch(batch, mesh))
+            step += 1
+            recent.append(metrics)
+            if step % config.train.log_every == 0 or step == len(plan):
+                # The only place where the host waits for the device.
+                values = {name: float(np.mean([m[name] for m in recent])) for name in metrics}
+                if not math.isfinite(values["loss"]):
+                    raise FloatingPointError(
+                        f"the loss is {values['loss']} at step {step}; lower "
+                        "config.train.learning_rate "
+                        f"(the last checkpoint is step {checkpoints.latest})"
                     )
-                    raise SystemExit(128 + stop.signal)
-            checkpoints.wait()
-    finally:
-        writer.close()
-        checkpoints.close()
+                seconds = time.monotonic() - since
+                values["steps_per_second"] = len(recent) / seconds
+                values["tokens_per_second"] = tokens / seconds
+                writer.write(step, **values)
+                info = (
+                    "loss {loss:.3f}, {steps_per_second:.1f} steps/s, "
+                    "{tokens_per_second:.0f} tokens/s"
+                ).format(**values)
+                since, tokens, recent = time.monotonic(), 0, []
+            progress.advance(1, info)
+            stopped = stop.asked(step) and step < len(plan)
+            if stopped or step % config.train.checkpoint_every == 0 or step == len(plan):
+                loss = None
+                if validation and not stopped:
+                    before = time.monotonic()
+                    loss = validation_loss(models, method, config, weights, validation)
+                    writer.write(step, validation_loss=loss)
+                    since += time.monotonic() - before
+                checkpoints.save(step, weights, opt_state, loss)
+                writer.flush()
+            if stopped:
+                checkpoints.wait()
+                say(
+                    f"{stop.signal.name}: saved step {step} of {len(plan)}; "
+                    "run the same command again to go on from there"
+                )
+                raise SystemExit(128 + stop.signal)
+        checkpoints.wait()
     return weights
 
 

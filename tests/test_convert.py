@@ -35,7 +35,7 @@ def test_later_starts_restore_it(
     def never(*args: object, **settings: object) -> None:
         raise AssertionError("was loaded again")
 
-    monkeypatch.setattr(models, "load_llm", never)
+    monkeypatch.setattr(models, "llm_loader", never)
     for config in (first, second):  # also onto another mesh
         restored = Models(config, tmp_path).llm
         assert jax.tree.structure(restored) == jax.tree.structure(loaded)

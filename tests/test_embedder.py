@@ -44,7 +44,9 @@ def make_plug(**settings: Any) -> UserEmbedder:
 def trained(plug: UserEmbedder) -> UserEmbedder:
     """As if: no map is the identity any more, and no bias 0."""
     rng = np.random.default_rng(1)
-    return jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape).astype(np.float32), plug)
+    graph, params, rest = nnx.split(plug, nnx.Param, ...)
+    params = jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape).astype(np.float32), params)
+    return nnx.merge(graph, params, rest)
 
 
 @pytest.fixture(scope="module", params=OPTIONS.values(), ids=OPTIONS)
@@ -202,7 +204,8 @@ def test_an_empty_history_gives_the_null_persona_and_finite_gradients(
 
 def test_every_parameter_gets_a_gradient(plug: UserEmbedder, inputs: Inputs) -> None:
     some = inputs._replace(history_mask=inputs.history_mask & [[True], [True], [False]])
-    for path, grad in jax.tree_util.tree_leaves_with_path(gradients(plug, *some)):
+    grads = nnx.state(gradients(plug, *some), nnx.Param)
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         name = jax.tree_util.keystr(path)
         # Every head and every layer; keys' biases of the encoder shift all scores alike.
         parts = grad if grad.ndim == 3 else grad[None]

@@ -27,7 +27,7 @@ from pplug_jax.plan.planner import meshes, roomy_mesh
 from pplug_jax.plan.programs import Programs
 from pplug_jax.plan.roofline import GIB, Cost, Memory, too_large
 from pplug_jax.plan.training import TrainPlan, axes, hours
-from pplug_jax.train import init_optimizer, make_optimizer
+from pplug_jax.train import abstract_optimizer, init_optimizer, make_optimizer
 
 
 def tiny_config(**settings: object) -> ml_collections.ConfigDict:
@@ -75,7 +75,7 @@ def test_flops_of_the_tiny_llms_programs(accumulation: int) -> None:
     config = tiny_config(train__batch_size=8, train__accumulation=accumulation)
     config.eval.batch_size = 8
     programs = Programs(config, make_mesh(devices=jax.devices()[:1]))
-    llm, encoder = programs.models.llm.config, programs.weights.input_encoder.config
+    llm, encoder = programs.models.abstract_llm.config, programs.weights.input_encoder.config
     lengths, B, H, k = programs.lengths, 8, 512, config.plug.num_persona_tokens
     assert lengths == (224, 176, 1 + k, 48, 64, 40)  # 160 + 3 + 47, 160 + 3 rounded up to 16s
 
@@ -338,7 +338,7 @@ def test_the_state_lies_as_trainings_does(tmp_path: Path) -> None:
             for path, x in jax.tree_util.tree_leaves_with_path(tree)
         ]
 
-    planned = programs.weights, programs.optimizer_state(optimizer)
+    planned = programs.weights, abstract_optimizer(optimizer, programs.weights, programs.mesh)
     for ours, real in zip(planned, (weights, state), strict=True):
         for mine, other in zip(places(ours), places(real), strict=True):
             assert mine[:3] == other[:3]

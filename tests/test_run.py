@@ -3,13 +3,16 @@
 A whole run, a second start, every way to be interrupted, and bad input.
 """
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
@@ -19,12 +22,13 @@ from etils import epath
 from lamp_files import write_split
 
 from configs import lamp5, llms
-from pplug_jax import Personalizer, answers
+from pplug_jax import Personalizer, answers, train
 from pplug_jax.checkpoint import CheckpointError, Checkpoints
 from pplug_jax.config import ConfigError, check_batches, check_config
 from pplug_jax.data.lamp import DataError
 from pplug_jax.embedder import UserEmbedder
 from pplug_jax.errors import InputError
+from pplug_jax.llm import LLM
 from pplug_jax.main import default_workdir
 from pplug_jax.methods import METHODS
 from pplug_jax.models import Models
@@ -127,6 +131,7 @@ def test_a_second_start_does_nothing_again(
     monkeypatch.setattr(answers, "predict", never)
     monkeypatch.setattr("pplug_jax.train.train_step", never)
     monkeypatch.setattr("pplug_jax.encoder.Encoder.encode", never)
+    monkeypatch.setattr(Models, "llm", property(never))
     run(small_config(), finished, "train_and_evaluate")
     assert (finished / "results.json").read_text() == before
     assert "0 of them new" in capsys.readouterr().out
@@ -162,6 +167,26 @@ def test_modes_stop_where_they_say(tmp_path: Path) -> None:
         Personalizer.from_checkpoint(tmp_path)
     with pytest.raises(InputError, match="not the workdir of a run"):
         Personalizer.from_checkpoint(tmp_path / "nowhere")
+
+
+def test_the_step_is_compiled_while_the_llm_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, step, llm = threading.Event(), train.train_step, Models.llm
+
+    @functools.wraps(step)
+    def noted(*args: Any, **settings: Any) -> Any:
+        begun.set()
+        return step(*args, **settings)
+
+    def slow(models: Models) -> LLM:
+        assert begun.wait(120)
+        return llm.func(models)
+
+    monkeypatch.setattr(train, "train_step", noted)
+    monkeypatch.setattr(Models, "llm", property(slow))
+    run(small_config(methods=("pplug",)), tmp_path, "train")
+    assert begun.is_set()
 
 
 def test_the_default_workdir_is_named_after_the_config() -> None:

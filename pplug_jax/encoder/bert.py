@@ -145,7 +145,7 @@ class Layers(nnx.Module):
 
 
 class Bert(nnx.Module):
-    """Built abstract; `hf.load_weights` fills it.
+    """Built abstract; `hf.weights_loader` fills it.
 
     variable: `nnx.Param` for the trained input encoder, `Frozen` for the history encoder.
     dtype: of the computation; the weights keep the dtype they are loaded with.

@@ -73,7 +73,7 @@ def abstract_bert(
 
 def load_bert(path: str | Path, mesh: Mesh, **settings: Any) -> bert.Bert:
     """The directory's model; settings as `abstract_bert`'s."""
-    return hf.load_weights(
+    load = hf.weights_loader(
         abstract_bert(path, **settings),
         path,
         bert.SOURCES,
@@ -81,6 +81,7 @@ def load_bert(path: str | Path, mesh: Mesh, **settings: Any) -> bert.Bert:
         ignore=r"embeddings\.position_ids|pooler\.dense\.(weight|bias)",
         prefix=hf.common_prefix(path, "embeddings.word_embeddings.weight"),
     )
+    return load()
 
 
 class Encoder:

@@ -113,6 +113,14 @@ def load_llm(
         InputError: an unknown quantisation, architecture or setting, or tensors that do not fit
             config.json.
     """
+    mesh = mesh or make_mesh(devices=jax.devices()[:1])
+    return llm_loader(path, mesh=mesh, dtype=dtype, quantize=quantize)()
+
+
+def llm_loader(
+    path: str | Path, *, mesh: Mesh, dtype: str, quantize: str | None
+) -> Callable[[], Decoder | t5.T5]:
+    """What loads `path` as `load_llm` does, of which all that `load_llm` raises is raised here."""
     family, module = _read_module(path, dtype, quantize)
     # A multimodal checkpoint's text tensors stand behind one prefix or another, by its age.
     prefix = hf.common_prefix(path, "embed_tokens.weight") or "model."
@@ -120,11 +128,11 @@ def load_llm(
         name: source._replace(name=source.name.replace("model.", prefix, 1))
         for name, source in family.sources.items()
     }
-    return hf.load_weights(
+    return hf.weights_loader(
         module,
         path,
         sources,
-        mesh or make_mesh(devices=jax.devices()[:1]),
+        mesh,
         ignore=IGNORED,
         store=functools.partial(_store, quantize=quantize),
     )

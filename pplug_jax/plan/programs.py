@@ -18,10 +18,10 @@ from pplug_jax.data.form import SIZE as FORM_SIZE
 from pplug_jax.embedder import soft_tokens
 from pplug_jax.llm import abstract_llm
 from pplug_jax.llm.shapes import PUBLISHED, published_directory
-from pplug_jax.mesh import parts, place_abstract, replicated, sharding
+from pplug_jax.mesh import parts, place_abstract, sharding
 from pplug_jax.methods import METHODS, Method, configured
 from pplug_jax.models import Models, model_path
-from pplug_jax.train import jit_step, make_optimizer
+from pplug_jax.train import abstract_optimizer, jit_step, make_optimizer
 
 # Tokens around the input: what the chat templates of the presets have at most (Llama's, with its
 # dates), or the start token and the separator.
@@ -47,13 +47,11 @@ def config_directory(path: str, field: str) -> Path:
 class AbstractModels(Models):
     """`Models` of a config for compiling alone: shapes, dtypes and places instead of arrays."""
 
-    _soft_norm = 1.0  # no program's shape depends on it
-
     def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh):
         self.config, self.mesh = config, mesh
         check_batches(config, parts(mesh, "batch"))
         llm = abstract_llm(config_directory(config.llm.path, "llm"), **self._llm_settings)
-        self.llm = place_abstract(llm, mesh)
+        self.abstract_llm = place_abstract(llm, mesh)
         self.encoder_path = config_directory(config.encoder.path, "encoder")
 
 
@@ -87,7 +85,7 @@ class Programs:
         around = CHAT_TOKENS if config.llm.chat else PLAIN_TOKENS
         plug = self.settings.plug if self.method.plug else None
         prompt, target = config.data.max_input_length + around, config.data.max_target_length
-        decoder_only = self.models.llm.decoder_only
+        decoder_only = self.models.abstract_llm.decoder_only
         self.lengths = Lengths(
             text=round_up(prompt + target - 1 if decoder_only else prompt),
             prompt=round_up(prompt),
@@ -100,7 +98,7 @@ class Programs:
     @property
     def row_tokens(self) -> int:
         """What the LLM reads of a row to learn its target, padding included."""
-        apart = 0 if self.models.llm.decoder_only else self.lengths.target
+        apart = 0 if self.models.abstract_llm.decoder_only else self.lengths.target
         return self.lengths.soft + self.lengths.text + apart
 
     def batch(self, rows: int) -> Batch:
@@ -132,34 +130,18 @@ class Programs:
             history_form=array(jnp.float32, items, FORM_SIZE) if plug.form else None,
         )
 
-    def optimizer_state(self, optimizer: Any) -> Any:
-        """Moments lie as the parameters do, counters on every device: `train.init_optimizer`."""
-        weights = self.weights
-
-        def place(part: Any) -> Any:
-            if not isinstance(part, type(weights)):
-                return jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=replicated(self.mesh))
-            return jax.tree.map(
-                lambda x, like: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like.sharding),
-                part,
-                weights,
-            )
-
-        state = jax.eval_shape(optimizer.init, weights)
-        return jax.tree.map(place, state, is_leaf=lambda part: isinstance(part, type(weights)))
-
     def train(self, remat: bool | None = None) -> jax.stages.Traced:
         """The step of `train.fit`. remat: the config's by default."""
         train = self.settings.train
         optimizer = make_optimizer(
             1, train.learning_rate, train.weight_decay, train.warmup, train.clip_norm
         )
-        state = self.optimizer_state(optimizer)
+        state = abstract_optimizer(optimizer, self.weights, self.mesh)
         return self._trace(
             jit_step(self.weights, state).trace,
             self.weights,
             state,
-            self.models.llm,
+            self.models.abstract_llm,
             self.batch(train.batch_size),
             optimizer=optimizer,
             prefix_length=1,
@@ -172,7 +154,7 @@ class Programs:
         """The evaluation of the gold outputs."""
         batch = self.batch(self.config.eval.batch_size)
         return self._trace(
-            gold_losses.trace, self.weights, self.models.llm, batch, 1, self.method.reading
+            gold_losses.trace, self.weights, self.models.abstract_llm, batch, 1, self.method.reading
         )
 
     def answer(self) -> jax.stages.Traced:
@@ -181,7 +163,7 @@ class Programs:
         return self._trace(
             answer_tokens.trace,
             self.weights,
-            self.models.llm,
+            self.models.abstract_llm,
             self.batch(settings.batch_size),
             reading=self.method.reading,
             prefix_length=1,
@@ -203,7 +185,7 @@ class Programs:
                 for x in jax.tree.leaves(tree)
             )
 
-        return held(self.models.llm) + (3 if training else 1) * held(self.weights)
+        return held(self.models.abstract_llm) + (3 if training else 1) * held(self.weights)
 
 
 def _trained(config: ml_collections.ConfigDict) -> Method:
