@@ -4,6 +4,7 @@ Times, for random weights in the shape of Llama 3.2 1B, reading the Hugging Face
 restoring what `--mode=convert` writes. Files are in the system's cache for both.
 """
 
+import functools
 import statistics
 import tempfile
 import time
@@ -16,16 +17,16 @@ from absl import app
 from etils import epath
 
 from benchmarks.quantize import KINDS, write_random
-from pplug_jax.checkpoint import restore_module, save_module
+from pplug_jax.checkpoint import module_loader, save_module
 from pplug_jax.llm import abstract_llm, load_llm
 from pplug_jax.mesh import make_mesh, place_abstract
 
 REPEATS = 3
 
 
-def seconds(make: Callable[..., Any], *args: Any, **settings: Any) -> float:
+def seconds(make: Callable[[], Any]) -> float:
     start = time.perf_counter()
-    jax.block_until_ready(make(*args, **settings))
+    jax.block_until_ready(make())
     return time.perf_counter() - start
 
 
@@ -38,17 +39,13 @@ def main(_: list[str]) -> None:
         print(f"{'kernels':10}{'load':>8}{'restore':>9}{'ratio':>7}")
         for kind in KINDS:
             settings = {"dtype": "bfloat16", "quantize": kind or None}
-            save_module(saved, load_llm(directory, mesh=mesh, **settings), settings)
+            load = functools.partial(load_llm, directory, mesh=mesh, **settings)
+            save_module(saved, load(), settings)
             abstract = place_abstract(abstract_llm(directory, **settings), mesh)
-            pairs = [
-                (
-                    seconds(load_llm, directory, mesh=mesh, **settings),
-                    seconds(restore_module, saved, abstract, settings),
-                )
-                for _ in range(REPEATS)
-            ]
-            load, restore = map(statistics.median, zip(*pairs, strict=True))
-            print(f"{kind or 'bfloat16':10}{load:7.1f}s{restore:8.1f}s{load / restore:6.1f}x")
+            restore = module_loader(saved, abstract, settings)
+            pairs = [(seconds(load), seconds(restore)) for _ in range(REPEATS)]
+            loaded, restored = map(statistics.median, zip(*pairs, strict=True))
+            print(f"{kind or 'bfloat16':10}{loaded:7.1f}s{restored:8.1f}s{loaded / restored:6.1f}x")
 
 
 if __name__ == "__main__":

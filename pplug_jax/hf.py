@@ -192,8 +192,10 @@ def weights_loader(
         if stacked:
             filling = functools.partial(_stack, read, names, abstract, where, store)
         else:
-            read_whole = functools.partial(read, names[0])
-            filling = functools.partial(_single, read_whole, stored_shape, abstract, where, store)
+            read_slice = functools.partial(
+                _padded, abstract.shape, stored_shape, functools.partial(read, names[0])
+            )
+            filling = functools.partial(_single, read_slice, abstract, where, store)
         fillings.append(filling)
 
     unexpected = sorted(
@@ -216,14 +218,12 @@ def weights_loader(
 
 
 def _single(
-    read: Callable[[tuple[slice, ...]], np.ndarray],
-    stored_shape: tuple[int, ...],
+    read_slice: Callable[[tuple[slice, ...]], np.ndarray],
     abstract: jax.ShapeDtypeStruct,
     where: jax.sharding.Sharding,
     store: Callable[[jax.Array], Any],
 ) -> Any:
-    part = functools.partial(_padded, abstract.shape, stored_shape, read)
-    return store(jax.make_array_from_callback(abstract.shape, where, part))
+    return store(jax.make_array_from_callback(abstract.shape, where, read_slice))
 
 
 def _padded(

@@ -101,7 +101,8 @@ class Models:
     @functools.cached_property
     def llm(self) -> LLM:
         """The frozen LLM, loaded when it is first asked for."""
-        return self._load_llm()
+        load = vars(self).pop("_load_llm")  # and with it the open files
+        return load()
 
     def convert_llm(self) -> bool:
         """Writes the loaded LLM for later starts to restore; returns whether it was not there."""
