@@ -183,8 +183,10 @@ def test_the_step_is_compiled_while_the_llm_is_loaded(
         assert begun.wait(120)
         return llm.func(models)
 
+    slow_llm = functools.cached_property(slow)
+    slow_llm.__set_name__(Models, "llm")
     monkeypatch.setattr(train, "train_step", noted)
-    monkeypatch.setattr(Models, "llm", property(slow))
+    monkeypatch.setattr(Models, "llm", slow_llm)
     run(small_config(methods=("pplug",)), tmp_path, "train")
     assert begun.is_set()
 
