@@ -108,6 +108,7 @@ def summary(
     """The table of results.json: of several seeds the mean of each example's statistics."""
     config = models.config
     samples = config.eval.bootstrap_samples
+    users = [example.user for example in held_out]
     results = empty_results(config, held_out) | {"seeds": list(config.seeds)}
     pooled: dict[str, dict[str, np.ndarray]] = {}
     for name, of_seeds in runs.items():
@@ -120,14 +121,14 @@ def summary(
         if of_seeds[0].train_seconds is not None:
             entry["train_seconds"] = statistics.mean(run.train_seconds for run in of_seeds)
             entry["learning_rate"] = of_seeds[0].learning_rate
-        entry |= scores(pooled[name], samples)
+        entry |= scores(pooled[name], samples, users)
         for metric in pooled[name]:
             entry[metric]["seeds"] = [value_of(metric, found[metric]) for found in each]
         results["methods"][name] = entry
     for name, entry in results["methods"].items():
         entry["versus"] = {
             other: {
-                metric: compare(metric, pooled[name][metric], rows, samples)._asdict()
+                metric: compare(metric, pooled[name][metric], rows, samples, users=users)._asdict()
                 for metric, rows in pooled[other].items()
             }
             for other in REFERENCES
@@ -207,8 +208,8 @@ def report(results: dict[str, Any], workdir: Path) -> None:
     for caption, table in tables.items():
         show_table(caption, *table)
     note = (
-        f"{results['n']} users, seeds {', '.join(map(str, results['seeds']))}; intervals are the "
-        "paired bootstrap's over examples; * is p < 0.05 by the paired permutation test."
+        f"{results['n']} examples, seeds {', '.join(map(str, results['seeds']))}; intervals are "
+        "the paired bootstrap's over users; * is p < 0.05 by the paired permutation test."
     )
     parts = [f"## {caption}\n\n{markdown(*table)}" for caption, table in tables.items()]
     write_text(workdir / "results.md", "\n\n".join([*parts, note, ""]).removeprefix("#"))

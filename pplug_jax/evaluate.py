@@ -41,11 +41,13 @@ def statistics_of(
     return statistics
 
 
-def scores(statistics: dict[str, np.ndarray], samples: int) -> dict[str, dict[str, float]]:
+def scores(
+    statistics: dict[str, np.ndarray], samples: int, users: Sequence[str] = ()
+) -> dict[str, dict[str, float]]:
     """{metric: {value, low, high}}."""
     found = {}
     for metric, rows in statistics.items():
-        low, high = interval(metric, rows, samples)
+        low, high = interval(metric, rows, samples, users=users)
         found[metric] = {"value": value_of(metric, rows), "low": low, "high": high}
     return found
 
@@ -67,6 +69,7 @@ def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
         method = METHODS[name]
         return models.restore_weights(method, configured(config, method, config.seed), workdir)
 
+    users = [example.user for example in examples]
     texts: dict[str, dict[str, str]] = {}
     statistics: dict[str, dict[str, np.ndarray]] = {}
     for name in config.methods:
@@ -86,11 +89,11 @@ def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
         facts = answers._asdict()
         del facts["texts"], facts["losses"]
         results["methods"][name] = {"about": method.about} | facts
-        results["methods"][name] |= scores(statistics[name], config.eval.bootstrap_samples)
+        results["methods"][name] |= scores(statistics[name], config.eval.bootstrap_samples, users)
         write_json(workdir / f"{stem}.json", results)
 
     if any(statistics.values()):
-        said = verdicts(statistics, task.metrics[0], config.eval.bootstrap_samples)
+        said = verdicts(statistics, task.metrics[0], config.eval.bootstrap_samples, users)
         header, rows = _cells(results)
         lines = [markdown(header, rows), "", *(f"- {line}" for line in said)]
         show_table(title_of(results), header, rows)
@@ -155,7 +158,12 @@ def metric_columns(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]
     return header, cells
 
 
-def verdicts(statistics: dict[str, dict[str, np.ndarray]], metric: str, samples: int) -> list[str]:
+def verdicts(
+    statistics: dict[str, dict[str, np.ndarray]],
+    metric: str,
+    samples: int,
+    users: Sequence[str] = (),
+) -> list[str]:
     """What the paired differences between pplug and every other method say, in words."""
     if "pplug" not in statistics:
         return []
@@ -163,7 +171,8 @@ def verdicts(statistics: dict[str, dict[str, np.ndarray]], metric: str, samples:
     for name in statistics:
         if name == "pplug":
             continue
-        found = compare(metric, statistics["pplug"][metric], statistics[name][metric], samples)
+        both = statistics["pplug"][metric], statistics[name][metric]
+        found = compare(metric, *both, samples, users=users)
         better = (found.difference > 0) != METRICS[metric].lower_is_better
         word = "better than" if better else "worse than"
         if found.p_value >= 0.05:

@@ -1,7 +1,8 @@
 """The benchmarks' metrics, bootstrap intervals, and paired comparisons of two methods.
 
 Every metric is a function of the mean over examples of per-example statistics. So resampling the
-rows of one array (n, S) gives an interval for any of them, be it an RMSE or a macro-F1.
+rows of one array (n, S) gives an interval for any of them, be it an RMSE or a macro-F1. What is
+resampled are users, each with all of their examples, which are alike: a cluster bootstrap.
 """
 
 import math
@@ -215,10 +216,23 @@ def score(task: str, predictions: Sequence[str], references: Sequence[str]) -> d
     }
 
 
-def _value(metric: str, statistics: np.ndarray, examples: np.ndarray) -> np.ndarray:
-    # `examples` (..., n) are rows of `statistics`. Counted, as those rows are S times larger.
-    counts = np.apply_along_axis(np.bincount, -1, examples, minlength=len(statistics))
-    return METRICS[metric].value(counts @ statistics / examples.shape[-1])
+def _by_user(statistics: np.ndarray, users: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Each user's sums of statistics, (U, S), and number of examples, (U, 1).
+
+    An example without a user is one of its own.
+    """
+    places: dict[str | int, int] = {}
+    users = users or [""] * len(statistics)
+    place = [places.setdefault(user or i, len(places)) for i, user in enumerate(users)]
+    sums = np.zeros((len(places), statistics.shape[1]))
+    np.add.at(sums, place, statistics)
+    return sums, np.bincount(place)[:, None]
+
+
+def _value(metric: str, sums: np.ndarray, numbers: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    # `drawn` (..., U) are rows of the others. Counted, as those rows are S times larger.
+    counts = np.apply_along_axis(np.bincount, -1, drawn, minlength=len(sums))
+    return METRICS[metric].value(counts @ sums / (counts @ numbers))
 
 
 def _percentiles(
@@ -236,29 +250,39 @@ def _percentiles(
 
 
 def interval(
-    metric: str, statistics: np.ndarray, samples: int = 2000, seed: int = 0
+    metric: str,
+    statistics: np.ndarray,
+    samples: int = 2000,
+    seed: int = 0,
+    users: Sequence[str] = (),
 ) -> tuple[float, float]:
-    """The 95% percentile bootstrap interval of the metric over examples (Efron 1979).
+    """The 95% percentile bootstrap interval of the metric over users (Efron 1979).
 
-    statistics: (n, S), of `example_statistics`. One example, equal ones, or an infinite value give
-    the value twice.
+    statistics: (n, S), of `example_statistics`. users: whose each example is, "" of an unknown one;
+    none if all are another's. One user, equal examples, or an infinite value give the value twice.
     """
     value = value_of(metric, statistics)
-    if np.all(statistics == statistics[0]) or not math.isfinite(value):
+    sums, numbers = _by_user(statistics, users)
+    if len(sums) < 2 or np.all(statistics == statistics[0]) or not math.isfinite(value):
         return value, value
     return _percentiles(
-        lambda examples, axis: _value(metric, statistics, examples), len(statistics), samples, seed
+        lambda drawn, axis: _value(metric, sums, numbers, drawn), len(sums), samples, seed
     )
 
 
 def compare(
-    metric: str, a: np.ndarray, b: np.ndarray, samples: int = 2000, seed: int = 0
+    metric: str,
+    a: np.ndarray,
+    b: np.ndarray,
+    samples: int = 2000,
+    seed: int = 0,
+    users: Sequence[str] = (),
 ) -> Comparison:
     """How two methods differ in the metric on the same examples, a minus b.
 
-    a, b: (n, S), of `example_statistics`. The interval is the bootstrap's over examples. The
-    p-value is that of the permutation test that swaps the methods within examples: the share of
-    swaps, the one seen included, that differ as much; exact where all 2^n are no more than
+    a, b: (n, S), of `example_statistics`. users: as `interval`'s. The interval is the bootstrap's
+    over users. The p-value is that of the permutation test that swaps the methods within users: the
+    share of swaps, the one seen included, that differ as much; exact where all 2^U are no more than
     `samples` (Phipson and Smyth 2010).
 
     Raises:
@@ -268,10 +292,12 @@ def compare(
         raise ValueError(
             f"statistics of shapes {a.shape} and {b.shape} are not of the same examples"
         )
-    n, both = len(a), np.concatenate([a, b])
+    (sums, numbers), (others, _) = _by_user(a, users), _by_user(b, users)
+    n = len(sums)
+    both = np.concatenate([sums, others]), np.concatenate([numbers, numbers])
 
     def difference(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        return _value(metric, both, first) - _value(metric, both, second)
+        return _value(metric, *both, first) - _value(metric, *both, second)
 
     def size(first: np.ndarray, second: np.ndarray, axis: int) -> np.ndarray:
         # Rounded: whether two swaps tie must not hang on the order of a sum.
@@ -280,9 +306,7 @@ def compare(
     observed = value_of(metric, a) - value_of(metric, b)
     if n < 2 or np.array_equal(a, b) or not math.isfinite(observed):
         return Comparison(observed, observed, observed, 1.0)
-    low, high = _percentiles(
-        lambda examples, axis: difference(examples, examples + n), n, samples, seed
-    )
+    low, high = _percentiles(lambda drawn, axis: difference(drawn, drawn + n), n, samples, seed)
     test = stats.permutation_test(
         (np.arange(n), np.arange(n, 2 * n)),
         size,

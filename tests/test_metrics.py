@@ -338,6 +338,24 @@ def test_the_interval_of_equal_examples_is_their_value(values: list[float]):
     assert interval("rmse", column(*values)) == (root, root)
 
 
+def test_what_is_resampled_are_users():
+    statistics, users = np.random.default_rng(0).random((40, 1)), [f"u{i}" for i in range(40)]
+    assert interval("mae", statistics, users=users) == interval("mae", statistics)
+    assert interval("mae", statistics, users=[""] * 40) == interval("mae", statistics)
+    thrice = np.repeat(statistics, 3, axis=0)
+    np.testing.assert_allclose(
+        interval("mae", thrice, users=np.repeat(users, 3).tolist()), interval("mae", statistics)
+    )
+    assert np.ptp(interval("mae", thrice)) < 0.8 * np.ptp(interval("mae", statistics))
+    assert interval("mae", statistics, users=["u"] * 40) == (statistics.mean(),) * 2
+
+
+def test_a_user_has_as_much_weight_as_examples():
+    # One of 1 and three of 0: the mean is 1, 1/4 or 0, and nothing between.
+    drawn = [interval("mae", column(1, 0, 0, 0), 1, seed, "uvvv")[0] for seed in range(20)]
+    assert set(drawn) == {0, 0.25, 1}
+
+
 # Comparisons
 
 
@@ -350,6 +368,14 @@ def test_a_comparison_counted_by_hand():
     assert p_value == 4 / 8
     # The three are drawn with replacement: all zeros once in 27 times, all ones 8 times.
     assert (low, high) == (0, 1)
+
+
+def test_a_user_is_swapped_as_a_whole():
+    # 1, 1 and 0 apart: the first two add up to 2/3 or -2/3 when they are swapped together.
+    a, b = column(1, 1, 1), column(0, 0, 1)
+    assert compare("accuracy", a, b, users=["u", "u", "v"]).p_value == 1
+    assert compare("accuracy", a, b, users=["u", "v", "v"]).p_value == 2 / 4
+    assert compare("accuracy", a, b, users=["u"] * 3).p_value == 1
 
 
 def test_a_comparison_of_errors_counted_by_hand():

@@ -127,7 +127,7 @@ def _examples(run: Run, folder: Path) -> dict[str, Any]:
         ]
         bins = length_bins(split.lengths)
         by_length = scores_by_length(
-            bins, over_seeds(statistics), run.config.eval.bootstrap_samples
+            bins, over_seeds(statistics), run.config.eval.bootstrap_samples, split.users
         )
         names = [each.name for each in bins]
         named = {

@@ -96,6 +96,7 @@ class Split(NamedTuple):
     """
 
     ids: list[str]
+    users: list[str]
     golds: list[str | None]
     lengths: np.ndarray
     shown: dict[int, Example]
@@ -150,9 +151,10 @@ def read_examples(run: Run) -> Split:
             f"{run.results['n']}: the data have changed, evaluate again"
         )
     kept = set(spread(len(examples), MAX_EXAMPLES))
-    split = Split([], [], np.zeros(len(examples), int), {})
+    split = Split([], [], [], np.zeros(len(examples), int), {})
     for i, example in enumerate(examples):
         split.ids.append(example.id)
+        split.users.append(example.user)
         split.golds.append(example.target)
         split.lengths[i] = len(run.history(example))
         if i in kept:

@@ -50,14 +50,15 @@ def over_seeds(seeds: Sequence[Mapping[str, Statistics]]) -> dict[str, Statistic
 
 
 def scores_by_length(
-    bins: Sequence[Bin], statistics: Mapping[str, Statistics], samples: int
+    bins: Sequence[Bin], statistics: Mapping[str, Statistics], samples: int, users: Sequence[str]
 ) -> dict[str, dict[str, list[Score]]]:
     """{metric: {method: each bin's score}}."""
     found: dict[str, dict[str, list[Score]]] = defaultdict(lambda: defaultdict(list))
     for name, rows in statistics.items():
         for each in bins:
             members = {metric: of[each.members] for metric, of in rows.items()}
-            for metric, score in scores(members, samples).items():
+            theirs = [users[i] for i in each.members]
+            for metric, score in scores(members, samples, theirs).items():
                 found[metric][name].append(score)
     return found
 
