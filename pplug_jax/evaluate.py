@@ -36,7 +36,7 @@ def statistics_of(
     texts = list(answers.texts.values())
     statistics = example_statistics(task.name, texts, golds)
     statistics["loss"] = np.array(answers.losses)
-    if task.question and "rouge1" in task.metrics:
+    if "rouge1" in task.metrics and task.question and any(each.profile for each in examples):
         statistics["style"] = distances(task, examples, texts)
     return statistics
 

@@ -121,7 +121,7 @@ METRICS = {
     "meteor": Metric(_each(_meteor)),
     # The golds' tokens': each example's sum and count, of answers.predict.
     "loss": Metric(None, _ratio, lower_is_better=True),
-    "style": Metric(None, lower_is_better=True),  # style.distances: it takes the histories
+    "style": Metric(None, _ratio, lower_is_better=True),  # style.distances: it takes the histories
 }
 
 
@@ -216,17 +216,21 @@ def score(task: str, predictions: Sequence[str], references: Sequence[str]) -> d
     }
 
 
-def _by_user(statistics: np.ndarray, users: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def _by_user(
+    metric: str, statistics: np.ndarray, users: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
     """Each user's sums of statistics, (U, S), and number of examples, (U, 1).
 
-    An example without a user is one of its own.
+    An example without a user is one of its own. Without those that have nothing to divide by.
     """
     places: dict[str | int, int] = {}
     users = users or [""] * len(statistics)
-    place = [places.setdefault(user or i, len(places)) for i, user in enumerate(users)]
+    place = np.array([places.setdefault(user or i, len(places)) for i, user in enumerate(users)])
     sums = np.zeros((len(places), statistics.shape[1]))
     np.add.at(sums, place, statistics)
-    return sums, np.bincount(place)[:, None]
+    numbers = np.bincount(place)[:, None]
+    there = sums[:, 1] > 0 if METRICS[metric].value is _ratio else slice(None)
+    return sums[there], numbers[there]
 
 
 def _value(metric: str, sums: np.ndarray, numbers: np.ndarray, drawn: np.ndarray) -> np.ndarray:
@@ -262,7 +266,7 @@ def interval(
     none if all are another's. One user, equal examples, or an infinite value give the value twice.
     """
     value = value_of(metric, statistics)
-    sums, numbers = _by_user(statistics, users)
+    sums, numbers = _by_user(metric, statistics, users)
     if len(sums) < 2 or np.all(statistics == statistics[0]) or not math.isfinite(value):
         return value, value
     return _percentiles(
@@ -292,7 +296,7 @@ def compare(
         raise ValueError(
             f"statistics of shapes {a.shape} and {b.shape} are not of the same examples"
         )
-    (sums, numbers), (others, _) = _by_user(a, users), _by_user(b, users)
+    (sums, numbers), (others, _) = (_by_user(metric, each, users) for each in (a, b))
     n = len(sums)
     both = np.concatenate([sums, others]), np.concatenate([numbers, numbers])
 

@@ -16,7 +16,7 @@ def features(text: str) -> np.ndarray:
 
 
 def distances(task: Task, examples: Sequence[Example], predictions: Sequence[str]) -> np.ndarray:
-    """Each example's distance from the user's mean, (m, 1), of those who have written something.
+    """Each example's distance from the user's mean and 1, (n, 2); 0 and 0 without a history.
 
     The mean over `features` of the absolute difference between the answer and the mean of the
     user's own, in standard deviations of all that users have written.
@@ -25,9 +25,10 @@ def distances(task: Task, examples: Sequence[Example], predictions: Sequence[str
         np.array([features(item[task.answer]) for item in example.profile]) for example in examples
     ]
     there = [i for i, texts in enumerate(own) if len(texts)]
-    if not there:
-        return np.zeros((0, 1))
-    deviation = np.concatenate([own[i] for i in there]).std(axis=0)
-    deviation = np.where(deviation > 0, deviation, 1)
-    differences = [np.abs(features(predictions[i]) - own[i].mean(axis=0)) for i in there]
-    return np.mean(differences / deviation, axis=1, keepdims=True)
+    found = np.zeros((len(examples), 2))
+    if there:
+        deviation = np.concatenate([own[i] for i in there]).std(axis=0)
+        deviation = np.where(deviation > 0, deviation, 1)
+        differences = [np.abs(features(predictions[i]) - own[i].mean(axis=0)) for i in there]
+        found[there] = np.stack([np.mean(differences / deviation, axis=1), np.ones(len(there))], 1)
+    return found
