@@ -357,6 +357,7 @@ def test_who_has_no_style_is_not_drawn():
     assert compare("style", few, few * [2, 1]) == compare("style", few[::2], few[::2] * [2, 1])
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # one draw has no standard error
 def test_a_user_has_as_much_weight_as_examples():
     # One of 1 and three of 0: the mean is 1, 1/4 or 0, and nothing between.
     drawn = [interval("mae", column(1, 0, 0, 0), 1, seed, "uvvv")[0] for seed in range(20)]
