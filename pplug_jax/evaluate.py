@@ -42,7 +42,7 @@ def statistics_of(
 
 
 def scores(
-    statistics: dict[str, np.ndarray], samples: int, users: Sequence[str] = ()
+    statistics: dict[str, np.ndarray], samples: int, users: Sequence[str]
 ) -> dict[str, dict[str, float]]:
     """{metric: {value, low, high}}."""
     found = {}

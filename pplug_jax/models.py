@@ -196,6 +196,10 @@ class Models:
                 f"but the LLM was made for {longest}"
             )
 
+    @functools.cached_property
+    def _soft_norm(self) -> jax.Array:
+        return jax.jit(lambda llm: llm.embedding_norm())(self.llm)
+
     def _build_plug(
         self, config: ml_collections.ConfigDict, encoder: Bert, scale: jax.Array, key: jax.Array
     ) -> UserEmbedder:
@@ -263,8 +267,7 @@ class Models:
             return place(build(key), self.mesh)
         build = jax.jit(functools.partial(self._build_plug, config.plug))
         encoder = load_bert(self.encoder_path, self.mesh, **self._input_encoder(config.plug))
-        scale = jax.jit(lambda llm: llm.embedding_norm())(self.llm)
-        return place(build(encoder, scale, key), self.mesh)
+        return place(build(encoder, self._soft_norm, key), self.mesh)
 
 
 def parameter_count(module: nnx.Module, *filters: type[nnx.Variable]) -> int:
