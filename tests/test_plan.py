@@ -430,10 +430,19 @@ def test_slices() -> None:
         find_slice("v5e:3x5")
 
 
-def test_a_real_plan(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("compiler", ["libtpu", "CPU"])
+def test_a_whole_plan(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    compiler: str,
 ) -> None:
-    pytest.importorskip("libtpu", reason="the TPU compiler is an extra (requirements-plan.txt)")
+    if compiler == "libtpu":
+        reason = "the TPU compiler is an extra (requirements-plan.txt)"
+        pytest.importorskip("libtpu", reason=reason)
+    else:  # the same for four devices of this machine, with a TPU's figures
+        where = Slice("v5e:2x2", CHIPS["v5e"], (2, 2), jax.devices()[:4])
+        monkeypatch.setattr("pplug_jax.plan.planner.find_slice", lambda name: where)
     monkeypatch.chdir(tmp_path)
     config = tiny_config(plug__projector_size=128, eval__num_beams=2)
     config.mesh.fsdp = 2

@@ -77,7 +77,7 @@ def _flags(fields: dict[str, int], part: str) -> str:
 def _describe(programs: Programs, where: Slice) -> None:
     config, lengths = programs.config, programs.lengths
     say(
-        f"{config.llm.path}, {parameter_count(programs.models.llm):,} parameters, "
+        f"{config.llm.path}, {parameter_count(programs.models.abstract_llm):,} parameters, "
         f"{config.llm.quantize or config.llm.dtype}; training {programs.method.name}, "
         f"{trained_count(programs.method, programs.weights):,} parameters"
     )
