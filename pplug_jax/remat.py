@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import jax
 
+KEPT = "kept"  # `checkpoint_name` of what else is kept: a kernel's outputs
+
 
 def checkpointed(layer: Callable, remat: bool) -> Callable:
     """`layer`, to be scanned over, of which products with weights are kept, or nothing at all.
@@ -15,6 +17,9 @@ def checkpointed(layer: Callable, remat: bool) -> Callable:
 
     remat: keep the layer's input alone.
     """
-    products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policies = jax.checkpoint_policies
+    costly = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(KEPT)
+    )
     # In a scan nothing has to keep XLA from merging the two passes.
-    return jax.checkpoint(layer, policy=None if remat else products, prevent_cse=False)
+    return jax.checkpoint(layer, policy=None if remat else costly, prevent_cse=False)

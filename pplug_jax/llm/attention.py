@@ -1,10 +1,11 @@
-"""The one attention call of every model; other backends (splash, cuDNN) belong behind it."""
+"""The one attention call of every model: by XLA, or of long texts on TPUs by the splash kernel."""
 
 import math
 
 import jax
 import jax.numpy as jnp
 
+from pplug_jax.llm.splash import OwnText, splash
 from pplug_jax.mesh import parts
 
 # Scores of more bytes on a device are made for some queries at a time, so that a TPU can hold them
@@ -17,7 +18,7 @@ def attend(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    mask: jax.Array,
+    mask: jax.Array | OwnText,
     scale: float | None = None,
     cap: float | None = None,
     bias: jax.Array | None = None,
@@ -27,7 +28,8 @@ def attend(
     Args:
         query: (B, L, heads, head_dim).
         key, value: (B, S, kv_heads, head_dim); each serves heads / kv_heads query heads.
-        mask: (B, L, S) or (B, 1, S) bool, True where a query sees a key.
+        mask: (B, L, S) or (B, 1, S) bool, True where a query sees a key. With an `OwnText` the
+            kernel is taken, which has no bias.
         scale: of the scores; None is 1/sqrt(head_dim).
         cap: scores x become cap * tanh(x / cap), as Gemma 2's.
         bias: (B or 1, heads, L, S), added to the scores, as T5's.
@@ -35,6 +37,8 @@ def attend(
     Returns:
         (B, L, heads, head_dim).
     """
+    if isinstance(mask, OwnText):
+        return splash(query, key, value, mask, scale, cap)
     B, L, N, _ = query.shape
     mesh = jax.sharding.get_abstract_mesh()
     devices = 1 if mesh.empty else parts(mesh, "batch") * parts(mesh, "heads")

@@ -16,6 +16,7 @@ from flax import nnx
 
 from pplug_jax.llm.attention import attend
 from pplug_jax.llm.linear import linear
+from pplug_jax.llm.splash import OwnText, pays
 from pplug_jax.mesh import constrain, rows
 from pplug_jax.remat import checkpointed
 
@@ -222,7 +223,7 @@ class Layers(nnx.Module):
         self,
         x: jax.Array,
         angles: jax.Array,
-        mask: jax.Array,
+        mask: jax.Array | OwnText,
         extend: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] = lambda key, value: (
             key,
             value,
@@ -288,22 +289,32 @@ class Decoder(nnx.Module):
         return self.config.embedding_scale * mean_norm(self.embedding[...], self.config.vocab_size)
 
     def _views(
-        self, at: jax.Array, slots: jax.Array, visible: jax.Array
-    ) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+        self, at: jax.Array, slots: jax.Array, visible: jax.Array | OwnText
+    ) -> Callable[[jax.Array], tuple[jax.Array, jax.Array | OwnText]]:
         """What a layer sees, as a function of whether it slides: RoPE's angles and the mask.
 
         Args:
             at: (B, L) float32, the queries' positions. slots: (B, S) float32, the keys'.
-            visible: (B, L or 1, S) bool, what a layer with an endless window sees.
+            visible: (B, L or 1, S) bool or an `OwnText`, what a layer with an endless window sees.
         """
         config = self.config
         full = at[..., None] * config.rope.frequencies(config.head_dim), visible
         if config.window is None:
             return lambda slides: full
         rope = config.sliding_rope or config.rope
-        near = at[:, :, None] - slots[:, None] < config.window
-        local = at[..., None] * rope.frequencies(config.head_dim), visible & near
+        if isinstance(visible, OwnText):
+            near = dataclasses.replace(visible, slides=jnp.bool(True))
+        else:
+            near = visible & (at[:, :, None] - slots[:, None] < config.window)
+        local = at[..., None] * rope.frequencies(config.head_dim), near
         return lambda slides: jax.tree.map(functools.partial(jnp.where, slides), local, full)
+
+    def _own_views(self, mask: jax.Array) -> Callable[[jax.Array], tuple]:
+        """The same of texts that see themselves; mask: (B, L) bool."""
+        at = positions(mask)
+        if pays(mask.shape[1]):
+            return self._views(at, at, OwnText(mask, jnp.bool(False), self.config.window))
+        return self._views(at, at, causal(mask))
 
     def _scanned(self) -> tuple[Layers, jax.Array]:
         """The layers, and which of them slide."""
@@ -311,9 +322,11 @@ class Decoder(nnx.Module):
         return self.layers, jnp.array(config.sliding or (False,) * config.num_layers)
 
     def hidden(self, inputs_embeds: jax.Array, mask: jax.Array, remat: bool = False) -> jax.Array:
-        """(B, L, D), (B, L) bool -> the last hidden states, (B, L, D); padding may be anywhere."""
-        at = positions(mask)
-        view = self._views(at, at, causal(mask))
+        """(B, L, D), (B, L) bool -> the last hidden states, (B, L, D).
+
+        Padding stands on either side of a text.
+        """
+        view = self._own_views(mask)
 
         def layer(x: jax.Array, scanned: tuple[Layers, jax.Array]) -> tuple[jax.Array, None]:
             weights, slides = scanned
@@ -375,6 +388,9 @@ class Decoder(nnx.Module):
                 [inputs_embeds.astype(self.embedding.dtype), self.embed(targets)], axis=1
             )
             there = jnp.concatenate([mask, jnp.ones(targets.shape, bool)], axis=1)
+            order = jnp.argsort(there, axis=1, stable=True)  # no padding inside a text
+            embeds = jnp.take_along_axis(embeds, order[..., None], axis=1)
+            there = jnp.take_along_axis(there, order, axis=1)
             hidden = self.hidden(embeds, there)[:, mask.shape[1] :]
         return self.unembed(hidden)[..., : self.config.vocab_size]
 
@@ -387,8 +403,7 @@ class Decoder(nnx.Module):
             the hidden state that predicts the first new token, (B, D), and the cache with room for
             the new tokens.
         """
-        at = positions(mask)
-        view = self._views(at, at, causal(mask))
+        view = self._own_views(mask)
 
         def layer(
             x: jax.Array, scanned: tuple[Layers, jax.Array]
@@ -413,7 +428,7 @@ class Decoder(nnx.Module):
         return x, KVCache(
             jnp.pad(keys, pad),
             jnp.pad(values, pad),
-            jnp.concatenate([at, new.astype(at.dtype)], axis=1),
+            jnp.concatenate([positions(mask), new.astype(jnp.float32)], axis=1),
             jnp.pad(jnp.repeat(mask[:, None], num_beams, axis=1), ((0, 0), (0, 0), room)),
             jnp.int32(mask.shape[1]),
         )

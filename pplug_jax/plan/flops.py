@@ -34,5 +34,14 @@ def _flops(eqn: JaxprEqn, while_trips: int) -> float:
     ]
     if name == "cond":
         return max(inside)
-    times = {"scan": params.get("length"), "while": while_trips}.get(name, 1)
+    if name == "scan":
+        times = params["length"]
+    elif name == "while":
+        times = while_trips
+    elif name == "shard_map":  # its inside is one device's
+        times = params["mesh"].size
+    elif name == "pallas_call":
+        times = math.prod(params["grid_mapping"].grid)
+    else:
+        times = 1
     return times * sum(inside)
