@@ -48,6 +48,7 @@ def row(scaling: str, mesh: str, chips: int) -> list[str]:
     config = lamp5.get_config("llama3_8b")
     rows = BATCHES[scaling](chips)
     config.train.batch_size = config.eval.batch_size = rows
+    config.train.remat = False  # there is room
     parts = min(chips, rows)
     fsdp = COPIES[mesh](parts)
     shape = (parts // fsdp, fsdp, chips // parts)

@@ -77,9 +77,9 @@ def splash(
         local = functools.partial(_on_device, window=window, cap=cap, interpret=interpret)
         if mesh.empty:
             return local(*arrays)
-        axes = ("batch", "heads", None, None), ("batch", None)
-        specs = [sharding(mesh, axes[x.ndim == 2], x.shape).spec for x in arrays]
-        local = jax.shard_map(local, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
+        axes = [("batch", "heads", None, None)] * 3 + [("batch", None)]
+        specs = tuple(sharding(mesh, a, x.shape).spec for a, x in zip(axes, arrays, strict=True))
+        local = jax.shard_map(local, in_specs=specs, out_specs=specs[0], check_vma=False)
         return local(*arrays)
 
     if mask.window is None:
