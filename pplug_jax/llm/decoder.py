@@ -309,9 +309,10 @@ class Decoder(nnx.Module):
         local = at[..., None] * rope.frequencies(config.head_dim), near
         return lambda slides: jax.tree.map(functools.partial(jnp.where, slides), local, full)
 
-    def _own_views(self, mask: jax.Array) -> Callable[[jax.Array], tuple]:
+    def _own_views(
+        self, at: jax.Array, mask: jax.Array
+    ) -> Callable[[jax.Array], tuple[jax.Array, jax.Array | OwnText]]:
         """The same of texts that see themselves; mask: (B, L) bool."""
-        at = positions(mask)
         if pays(mask.shape[1]):
             return self._views(at, at, OwnText(mask, jnp.bool(False), self.config.window))
         return self._views(at, at, causal(mask))
@@ -326,7 +327,7 @@ class Decoder(nnx.Module):
 
         Padding stands on either side of a text.
         """
-        view = self._own_views(mask)
+        view = self._own_views(positions(mask), mask)
 
         def layer(x: jax.Array, scanned: tuple[Layers, jax.Array]) -> tuple[jax.Array, None]:
             weights, slides = scanned
@@ -403,7 +404,8 @@ class Decoder(nnx.Module):
             the hidden state that predicts the first new token, (B, D), and the cache with room for
             the new tokens.
         """
-        view = self._own_views(mask)
+        at = positions(mask)
+        view = self._own_views(at, mask)
 
         def layer(
             x: jax.Array, scanned: tuple[Layers, jax.Array]
@@ -428,7 +430,7 @@ class Decoder(nnx.Module):
         return x, KVCache(
             jnp.pad(keys, pad),
             jnp.pad(values, pad),
-            jnp.concatenate([positions(mask), new.astype(jnp.float32)], axis=1),
+            jnp.concatenate([at, new.astype(at.dtype)], axis=1),
             jnp.pad(jnp.repeat(mask[:, None], num_beams, axis=1), ((0, 0), (0, 0), room)),
             jnp.int32(mask.shape[1]),
         )
