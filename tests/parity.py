@@ -1,8 +1,10 @@
-"""What the comparisons with transformers share."""
+"""What comparisons, with transformers or of two ways of ours, share."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
@@ -13,6 +15,18 @@ def assert_close(ours: jax.Array, theirs: np.ndarray, tolerance: float = 1e-4) -
     assert ours.shape == theirs.shape
     error = np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
     assert error <= tolerance, error
+
+
+def with_gradients(f: Callable[..., jax.Array], *arrays: jax.Array) -> list[jax.Array]:
+    """What `f` gives, and the gradients of a function of it, one for each array."""
+
+    def total(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        h = f(*arrays)
+        return jnp.sum(h * jnp.cos(h)), h
+
+    wrt = tuple(range(len(arrays)))
+    grads, h = jax.jit(jax.grad(total, argnums=wrt, has_aux=True))(*arrays)
+    return [h, *grads]
 
 
 def save_random(model: transformers.PreTrainedModel, path: Path) -> None:

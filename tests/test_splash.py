@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 import transformers
-from parity import save_random
+from parity import save_random, with_gradients
 
 from pplug_jax.llm import attention, decoder, load_llm, splash
 from pplug_jax.llm.decoder import Decoder
@@ -37,14 +38,13 @@ def draw(seed: int, heads: int, dtype: str) -> jax.Array:
 def outputs(attend: Attend, kv_heads: int, dtype: str = "float32") -> list[np.ndarray]:
     """What `attend` gives at the tokens, and the gradients of a function of it."""
 
-    def total(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
-        h = jnp.where(THERE[..., None, None], attend(query, key, value), 0)
-        return jnp.sum(h * jnp.cos(h)), h
+    def at_tokens(*arrays: jax.Array) -> jax.Array:
+        return jnp.where(THERE[..., None, None], attend(*arrays), 0)
 
     arrays = draw(0, HEADS, dtype), draw(1, kv_heads, dtype), draw(2, kv_heads, dtype)
-    grads, h = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(*arrays)
-    assert {x.dtype for x in (*grads, h)} == {jnp.dtype(dtype)}
-    return [np.float32(x) for x in (h, *grads)]
+    found = with_gradients(at_tokens, *arrays)
+    assert {x.dtype for x in found} == {jnp.dtype(dtype)}
+    return [np.float32(x) for x in found]
 
 
 def kernel(window: int | None = None, slides: bool = False, **settings: float | None) -> Attend:
@@ -79,7 +79,7 @@ def test_bfloat16() -> None:
 
 
 @pytest.mark.parametrize("kv_heads", [2, 1])  # one for every device, and fewer
-def test_on_a_mesh(monkeypatch: pytest.MonkeyPatch, kv_heads: int) -> None:
+def test_on_a_mesh(kv_heads: int) -> None:
     expected = outputs(reference(), kv_heads)
     with jax.set_mesh(make_mesh(1, 3, 2, jax.devices()[:6])):
         found = outputs(kernel(), kv_heads)
@@ -96,18 +96,6 @@ def test_flops_are_those_of_all_blocks() -> None:
         assert matmul_flops(jax.make_jaxpr(kernel())(*arrays)) == products
 
 
-@pytest.fixture
-def on_a_tpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Makes decoders take the kernel."""
-
-    def pretend() -> None:
-        monkeypatch.setattr(decoder, "pays", lambda length: length == L)
-        interpreted = functools.partial(splash.splash, interpret=True)
-        monkeypatch.setattr(attention, "splash", interpreted)
-
-    return pretend
-
-
 SHAPE = {
     "vocab_size": 24,
     "hidden_size": 32,
@@ -120,17 +108,16 @@ SHAPE = {
     "pad_token_id": 0,
 }
 LLMS = {
-    "llama": transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)),
-    "gemma2": transformers.Gemma2ForCausalLM(
-        transformers.Gemma2Config(**SHAPE, sliding_window=WINDOW)
-    ),
+    "llama": transformers.LlamaConfig(**SHAPE),
+    "gemma2": transformers.Gemma2Config(**SHAPE, sliding_window=WINDOW),
 }
 
 
 @pytest.mark.parametrize("name", LLMS)
-def test_decoders(tmp_path: Path, on_a_tpu: Callable[[], None], name: str) -> None:
+def test_decoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Logits, their gradient, and a step behind the prompt."""
-    save_random(LLMS[name], tmp_path)
+    torch.manual_seed(0)
+    save_random(transformers.AutoModelForCausalLM.from_config(LLMS[name]), tmp_path)
     llm = load_llm(tmp_path, dtype="float32")
     embeds = jnp.asarray(np.random.default_rng(0).normal(size=(B, L, 32)), "float32")
     mask, behind = jnp.asarray(THERE), jnp.ones((B, 20), jnp.int32)
@@ -155,7 +142,9 @@ def test_decoders(tmp_path: Path, on_a_tpu: Callable[[], None], name: str) -> No
         )
 
     by_xla = found()
-    on_a_tpu()
+    monkeypatch.setattr(decoder, "pays", lambda length: length == L)  # as on a TPU
+    interpreted = functools.partial(splash.splash, interpret=True)
+    monkeypatch.setattr(attention, "splash", interpreted)
     for ours, theirs in zip(found(), by_xla, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
 
