@@ -4,7 +4,8 @@
 dry_run=false
 yes=false
 poll_seconds=${POLL_SECONDS:-30} # between questions and tries
-job=() # the arguments that follow --
+job=()        # the arguments that follow --
+connection=() # the flags by which a later call reaches the job as well
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -25,6 +26,12 @@ check() {
   [[ -n $2 ]] || refuse "$1 is missing; for example $1=$4"
   [[ $2 =~ ^($3)$ ]] || refuse "$1=$2 is malformed; it should look like $1=$4"
 }
+
+# check_argument FLAG=VALUE PATTERN EXAMPLE
+check_argument() { check "${1%%=*}" "${1#*=}" "$2" "$3"; }
+
+# check_passed FLAG=VALUE EXAMPLE: a VALUE that another program is given as a flag
+check_passed() { check_argument "$1" '--[a-z][-a-z0-9]*(=.*)?' "$2"; }
 
 # parse_flags ARGUMENT...: sets what all launchers have, and by set_flag what one has alone.
 parse_flags() {
@@ -58,7 +65,12 @@ has_argument() {
   return 1
 }
 
-show() { printf '+%s\n' "$(printf ' %q' "$@")" >&2; }
+quoted() { printf ' %q' "$@"; }
+
+# again VERB FLAG...: the command that calls the launcher again
+again() { quoted "$0" "$@" ${connection[@]+"${connection[@]}"}; }
+
+show() { printf '+%s\n' "$(quoted "$@")" >&2; }
 
 run() {
   show "$@"

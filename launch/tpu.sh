@@ -18,6 +18,8 @@ A job on Cloud TPU VMs: one host, a slice of several, or several slices.
                            they are there at once or not at all
   --spot                   queued, on cheaper machines that may be taken away: run then asks for
                            new ones and starts the job again, until it ends by itself
+  --tunnel-through-iap     connect through Identity-Aware Proxy
+  --gcloud-ssh=FLAG        passed on to gcloud's ssh, for example --ssh-key-file=KEY
   --dry-run                print every command, call none
   --yes                    answer every question with yes
 
@@ -26,25 +28,42 @@ A job on Cloud TPU VMs: one host, a slice of several, or several slices.
   --slices=N               queued, N slices of that type as one job
   --runtime-version=IMAGE  the machines' image; by default the one for JAX
   --data=gs://BUCKET/DIR   copied to data/ on every worker
+  --reserved               on machines of a reservation
+  --internal-ips           without external addresses
+  --network=NETWORK        by default the one named default
+  --subnetwork=SUBNETWORK
+  --service-account=EMAIL  of the machines, by default the project's
+  --data-disk=source=DISK[,mode=read-only]
+                           attached, not mounted; several hosts can only read it
+  --labels=KEY=VALUE,...
+  --gcloud-create=FLAG     passed on to gcloud's create, for example --tags=TAG
+  --gcloud-scp=FLAG        passed on to gcloud's scp, for example --ssh-key-file=KEY
+
+--data-disk and --gcloud-... may be given several times.
 
 run sends the current commit to all workers, installs it there, starts
   python -m pplug_jax.main ARGUMENT...
 follows the first one's log and ends with the job's exit status: 0, or that of a worker where it
-failed. Where NAME is there already, it is used. Ctrl-C leaves the job running; attach follows it
-again. stop has it save a checkpoint and end. delete, also offered at the job's end, ends the costs.
+failed. Where NAME is there already, it is used as it is. Ctrl-C leaves the job running; attach
+follows it again. stop has it save a checkpoint and end. delete, also offered at the job's end, ends
+the costs.
 END
 }
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 name='' project='' zone='' accelerator='' image='' data=''
+create_flags=() ssh_flags=() scp_flags=() # passed on to gcloud
 slices=1
 queued=false
 spot=false
+reserved=false
+tunnel=false
 answered=false # the Cloud
 exists=false   # something that is charged for
 started=false  # the job
 pretended=''   # state, in a dry run
 status=0       # the job's
+label='[a-z][-a-z0-9_]{0,62}=[-a-z0-9_]{0,63}'
 
 set_flag() {
   case $1 in
@@ -56,8 +75,32 @@ set_flag() {
     --slices=*) queued=true slices=${1#*=} ;;
     --runtime-version=*) image=${1#*=} ;;
     --data=*) data=${1#*=} ;;
+    --tunnel-through-iap) tunnel=true ssh_flags+=("$1") scp_flags+=("$1") connection+=("$1") ;;
+    --reserved) reserved=true create_flags+=("$1") ;;
+    --internal-ips) create_flags+=("$1") ;;
+    --network=* | --subnetwork=*) of_create "$1" '[a-z0-9][-a-z0-9_.:/]*' default ;;
+    --service-account=*)
+      of_create "$1" '[-a-z0-9.]+@[-a-z0-9.]+' pplug@my-project.iam.gserviceaccount.com
+      ;;
+    --data-disk=*)
+      of_create "$1" 'source=[^,=]+(,mode=read-(only|write))?' \
+        source=projects/my-project/zones/us-west4-a/disks/my-disk,mode=read-only
+      ;;
+    --labels=*) of_create "$1" "$label(,$label)*" team=research,user=me ;;
+    --gcloud-create=*) check_passed "$1" --tags=pplug && create_flags+=("${1#*=}") ;;
+    --gcloud-ssh=*)
+      check_passed "$1" --ssh-key-file=KEY
+      ssh_flags+=("${1#*=}") connection+=("$1")
+      ;;
+    --gcloud-scp=*) check_passed "$1" --ssh-key-file=KEY && scp_flags+=("${1#*=}") ;;
     *) return 1 ;;
   esac
+}
+
+# of_create FLAG=VALUE PATTERN EXAMPLE: one that gcloud's create has by the same name
+of_create() {
+  check_argument "$@"
+  create_flags+=("$1")
 }
 
 parse() {
@@ -71,14 +114,19 @@ parse() {
   check --name "$name" '[a-z]([-a-z0-9]{0,48}[a-z0-9])?' pplug
   check --project "$project" '([a-z0-9.-]+:)?[a-z][-a-z0-9]{4,28}[a-z0-9]' my-project
   check --zone "$zone" '[a-z]+-[a-z]+[0-9]+-[a-z]' us-west4-a
+  ! $tunnel || [[ " ${ssh_flags[*]} ${scp_flags[*]} " != *' --internal-ip '* ]] ||
+    refuse "--tunnel-through-iap and --internal-ip exclude each other"
   if [[ $verb == run ]]; then check_run; fi
   kind=tpu-vm ready=READY workers=(--worker=all)
   if $queued; then kind=queued-resources ready=ACTIVE workers=(--node=all --worker=all); fi
+  where=(--project="$project" --zone="$zone" --quiet)
 }
 
 check_run() {
   check --accelerator "$accelerator" 'v(2|3|4|5litepod|5p|6e)-[1-9][0-9]*' v5litepod-16
   check --slices "$slices" '[1-9][0-9]{0,2}' 2
+  ! $spot || ! $reserved ||
+    refuse "--spot and --reserved exclude each other: spot machines are of no reservation"
   case $accelerator in
     v5litepod-*) : "${image:=v2-alpha-tpuv5-lite}" ;;
     v5p-*) : "${image:=v2-alpha-tpuv5}" ;;
@@ -98,12 +146,18 @@ check_run() {
     say "note: the job must know of the slices, by its config or by --config.mesh.slices=$slices"
 }
 
-tpus() { run gcloud compute tpus "$kind" "$@" --project="$project" --zone="$zone" --quiet; }
+tpus() { run gcloud compute tpus "$kind" "$@" "${where[@]}"; }
+
+# connect ssh|scp ARGUMENT...; to a TPU VM only alpha's tunnel, to a queued resource any.
+connect() {
+  local track=(compute)
+  if $tunnel && ! $queued; then track=(alpha compute); fi
+  run gcloud "${track[@]}" tpus "$kind" "$@" "${where[@]}"
+}
 
 # list PRETENDED KIND FIELD FILTER; unlike `describe` it tells none from a failure to ask.
 list() {
-  query "$1" gcloud compute tpus "$2" list --format="value($3)" --filter="$4" \
-    --project="$project" --zone="$zone" --quiet
+  query "$1" gcloud compute tpus "$2" list --format="value($3)" --filter="$4" "${where[@]}"
 }
 
 # Nothing where there is no $name.
@@ -142,6 +196,7 @@ create() {
     if ((slices > 1)); then options=(--runtime-version="$image" --node-count="$slices"); fi
     if $spot; then options+=(--spot); fi
   fi
+  options+=(${create_flags[@]+"${create_flags[@]}"})
   exists=true # perhaps, whatever becomes of the command
   tpus create "$name" --accelerator-type="$accelerator" "${options[@]}" || return 1
   pretended=$ready
@@ -198,8 +253,8 @@ retry() {
 
 # on_workers all|0 COMMAND; a dead connection is noticed within minutes.
 on_workers() {
-  tpus ssh "$name" "${workers[@]/%all/$1}" --ssh-flag=-oServerAliveInterval=30 \
-    --ssh-flag=-oConnectTimeout=30 --command="$2" </dev/null
+  connect ssh "$name" "${workers[@]/%all/$1}" ${ssh_flags[@]+"${ssh_flags[@]}"} \
+    --ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oConnectTimeout=30 --command="$2" </dev/null
 }
 
 pack() {
@@ -210,11 +265,14 @@ $changed"
   run git -C "$root" archive --format=tar.gz --output="$scratch/pplug.tar.gz" HEAD
 }
 
-send() { tpus scp "$scratch/pplug.tar.gz" "$root/launch/worker.sh" "$name:" "${workers[@]}"; }
+send() {
+  connect scp "$scratch/pplug.tar.gz" "$root/launch/worker.sh" "$name:" "${workers[@]}" \
+    ${scp_flags[@]+"${scp_flags[@]}"}
+}
 
 install() { on_workers all "bash worker.sh install $(printf %q "$data")" >&2; }
 
-start() { on_workers all "bash worker.sh start$(printf ' %q' "${job[@]}")" >&2; }
+start() { on_workers all "bash worker.sh start$(quoted "${job[@]}")" >&2; }
 
 # The log of worker 0 (of slice 0), each line once. How many were shown is kept in a file, since the
 # loop is a process of its own.
@@ -286,17 +344,17 @@ finish() {
 
 # Says what is left behind, however the launcher ends.
 farewell() {
-  local now='' flags="--name=$name --project=$project --zone=$zone"
+  local now='' flags=(--name="$name" --project="$project" --zone="$zone")
   [[ -z ${scratch-} ]] || rm -rf "$scratch"
   if ! $exists || $dry_run; then return; fi
   if now=$(state) && [[ -z $now ]]; then
     say "Nothing is left of $name."
     return
   fi
-  if $queued; then flags+=' --queued'; fi
+  if $queued; then flags+=(--queued); fi
   say "$name (state: ${now:-unknown}) is left, and is charged for while it has machines."
-  if $started; then say "To follow the job:  $0 attach $flags"; fi
-  say "To delete it:       $0 delete $flags"
+  if $started; then say "To follow the job: $(again attach "${flags[@]}")"; fi
+  say "To delete it:      $(again delete "${flags[@]}")"
 }
 
 main() {

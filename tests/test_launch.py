@@ -59,6 +59,36 @@ def flag(name):
     return next((a.partition("=")[2] for a in argv if a.startswith(f"--{name}=")), "")
 
 
+# gcloud's own flags, as of version 528.
+CREATE = "accelerator-type spot reserved internal-ips network subnetwork service-account data-disk"
+CREATE += " labels tags metadata"
+CONNECT = "worker ssh-key-file internal-ip"
+KNOWN = {
+    "tpu-vm create": f"{CREATE} version",
+    "tpu-vm ssh": f"{CONNECT} command ssh-flag",
+    "tpu-vm scp": f"{CONNECT} scp-flag",
+    "tpu-vm list": "format filter",
+    "tpu-vm delete": "",
+    "queued-resources create": f"{CREATE} runtime-version node-id node-count",
+    "queued-resources ssh": f"{CONNECT} tunnel-through-iap node command ssh-flag",
+    "queued-resources scp": f"{CONNECT} tunnel-through-iap node scp-flag",
+    "queued-resources list": "format filter",
+    "queued-resources describe": "format",
+    "queued-resources delete": "force",
+    "alpha tpu-vm ssh": f"{CONNECT} tunnel-through-iap command ssh-flag",
+    "alpha tpu-vm scp": f"{CONNECT} tunnel-through-iap scp-flag",
+}
+
+
+def refuse_unknown():
+    known = (KNOWN[track + " ".join(argv[3:5])] + " project zone quiet").split()
+    flags = [each for each in argv[5:] if each.startswith("-")]
+    unknown = [each for each in flags if each[2:].partition("=")[0] not in known]
+    if unknown:
+        print("ERROR: unrecognized arguments:", *unknown, file=sys.stderr)
+        sys.exit(2)
+
+
 def subject():
     if flag("filter"):
         return flag("filter").partition("$")[0].replace(")", "/").rpartition("/")[2]
@@ -146,6 +176,7 @@ def ssh():
 
 
 def gcloud():
+    refuse_unknown()
     kind, verb = argv[3:5]
     if verb == "create":
         count, queued = int(flag("node-count") or 1), kind != "tpu-vm"
@@ -177,21 +208,24 @@ def gcloud():
 
 
 def kubectl():
-    states = load("states")
-    if argv[1] == "create":
+    states, command = load("states"), [each for each in argv[1:] if not each.startswith("-")]
+    if command[0] == "create":
         with open(f"{cloud}/manifest", "w") as file:
             file.write(sys.stdin.read())
-    elif argv[1:3] == ["get", "pods"] and states[0] == "Running":
+    elif command[:2] == ["get", "pods"] and states[0] == "Running":
         print("pod/first")
-    elif argv[1] == "logs":
+    elif command[0] == "logs":
         print("step 1")
-    elif argv[1:3] == ["get", "jobset"]:
+    elif command[:2] == ["get", "jobset"]:
         print(states[0] if states[0] in ("Completed", "Failed") else "")
         store("states", states[1:])
 
 
 if argv[1] == "storage":  # of a worker, several at a time
     os.execlp("cp", "cp", "-r", argv[-2].replace("gs://", f"{cloud}/bucket/") + "/.", argv[-1])
+track = "alpha " if argv[1] == "alpha" else ""
+if track:
+    del argv[1]
 world, wrong, target = load("world"), broken_rule(), subject()
 if wrong["do"] == "fail":
     fail(wrong)
@@ -242,6 +276,7 @@ mkdir -p ~/.local/bin && cp "$CLOUD/uv" ~/.local/bin/
 RUN = ["run", "--name=plug", "--project=some-project", "--zone=us-west4-a"]
 RUN += ["--accelerator=v5litepod-16"]
 NAMED = ["--name=plug", "--project=some-project", "--zone=us-west4-a"]
+TUNNEL = ["--tunnel-through-iap"]
 ARGUMENTS = [
     "--config=configs/lamp5.py:llama3_8b@v5e-8",
     "--workdir=gs://bucket/runs/lamp5",
@@ -317,6 +352,11 @@ class Cloud:
         print(done.stdout, done.stderr, f"status {done.returncode}", sep="\n")
         return done
 
+    def run_told(self, what: str, done: subprocess.CompletedProcess, stdin: str = "") -> None:
+        """Runs a command that a launcher has told of, as in "To delete it:"."""
+        command = ["bash", "-c", re.search(f"{what}: +(.*)", done.stderr).group(1)]
+        subprocess.run(command, env=self.env, input=stdin, text=True, check=True, timeout=300)
+
     @property
     def calls(self) -> list[list[str]]:
         return self.read("calls")
@@ -325,11 +365,11 @@ class Cloud:
     def steps(self) -> list[str]:
         """The calls in short, as "create" or "ssh follow", those that only ask left out."""
         steps = []
-        for call in self.calls:
-            if call[:3] != ["gcloud", "compute", "tpus"] or call[4] in ("list", "describe"):
+        for call in tpu_calls(self.calls):
+            if verb_of(call) in ("list", "describe"):
                 continue
             remote = [a.split()[2] for a in call if a.startswith("--command=")]
-            steps.append(" ".join([call[4], *remote]))
+            steps.append(" ".join([verb_of(call), *remote]))
         return steps
 
     @property
@@ -340,6 +380,22 @@ class Cloud:
     @property
     def nodes(self) -> dict[str, Any]:
         return self.read("world")[0]["nodes"]
+
+
+def tpu_calls(calls: list[list[str]]) -> list[list[str]]:
+    """Those of `gcloud [alpha] compute tpus`, the archive's temporary directory left out."""
+    calls = [call for call in calls if "tpus" in call[:4]]
+    return [[re.sub(r".*/(pplug.tar.gz)$", r"\1", word) for word in call] for call in calls]
+
+
+def verb_of(call: list[str]) -> str:
+    return call[call.index("tpus") + 2]
+
+
+def printed(dry: subprocess.CompletedProcess) -> list[list[str]]:
+    """The commands of gcloud that a dry run has printed."""
+    commands = re.split(r"^\+ ", dry.stderr, flags=re.MULTILINE)[1:]
+    return [shlex.split(each.partition("--quiet\n")[0] + "--quiet") for each in commands]
 
 
 @pytest.fixture
@@ -408,15 +464,32 @@ JOBSET += ["--accelerator=tpu-v5-lite-podslice", "--topology=4x4"]
         ("--slices", "--slices=two"),
         ("--data", "--data=/data"),
         ("--runtime-version", "--runtime-version=a b"),
-        ("--nmae", "--nmae=a"),
-        ("plug", "plug"),
+        ("--network", "--network=My Network"),
+        ("--subnetwork", "--subnetwork="),
+        ("--service-account", "--service-account=pplug"),
+        ("--data-disk", "--data-disk=my-disk"),
+        ("--data-disk", "--data-disk=source=my-disk,mode=fast"),
+        ("--labels", "--labels=team"),
+        ("--labels", "--labels=team=a,,user=b"),
+        ("--gcloud-create", "--gcloud-create="),
+        ("--gcloud-create=--scopes", "--gcloud-create=--scopes a"),
+        ("--gcloud-ssh", "--gcloud-ssh=-v"),
+        ("--gcloud-scp", "--gcloud-scp=compress"),
     ],
 )
 def test_bad_flags_are_refused(cloud: Cloud, flag: str, instead: str) -> None:
     flags = [each for each in RUN if not each.startswith(flag)]
     done = cloud.run(*flags, *filter(None, [instead]), "--", *ARGUMENTS)
     assert done.returncode == 2
-    assert flag in done.stderr
+    assert flag in done.stderr and "unknown" not in done.stderr
+    assert not cloud.calls
+
+
+@pytest.mark.parametrize("argument", ["--nmae=a", "plug", "--reserved=yes", "--gcloud-create"])
+def test_unknown_arguments_are_refused(cloud: Cloud, argument: str) -> None:
+    done = cloud.run(*RUN, argument, "--", *ARGUMENTS)
+    assert done.returncode == 2
+    assert f"unknown argument {argument} " in done.stderr
     assert not cloud.calls
 
 
@@ -430,6 +503,9 @@ def test_bad_flags_are_refused(cloud: Cloud, flag: str, instead: str) -> None:
         ([*RUN, "--spot", "--", "--config=a", "--workdir=runs/a"], "--workdir=gs://"),
         ([*RUN, "--spot", "--", "--config=a"], "--workdir=gs://"),
         (["delete", *NAMED[1:]], "--name"),
+        ([*RUN, "--spot", "--reserved", "--", *ARGUMENTS], "--spot and --reserved"),
+        (["attach", *NAMED, *TUNNEL, "--gcloud-ssh=--internal-ip"], "and --internal-ip exclude"),
+        (["attach", *NAMED, "--gcloud-scp=--internal-ip", *TUNNEL], "and --internal-ip exclude"),
     ],
 )
 def test_bad_commands_are_refused(cloud: Cloud, arguments: list[str], told: str) -> None:
@@ -489,17 +565,96 @@ def test_a_job(cloud: Cloud, flags: list[str], workers: list[str]) -> None:
     create = next(call for call in cloud.calls if "create" in call)
     assert ("--spot" in create) == (flags == ["--spot"])
     assert ("--node-count=2" in create) == (flags == ["--slices=2"])
-
-    def comparable(commands: list[list[str]]) -> list[list[str]]:
-        commands = [each for each in commands if each[:2] == ["gcloud", "compute"]]
-        return [[re.sub(r".*/(pplug.tar.gz)$", r"\1", word) for word in each] for each in commands]
-
     # What the dry run has printed is what was called.
-    printed = [
-        shlex.split(each.partition("--quiet\n")[0] + "--quiet")
-        for each in re.split(r"^\+ ", dry.stderr, flags=re.MULTILINE)[1:]
-    ]
-    assert comparable(printed) == comparable(cloud.calls)
+    assert tpu_calls(printed(dry)) == tpu_calls(cloud.calls)
+
+
+HOSTILE = """it's "b", c=$HOME `d` \\ * %h"""
+# Flags that are passed on to gcloud: what becomes of them, and in which of its commands.
+PASSED = [
+    *(
+        (flag, flag, "create")
+        for flag in [
+            "--reserved",
+            "--internal-ips",
+            "--network=projects/a/global/networks/b",
+            "--subnetwork=my-subnetwork",
+            "--service-account=a@b.c.com",
+            "--data-disk=source=a/b,mode=read-only",
+            "--data-disk=source=c",
+            "--labels=a=b,c_d=",
+        ]
+    ),
+    ("--gcloud-create=--tags=a,b", "--tags=a,b", "create"),
+    (f"--gcloud-create=--metadata=a={HOSTILE}", f"--metadata=a={HOSTILE}", "create"),
+    ("--tunnel-through-iap", "--tunnel-through-iap", "ssh scp"),
+    ("--gcloud-ssh=--ssh-key-file=my key", "--ssh-key-file=my key", "ssh"),
+    (f"--gcloud-ssh=--ssh-flag=-o{HOSTILE}", f"--ssh-flag=-o{HOSTILE}", "ssh"),
+    ("--gcloud-scp=--ssh-key-file=a, b", "--ssh-key-file=a, b", "scp"),
+    (f"--gcloud-scp=--scp-flag=-o{HOSTILE}", f"--scp-flag=-o{HOSTILE}", "scp"),
+]
+FLAGS = [flag for flag, _, _ in PASSED]
+
+
+def check_passed(calls: list[list[str]], without: str = "") -> None:
+    """That every call has the flags that concern it, and no others of them."""
+    passed = [(become, verbs.split()) for flag, become, verbs in PASSED if flag != without]
+    for call in calls:
+        had = [word for word in call if word in [become for become, _ in passed]]
+        assert had == [become for become, verbs in passed if verb_of(call) in verbs]
+
+
+@pytest.mark.parametrize("kind", [[], ["--queued"], ["--slices=2"]])
+def test_flags_are_passed_on(cloud: Cloud, kind: list[str]) -> None:
+    for verb, steps in [
+        ("run", WHOLE),
+        ("attach", ["ssh follow", "ssh wait_for_end"]),
+        ("stop", ["ssh stop", "ssh follow", "ssh wait_for_end"]),
+        ("delete", ["delete"]),
+    ]:
+        command = [verb, *kind, *FLAGS, *RUN[1:]]
+        dry = tpu_calls(printed(cloud.run(*command, "--dry-run", "--", *ARGUMENTS)))
+        calls, before = len(cloud.calls), len(cloud.steps)
+        done = cloud.run(*command, "--", *ARGUMENTS, stdin="y" if verb == "delete" else "")
+        assert done.returncode == 0
+        assert cloud.steps[before:] == steps
+        called = tpu_calls(cloud.calls[calls:])
+        check_passed(called)
+        passed = [call for call in called if verb_of(call) in ("create", "ssh", "scp")]
+        assert passed == [call for call in dry if verb_of(call) in ("create", "ssh", "scp")]
+    assert not cloud.nodes
+
+
+def test_flags_are_passed_on_after_preemption(cloud: Cloud) -> None:
+    cloud.write(rules=[{"on": "worker.sh follow", "do": "preempt", "states": ["FAILED"]}])
+    flags = [flag for flag in FLAGS if flag != "--reserved"]
+    done = cloud.run("run", *flags, *SPOT[1:])
+    assert done.returncode == 0
+    assert cloud.steps == [*WHOLE[:-1], "delete", *WHOLE]
+    check_passed(tpu_calls(cloud.calls), without="--reserved")
+
+
+@pytest.mark.parametrize("kind", [[], ["--queued"]])
+def test_what_is_left_is_reached_by_the_same_connection(cloud: Cloud, kind: list[str]) -> None:
+    done = cloud.run("run", *kind, *FLAGS, *RUN[1:], "--", *ARGUMENTS)
+    assert done.returncode == 0
+    before = len(cloud.steps)
+    cloud.run_told("To follow the job", done)
+    cloud.run_told("To delete it", done, "y")
+    assert cloud.steps[before:] == ["ssh follow", "ssh wait_for_end", "delete"]
+    check_passed(tpu_calls(cloud.calls))
+
+
+@pytest.mark.parametrize("script", ["tpu.sh", "jobset.sh"])
+def test_every_flag_is_told_of_and_tested(cloud: Cloud, script: str) -> None:
+    told = re.findall(r"^  (--[a-z-]+)", cloud.run("--help", script=script).stdout, re.MULTILINE)
+    source = (LAUNCH / "common.sh").read_text() + (LAUNCH / script).read_text()
+    cases = " | ".join(re.findall(r"^ +(--[a-z-][-a-z=*| ]*)\)", source, re.MULTILINE))
+    accepted = {each.removesuffix("=*") for each in cases.split(" | ")}
+    assert sorted(told) == sorted(accepted - {"--help"})
+    tested = {each.partition("=")[0] for each in [*RUN, *FLAGS, *JOBSET, *KUBECTL, *PODS]}
+    others = "--dry-run --yes --queued --spot --slices --runtime-version --data"
+    assert set(told) <= tested.union(others.split())
 
 
 def test_what_is_installed_and_left(cloud: Cloud) -> None:
@@ -566,8 +721,7 @@ def test_a_failed_creation_that_leaves_something(cloud: Cloud) -> None:
     done = cloud.run(*RUN, "--", *ARGUMENTS)
     assert done.returncode == 1
     assert cloud.steps == ["create"]
-    command = re.search(r"To delete it: +(.*)", done.stderr).group(1)
-    subprocess.run(shlex.split(command), env=cloud.env, input="y", text=True, check=True)
+    cloud.run_told("To delete it", done, "y")
     assert not cloud.nodes
 
 
@@ -797,8 +951,14 @@ def test_the_same_run_follows_a_running_job(cloud: Cloud) -> None:
     assert cloud.steps.count("create") == 1
 
 
+def expanded(value: str) -> str:
+    """As Kubernetes reads an argument or a variable's value."""
+    assert "$(" not in value.replace("$$", "")
+    return value.replace("$$", "$")
+
+
 def test_jobset(cloud: Cloud) -> None:
-    arguments = [*ARGUMENTS[:3], """--config.llm.separator=  it's "b" $HOME `c` \\ #: ,"""]
+    arguments = [*ARGUMENTS, """--config.llm.separator=  it's "b" $HOME $(HOME) $$ `c` \\ & #: ,"""]
     cloud.write(states=["Pending", "Running", "", "Completed"])
     done = cloud.run(*JOBSET, "--slices=2", "--spot", "--", *arguments, script="jobset.sh")
     assert done.returncode == 0
@@ -828,8 +988,12 @@ def test_jobset(cloud: Cloud) -> None:
     assert pod["terminationGracePeriodSeconds"] >= 60
     (container,) = pod["containers"]
     assert container["image"] == "us-docker.pkg.dev/some-project/a/b:1"
-    assert container["args"] == arguments
+    assert list(map(expanded, container["args"])) == arguments
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert manifest["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "multislice-queue"
+    assert pod["serviceAccountName"] == "default"  # as it is without
+    assert not pod["priorityClassName"] and not pod["volumes"]
+    assert not container["env"] and not container["envFrom"] and not container["volumeMounts"]
 
     dry = cloud.run(
         "run",
@@ -844,6 +1008,57 @@ def test_jobset(cloud: Cloud) -> None:
     assert yaml.safe_load(dry.stdout) == manifest
     assert "kubectl create --filename=-" in dry.stderr
     assert len([call for call in cloud.calls if "create" in call]) == 1
+
+
+KUBECTL = ["--namespace=my-team", "--context=a b", "--kubectl=--kubeconfig=it's $HOME"]
+VALUE = f"{HOSTILE}\r\n\t$(A) $$ # :,"
+PODS = ["--reservation=on", "--node-selector=a.b/c=1,d=true", "--node-selector=e="]
+PODS += ["--queue=no", "--priority-class=high", "--service-account=null"]
+PODS += ["--labels=team=yes,a.b/c=0x1", "--labels=d=", f"--env=A={VALUE}", "--env=b="]
+PODS += ["--secret=hugging-face", "--secret=true", "--volume=data:/home/data:ro", "--volume=1:/b"]
+
+
+def test_flags_of_jobset_are_passed_on(cloud: Cloud) -> None:
+    command = [*JOBSET, *KUBECTL, *PODS, "--", *ARGUMENTS]
+    dry = cloud.run(command[0], "--dry-run", *command[1:], script="jobset.sh")
+    cloud.write(states=["Running", "Completed"])
+    done = cloud.run(*command, script="jobset.sh")
+    assert done.returncode == 0
+    manifest = yaml.safe_load((cloud.path / "manifest").read_text())
+    assert yaml.safe_load(dry.stdout) == manifest
+    labels = {"xpk.google.com/workload": "plug", "team": "yes", "a.b/c": "0x1", "d": ""}
+    queue = {"kueue.x-k8s.io/queue-name": "no"}
+    assert manifest["metadata"]["labels"] == queue | labels
+    (slices,) = manifest["spec"]["replicatedJobs"]
+    template = slices["template"]["spec"]["template"]
+    assert template["metadata"]["labels"] == labels
+    pod = template["spec"]
+    selector = {"a.b/c": "1", "d": "true", "e": "", "cloud.google.com/reservation-name": "on"}
+    assert selector.items() <= pod["nodeSelector"].items()
+    assert (pod["priorityClassName"], pod["serviceAccountName"]) == ("high", "null")
+    (container,) = pod["containers"]
+    variables = {each["name"]: expanded(each["value"]) for each in container["env"]}
+    assert variables == {"A": VALUE, "b": ""}
+    secrets = [each["secretRef"]["name"] for each in container["envFrom"]]
+    assert secrets == ["hugging-face", "true"]
+    assert [(each["name"], each["persistentVolumeClaim"]) for each in pod["volumes"]] == [
+        ("data", {"claimName": "data", "readOnly": True}),
+        ("1", {"claimName": "1", "readOnly": False}),
+    ]
+    assert container["volumeMounts"] == [
+        {"name": "data", "mountPath": "/home/data", "readOnly": True},
+        {"name": "1", "mountPath": "/b", "readOnly": False},
+    ]
+
+    # What is told then reaches the same cluster.
+    cloud.write(states=["Completed"])
+    cloud.run_told("To follow the job", done)
+    cloud.run_told("To delete it", done, "y")
+    flags = [*KUBECTL[:2], KUBECTL[2].removeprefix("--kubectl=")]
+    assert all(call[1:4] == flags for call in cloud.calls)
+    assert [call[4] for call in cloud.calls] == ["create", "get", "logs", *["get"] * 5, "delete"]
+    commands = re.split(r"^\+ ", dry.stderr, flags=re.MULTILINE)[1:]
+    assert [shlex.split(each)[1:4] for each in commands] == [flags] * 4
 
 
 @pytest.mark.parametrize(
@@ -889,13 +1104,38 @@ def test_jobset_that_cannot_be_created(cloud: Cloud) -> None:
         ("--topology", "--topology=16"),
         ("--slices", "--slices=x"),
         ("--workdir", "--"),
+        ("--namespace", "--namespace=My_Team"),
+        ("--context", "--context="),
+        ("--kubectl", "--kubectl=-n=a"),
+        ("--reservation", "--reservation=a/b"),
+        ("--node-selector", "--node-selector=a"),
+        ("--node-selector", "--node-selector=a=b c"),
+        ("--queue", "--queue=a: b"),
+        ("--priority-class", "--priority-class=High"),
+        ("--service-account", "--service-account=a@b.c"),
+        ("--labels", "--labels=a=b,c"),
+        ("--labels", '--labels=a="b"'),
+        ("--env", "--env=A"),
+        ("--env", "--env=A-B=c"),
+        ("--secret", "--secret=a=b"),
+        ("--volume", "--volume=data"),
+        ("--volume", "--volume=data:data"),
+        ("--volume", "--volume=data:/data:rw"),
     ],
 )
 def test_bad_flags_of_jobset_are_refused(cloud: Cloud, flag: str, instead: str) -> None:
     flags = [each for each in JOBSET if not each.startswith(flag)]
     done = cloud.run(*flags, instead or "--dry-run", "--", "--config=a", script="jobset.sh")
     assert done.returncode == 2
-    assert flag in done.stderr
+    assert flag in done.stderr and "unknown" not in done.stderr
+    assert not cloud.calls
+
+
+def test_spot_and_a_reservation_exclude_each_other(cloud: Cloud) -> None:
+    flags = ["--spot", "--reservation=a", "--", *ARGUMENTS]
+    done = cloud.run(*JOBSET, *flags, script="jobset.sh")
+    assert done.returncode == 2
+    assert "--spot and --reservation exclude" in done.stderr
     assert not cloud.calls
 
 
