@@ -20,7 +20,7 @@ from pplug_jax.data.batches import Batch, Tokenized, place_batch, plan_batches
 from pplug_jax.data.lamp import Example
 from pplug_jax.distributed import fetch, is_primary, wait_for_all
 from pplug_jax.embedder import Reading, UserEmbedder
-from pplug_jax.files import write_json
+from pplug_jax.files import read_text, write_json
 from pplug_jax.generate import generate
 from pplug_jax.inputs import own_items, shown
 from pplug_jax.llm import LLM
@@ -168,7 +168,7 @@ def answer(
         with contextlib.closing(Checkpoints(directory / "checkpoints" / method.weights)) as found:
             step = found.best
     if path.is_file() and about.is_file():
-        facts = json.loads(about.read_text())
+        facts = json.loads(read_text(about))
         texts = submission.read(path, task)
         if facts["step"] == step and list(texts) == [example.id for example in examples]:
             return Answers(texts, **facts)

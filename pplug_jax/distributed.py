@@ -77,6 +77,13 @@ def on_any(values: np.ndarray) -> np.ndarray:
     return multihost_utils.process_allgather(values, tiled=False).any(axis=0)
 
 
+def worst_of_all(value: int) -> int:
+    """The largest of all processes' values, on every process."""
+    if not jax.distributed.is_initialized():
+        return value
+    return int(multihost_utils.process_allgather(np.int32(value)).max())
+
+
 def fetch(x: jax.Array) -> np.ndarray:
     """The whole array on every process, wherever its shards lie."""
     if x.is_fully_addressable or x.is_fully_replicated:

@@ -11,7 +11,7 @@ import numpy as np
 from pplug_jax.answers import Answers, answer
 from pplug_jax.data.lamp import Example
 from pplug_jax.data.tasks import TASKS
-from pplug_jax.files import write_json, write_text
+from pplug_jax.files import read_text, write_json, write_text
 from pplug_jax.methods import METHODS, Weights, configured
 from pplug_jax.metrics import METRICS, compare, example_statistics, interval, value_of
 from pplug_jax.models import Models
@@ -60,7 +60,7 @@ def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
     config, task, workdir = models.config, models.task, models.workdir
     tokenized = functools.cache(lambda: models.tokenize(examples))
     # Another split than the workdir's own leaves that one's results as they are.
-    own = json.loads((workdir / "config.json").read_text())["data"]["eval_split"]
+    own = json.loads(read_text(workdir / "config.json"))["data"]["eval_split"]
     stem = "results" if config.data.eval_split == own else f"results.{config.data.eval_split}"
     results = empty_results(config, examples)
 

@@ -19,6 +19,7 @@ from pplug_jax.embedder import soft_tokens
 from pplug_jax.errors import DataError, InputError
 from pplug_jax.evaluate import evaluate
 from pplug_jax.inputs import TrainingInputs
+from pplug_jax.lock import locked
 from pplug_jax.methods import METHODS, configured
 from pplug_jax.metrics import check_metrics
 from pplug_jax.models import Models, parameter_count, trained_count
@@ -51,7 +52,9 @@ def describe(models: Models, train: Sequence[Example], held_out: Sequence[Exampl
         + (config.llm.quantize or config.llm.dtype),
         "prompt": models.tokenizer.layout(soft_tokens(config.plug)),
         "encoder": f"{config.encoder.path}, width {models.encoder.size}, "
-        f"{models.encoder.model.pooling} pooling",
+        f"{models.encoder.model.pooling} pooling, at most {models.encoder.max_length} tokens, "
+        f"{models.encoder.query_prefix!r} before inputs, {models.encoder.item_prefix!r} before "
+        "history texts",
         "trainable": "; ".join(
             f"{count:,} parameters, {count / (count + frozen):.1%} of all ({', '.join(names)})"
             for count, names in trainable.items()
@@ -62,6 +65,12 @@ def describe(models: Models, train: Sequence[Example], held_out: Sequence[Exampl
         "workdir": str(models.workdir),
     }.items():
         say(f"{name:>12}  {text}")
+    if not models.tokenizer.end:
+        say(
+            f"warning: neither {config.llm.path}'s config.json nor its tokenizer names an end of "
+            f"sequence: every answer has config.eval.max_new_tokens = {config.eval.max_new_tokens} "
+            "tokens"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +134,19 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
             f"config.data.train_split: {config.data.train_split} has no outputs to train on; leave "
             "trained methods out of config.methods, or name another split"
         )
+    with locked(workdir):
+        _work(config, workdir, mode, train, held_out, bad)
+
+
+def _work(
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    mode: str,
+    train: Sequence[Example],
+    held_out: Sequence[Example],
+    bad: Sequence[DataError],
+) -> None:
+    """What `run` does once the workdir is this job's."""
     models = Models(config, workdir)
     claim_workdir(workdir, config)
     describe(models, train, held_out)

@@ -254,13 +254,14 @@ def fit(
     soft = soft_tokens(config.plug, method.reading) if method.plug else 0
     kept = Checkpoints(directory / "checkpoints" / method.name, config.train.keep)
     with contextlib.closing(kept) as checkpoints, contextlib.ExitStack() as stack:
-        if checkpoints.latest is None:
+        latest = checkpoints.latest_for_all()
+        if latest is None:
             weights, step = None, 0
-        elif checkpoints.latest <= len(plan):
+        elif latest <= len(plan):
             weights, opt_state, step = checkpoints.restore(*trained)
         else:
             raise CheckpointError(
-                f"{directory}: the checkpoint is of step {checkpoints.latest}, but this run "
+                f"{directory}: the checkpoint is of step {latest}, but this run "
                 f"has {len(plan)}; the data have changed since: give another --workdir"
             )
         if step == len(plan):

@@ -6,7 +6,7 @@ from etils import epath
 
 from pplug_jax.config import ConfigError
 from pplug_jax.distributed import is_primary, wait_for_all
-from pplug_jax.files import write_json
+from pplug_jax.files import read_text, write_json
 from pplug_jax.inputs import TrainingInputs
 from pplug_jax.methods import METHODS, configured
 from pplug_jax.models import Models
@@ -22,7 +22,7 @@ def tune(models: Models, training: TrainingInputs) -> dict[str, float]:
     config = models.config
     path = models.workdir / "tune.json"
     losses: dict[str, dict[str, float | None]] = (
-        json.loads(path.read_text()) if path.is_file() else {}
+        json.loads(read_text(path)) if path.is_file() else {}
     )
     for method in (METHODS[name] for name in config.methods if METHODS[name].trained):
         trials = losses.setdefault(method.name, {})

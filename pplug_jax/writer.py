@@ -3,12 +3,13 @@
 import json
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 from tensorboardX import SummaryWriter
 
 from pplug_jax.distributed import is_primary
-from pplug_jax.files import is_remote, write_text
+from pplug_jax.files import is_remote, read_text, write_text
 
 
 class Writer:
@@ -25,7 +26,7 @@ class Writer:
             return
         workdir = epath.Path(workdir)
         self.path = workdir / "metrics.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        lines = read_text(self.path).splitlines() if self.path.exists() else []
         self.lines = [f"{line}\n" for line in lines if self._stays(line, name, start)]
         write_text(self.path, self.lines)
         self.file = None if is_remote(workdir) else self.path.open("a")
@@ -33,9 +34,8 @@ class Writer:
 
     @staticmethod
     def _stays(line: str, name: str, start: int) -> bool:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # the line that a killed process was writing
+        record = _parsed(line)
+        if record is None:
             return False
         return not record["name"].startswith(f"{name}/") or record["step"] <= start
 
@@ -64,11 +64,20 @@ class Writer:
             self.events.close()
 
 
+def _parsed(line: str) -> dict[str, Any] | None:
+    """The line's record; None for one that is being written, or that a killed process began."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
 def read_scalars(path: Path, key: str) -> dict[str, dict[int, float]]:
     """{method: {step: value}} of a `metrics.jsonl`; of a step that was taken twice, the later."""
     found: dict[str, dict[int, float]] = defaultdict(dict)
-    for line in path.read_text().splitlines():
-        record = json.loads(line)
+    for record in map(_parsed, read_text(path).splitlines()):
+        if record is None:
+            continue
         method, _, name = record["name"].rpartition("/")
         if name == key:
             found[method][record["step"]] = record["value"]

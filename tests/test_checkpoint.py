@@ -1,13 +1,20 @@
 """Checkpoints: which are kept, what a torn one does, and restoring onto other devices."""
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint._src.path import gcs_utils
 
+from pplug_jax import checkpoint, retry
 from pplug_jax.checkpoint import CheckpointError, Checkpoints
 from pplug_jax.mesh import make_mesh
 
@@ -103,7 +110,7 @@ def test_a_torn_checkpoint_is_passed_over(
     assert checkpoints.restore_weights(like)["scalar"] == 1
     restored, _, step = checkpoints.restore(like, {"moment": jnp.ones(3)})
     assert (step, restored["scalar"]) == (1, 1)
-    assert "step 2 cannot be read" in capsys.readouterr().out
+    assert "step 2 is cut or lacks files" in capsys.readouterr().out
     # The step can be taken and saved again; the torn one stays for who wants to look.
     assert checkpoints.latest == 1
     checkpoints.save(2, weights(ONE, 7.0), {"moment": jnp.zeros(3)})
@@ -116,6 +123,159 @@ def test_where_all_are_torn_nothing_is_touched(tmp_path: Path) -> None:
     saved(tmp_path, None, None).close()
     for step in ("1", "2"):
         tear(tmp_path / step)
-    with pytest.raises(CheckpointError, match=r"no checkpoint can be read \(step 2: "):
+    with pytest.raises(CheckpointError, match=r"no checkpoint is whole \(step 2: "):
         Checkpoints(tmp_path).restore(weights(ONE), {"moment": jnp.ones(3)})
     assert steps(tmp_path) == ["1", "2"]
+
+
+@pytest.mark.parametrize("file", ["weights/_METADATA", "weights/manifest.ocdbt", "weights/d/*"])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"")])
+def test_every_proof_that_files_are_not_whole(
+    tmp_path: Path, file: str, damage: Callable[[Path], object]
+) -> None:
+    saved(tmp_path, None, None).close()
+    for path in (tmp_path / "2").glob(file):
+        damage(path)
+    restored, _, step = Checkpoints(tmp_path).restore(weights(ONE), {"moment": jnp.ones(3)})
+    if step == 2:  # Orbax can do without the list of arrays, if it is not there at all
+        assert (file, damage) == ("weights/_METADATA", Path.unlink)
+    assert restored["scalar"] == step
+
+
+@pytest.mark.parametrize("item", ["weights", "optimizer", "."])
+def test_what_is_missing_whole(tmp_path: Path, item: str) -> None:
+    checkpoints = saved(tmp_path, None, None)
+    (tmp_path / "2" / item).rename(tmp_path / "elsewhere")
+    like = weights(ONE), {"moment": jnp.ones(3)}
+    if item == ".":
+        assert checkpoints.restore_weights(like[0])["scalar"] == 1
+    else:
+        assert checkpoints.restore(*like)[2] == 1
+
+
+@pytest.fixture
+def copied(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> epath.Path:
+    """A copy in a bucket of what was saved on a disk."""
+    # Orbax would ask the Cloud what kind of bucket it is.
+    monkeypatch.setattr(gcs_utils, "is_hierarchical_namespace_enabled", lambda path: False)
+    saved(tmp_path, None, 2.0).close()
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            target = epath.Path(bucket) / "copied" / path.relative_to(tmp_path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    return epath.Path(bucket) / "copied"
+
+
+def test_a_copy_in_a_bucket_is_whole(
+    copied: epath.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = Checkpoints(copied)
+    assert str(checkpoints.directory) == str(copied)  # and no directory called gs: here
+    assert (checkpoints.latest, checkpoints.best) == (2, 2)
+    assert "passed over" not in capsys.readouterr().out
+
+
+def test_a_copy_in_a_bucket_without_marks_is_told_of(
+    copied: epath.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copied / "2" / checkpoint.MARK).unlink()
+    assert Checkpoints(copied).latest == 1
+    assert f"{copied}/2 is passed over as unfinished: it has no" in capsys.readouterr().out
+
+
+class Failing:
+    """Calls `whole`, but for the first `count` times, which raise `error`."""
+
+    def __init__(self, whole: Callable[..., Any], error: Exception, count: int):
+        self.whole, self.error, self.left = whole, error, iter(range(count))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if next(self.left, None) is not None:
+            raise self.error
+        return self.whole(*args, **kwargs)
+
+
+PASSING = [
+    OSError("503 Service Unavailable"),
+    OSError("HTTP 429: Too Many Requests"),
+    TimeoutError("timed out"),
+    ValueError('UNAVAILABLE: Error reading "gs://bucket/d": HTTP response code: 503'),
+    ConnectionResetError(104, "Connection reset by peer"),
+    OSError(5, "Input/output error"),
+]
+
+
+@pytest.mark.parametrize("error", PASSING)
+def test_a_passing_error_of_a_restore_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(retry, "WAIT", 0.0)
+    checkpoints = saved(tmp_path, None, None)
+    checkpoints.reader.restore = Failing(checkpoints.reader.restore, error, 2)
+    assert checkpoints.restore(weights(ONE), {"moment": jnp.ones(3)})[2] == 2
+    assert steps(tmp_path) == ["1", "2"]
+
+
+@pytest.mark.parametrize("error", [*PASSING, PermissionError(13, "Permission denied"), KeyError()])
+def test_an_error_that_stays_leaves_all_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(retry, "WAIT", 0.0)
+    checkpoints = saved(tmp_path, None, None)
+    checkpoints.reader.restore = Failing(checkpoints.reader.restore, error, 99)
+    with pytest.raises(CheckpointError, match=r"step 2 could not be read: .*Nothing was changed"):
+        checkpoints.restore(weights(ONE), {"moment": jnp.ones(3)})
+    with pytest.raises(CheckpointError, match="step 2 could not be read"):
+        checkpoints.restore_weights(weights(ONE))
+    assert steps(tmp_path) == ["1", "2"]
+
+
+@pytest.fixture
+def fail_in_background(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception, int], None]:
+    """Has the next so many arrays fail to be written, after `save` has returned."""
+    whole = ocp.PyTreeCheckpointHandler.async_save
+    failures: list[Exception] = []
+
+    class Broken:
+        def __init__(self, error: Exception):
+            self.error = error
+
+        def result(self, timeout: float | None = None) -> None:
+            raise self.error
+
+    async def async_save(self: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        futures = await whole(self, *args, **kwargs) or []
+        return [*futures, Broken(failures.pop())] if failures else futures
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "async_save", async_save)
+    monkeypatch.setattr(retry, "WAIT", 0.0)
+    return lambda error, count: failures.extend(itertools.repeat(error, count))
+
+
+def test_a_passing_error_of_a_save_is_written_again(
+    tmp_path: Path, fail_in_background: Callable[[Exception, int], None]
+) -> None:
+    checkpoints, state = Checkpoints(tmp_path), {"moment": jnp.zeros(3)}
+    fail_in_background(PASSING[0], 3)
+    checkpoints.save(1, weights(ONE, 1.0), state)
+    checkpoints.wait()
+    assert checkpoints.restore(weights(ONE), state)[2] == 1
+    # The next one takes the place of one that was lost.
+    fail_in_background(PASSING[0], 1)
+    checkpoints.save(2, weights(ONE, 2.0), state)
+    checkpoints.save(3, weights(ONE, 3.0), state)
+    checkpoints.wait()
+    restored, _, step = checkpoints.restore(weights(ONE), state)
+    assert (step, restored["scalar"]) == (3, 3)
+
+
+def test_a_full_disk_ends_the_run(
+    tmp_path: Path, fail_in_background: Callable[[Exception, int], None]
+) -> None:
+    checkpoints, state = saved(tmp_path, None), {"moment": jnp.zeros(3)}
+    fail_in_background(OSError(28, "No space left on device"), 1)
+    checkpoints.save(2, weights(ONE, 2.0), state)
+    with pytest.raises(CheckpointError, match=r"No space left.*The last whole one is step 1"):
+        checkpoints.wait()
+    assert checkpoints.restore(weights(ONE), state)[2] == 1

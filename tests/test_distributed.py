@@ -67,25 +67,26 @@ def test_half_a_description_of_a_job(
         distributed.start()
 
 
-def start(workdir: Path, count: int, cwd: Sequence[Path] = (), **settings: object) -> list:
-    """The command in `count` processes, each in its directory of `cwd`, if any."""
+def start_all(
+    commands: Sequence[Sequence[str]], directory: Path, cwd: Sequence[Path] = ()
+) -> list[subprocess.Popen]:
+    """A job of these commands, which share DEVICES; what they compile lies in `directory`."""
+    count = len(commands)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = [f"--config.{field}={value}" for field, value in (SETTINGS | settings).items()]
     processes = []
-    for process in range(count):
+    for process, command in enumerate(commands):
         env = os.environ | COMPILED
-        env["JAX_COMPILATION_CACHE_DIR"] = str(workdir.parent / f"compiled_{count}_{process}")
+        env["JAX_COMPILATION_CACHE_DIR"] = str(directory / f"compiled_{count}_{process}")
         env["XLA_FLAGS"] = env["XLA_FLAGS"].replace("count=8", f"count={DEVICES // count}")
         env["PYTHONPATH"] = str(ROOT)
         if count > 1:
             env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
             env["JAX_PROCESS_ID"] = str(process)
-        command = [sys.executable, "-m", "pplug_jax.main", f"--workdir={workdir}"]
         processes.append(
             subprocess.Popen(
-                [*command, f"--config={ROOT}/configs/lamp5.py", *flags],
+                [sys.executable, *command],
                 cwd=cwd[process] if cwd else ROOT,
                 env=env,
                 stdout=subprocess.PIPE,
@@ -94,6 +95,14 @@ def start(workdir: Path, count: int, cwd: Sequence[Path] = (), **settings: objec
             )
         )
     return processes
+
+
+def start(workdir: Path, count: int, cwd: Sequence[Path] = (), **settings: object) -> list:
+    """The command in `count` processes, each in its directory of `cwd`, if any."""
+    flags = [f"--config.{field}={value}" for field, value in (SETTINGS | settings).items()]
+    config = f"--config={ROOT}/configs/lamp5.py"
+    command = ["-m", "pplug_jax.main", f"--workdir={workdir}", config, *flags]
+    return start_all([command] * count, workdir.parent, cwd)
 
 
 def ends(processes: Sequence[subprocess.Popen]) -> tuple[list[int], list[str]]:
@@ -192,3 +201,17 @@ def test_stopped_and_lost_processes(alone: Path, tmp_path: Path) -> None:
     assert [loss for _, loss in curve[:30]] == pytest.approx(
         [loss for _, loss in expected[:30]], rel=1e-3
     )
+
+
+@pytest.mark.parametrize("failures", [1, 99])
+def test_all_restore_the_same_step_or_none_does(tmp_path: Path, failures: int) -> None:
+    script = [str(Path(__file__).with_name("restoring.py")), str(tmp_path / "kept"), str(failures)]
+    codes, outputs = ends(start_all([script] * 2, tmp_path))
+    assert codes == [0, 0], outputs
+    if failures == 1:
+        assert all("step 2, values {2.0}" in output for output in outputs), outputs
+    else:
+        assert all("step 2 could not be read" in output for output in outputs), outputs
+        assert "another process could not read it" in outputs[0]
+        assert "503 Service Unavailable" in outputs[1]
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["1", "2"]

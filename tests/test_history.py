@@ -1,6 +1,9 @@
 """The history store: unique texts once, whatever happens to the process that fills it."""
 
 import hashlib
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -161,3 +164,51 @@ def test_a_killed_run_keeps_what_it_had(
     assert store.add(TEXTS) == 6
     assert sizes(store) == (10, 10)
     check(store, TEXTS)
+
+
+# Adds texts first..last to the store; opening the vectors takes long, as on a slow disk.
+FILL = """
+import sys, time
+from pathlib import Path
+from pplug_jax.data import history
+from test_history import FakeEncoder
+
+history.CHUNK = 20
+whole = Path.open
+
+def slow(path, *args, **kwargs):
+    if path.name == "vectors":
+        time.sleep(0.03)
+    return whole(path, *args, **kwargs)
+
+Path.open = slow
+directory, first, last = sys.argv[1], *map(int, sys.argv[2:])
+store = history.HistoryStore(directory, FakeEncoder())
+store.add([f"text {i}" for i in range(first, last)])
+assert len(store.rows([f"text {i}" for i in range(first, last)])) == last - first
+"""
+
+
+def fill(directory: Path, first: int, last: int) -> subprocess.Popen:
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2]))}
+    return subprocess.Popen([sys.executable, "-c", FILL, directory, str(first), str(last)], env=env)
+
+
+def test_two_processes_fill_one_store(tmp_path: Path):
+    for process in [fill(tmp_path, 0, 200), fill(tmp_path, 190, 390)]:
+        assert process.wait() == 0
+    store = HistoryStore(tmp_path, FakeEncoder())
+    assert len(store) == 390
+    assert sizes(store) == (390, 390)
+    check(store, [f"text {i}" for i in range(390)])
+
+
+def test_a_killed_process_leaves_no_lock_and_no_wrong_vector(tmp_path: Path):
+    killed, other = fill(tmp_path, 0, 400), fill(tmp_path, 100, 200)
+    while not any(path.stat().st_size for path in tmp_path.glob("*/vectors")):
+        assert killed.poll() is None
+    killed.kill()
+    assert other.wait() == 0
+    store = HistoryStore(tmp_path, FakeEncoder())
+    store.add([f"text {i}" for i in range(400)])
+    check(store, [f"text {i}" for i in range(400)])

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,13 +23,14 @@ from etils import epath
 from lamp_files import write_split
 
 from configs import lamp5, llms
-from pplug_jax import Personalizer, answers, train
+from pplug_jax import Personalizer, answers, lock, train
 from pplug_jax.checkpoint import CheckpointError, Checkpoints
 from pplug_jax.config import ConfigError, check_batches, check_config
 from pplug_jax.data.lamp import DataError
 from pplug_jax.embedder import UserEmbedder
 from pplug_jax.errors import InputError
 from pplug_jax.llm import LLM
+from pplug_jax.lock import locked
 from pplug_jax.main import default_workdir
 from pplug_jax.methods import METHODS
 from pplug_jax.models import Models
@@ -435,10 +437,21 @@ def test_the_command_shows_bad_input_as_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in output
 
 
+def test_a_start_beside_another_does_nothing(tmp_path: Path) -> None:
+    with locked(tmp_path / "run"):
+        process = start(tmp_path / "run")
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert f"run is in use by process {os.getpid()} on {socket.gethostname()}" in output
+        assert "Traceback" not in output
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {lock.LOCK, lock.OWNER}
+
+
 def test_a_workdir_in_a_bucket(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lock, "SETTLING", 0.0)
     workdir = epath.Path(bucket) / "run"
     config = small_config(methods=("none", "bm25"))
     for _ in range(2):  # the second start finds what the first one left

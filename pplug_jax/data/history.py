@@ -3,9 +3,11 @@
 A store is a directory named after the encoder's fingerprint, so that no other encoder's vectors
 are ever read, with two append-only files: `keys` (16-byte digests of texts) and `vectors` (float16
 rows in the same order). A row counts when both files hold all of it, so a process may be killed at
-any moment and the next one goes on from there.
+any moment and the next one goes on from there. Whoever reads or changes the files' ends holds
+their lock, so several runs may fill one store at once.
 
-Of several processes each has a store on its own disk, or all share one, which the first writes.
+Of several processes of a run each has a store on its own disk, or all share one, which the first
+writes.
 """
 
 import hashlib
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from filelock import FileLock
 
 from pplug_jax.distributed import from_primary, is_primary, on_any, wait_for_all
 from pplug_jax.encoder import Encoder
@@ -52,11 +55,10 @@ class HistoryStore:
         self.directory = Path(directory) / encoder.fingerprint
         self.directory.mkdir(parents=True, exist_ok=True)
         self.encoder = encoder
+        self._lock = FileLock(self.directory / "lock")
+        self._rows: dict[bytes, int] = {}
         shared = jax.process_count() > 1 and self._is_shared()
         self._writes = is_primary() or not shared
-        if self._writes:
-            self._cut()
-        wait_for_all("the history store is whole")
         self._open()
 
     def _is_shared(self) -> bool:
@@ -77,7 +79,7 @@ class HistoryStore:
         return {keys: KEY_BYTES, vectors: 2 * self.encoder.size}
 
     def _cut(self) -> None:
-        """Takes away what a killed process left unfinished."""
+        """Takes away what a killed process left unfinished; under the lock, so by none alive."""
         files = self._files()
         for path in files:
             path.touch()
@@ -87,15 +89,24 @@ class HistoryStore:
                 with open(path, "r+b") as file:
                     file.truncate(rows * size)
 
+    def _read_keys(self) -> None:
+        """Learns of the rows that were added since, by this run or another."""
+        keys = next(iter(self._files()))
+        with open(keys, "rb") as file:
+            file.seek(len(self._rows) * KEY_BYTES)
+            added = file.read()
+        for start in range(0, len(added), KEY_BYTES):
+            self._rows[added[start : start + KEY_BYTES]] = len(self._rows)
+
     def _open(self) -> None:
-        keys, vectors = self._files()
-        data = keys.read_bytes()
-        rows = len(data) // KEY_BYTES
-        self._rows = {data[i * KEY_BYTES : (i + 1) * KEY_BYTES]: i for i in range(rows)}
-        shape = (rows, self.encoder.size)
+        with self._lock:
+            self._cut()
+            self._read_keys()
+        _, vectors = self._files()
+        shape = (len(self._rows), self.encoder.size)
         self._vectors = (
             np.memmap(vectors, np.float16, "r", shape=shape)
-            if rows
+            if len(self._rows)
             else np.zeros(shape, np.float16)
         )
 
@@ -129,20 +140,22 @@ class HistoryStore:
                         self._append(list(map(text_key, chunk)), vectors)
             wait_for_all("the histories are encoded")
         finally:
-            if self._writes:
-                self._cut()
             self._open()
         return count
 
     def _append(self, keys: Sequence[bytes], vectors: np.ndarray) -> None:
-        own = np.array([key not in self._rows for key in keys], bool)  # others may lack the rest
-        contents = (
-            b"".join(itertools.compress(keys, own)),
-            vectors[own].astype(np.float16).tobytes(),
-        )
-        for path, content in zip(self._files(), contents, strict=True):
-            with path.open("ab") as file:
-                file.write(content)
+        with self._lock:
+            self._cut()
+            self._read_keys()
+            # The other processes of this run may lack the rest, or another run has added it.
+            new = np.array([key not in self._rows for key in keys], bool)
+            contents = (
+                b"".join(itertools.compress(keys, new)),
+                vectors[new].astype(np.float16).tobytes(),
+            )
+            for path, content in zip(self._files(), contents, strict=True):
+                with path.open("ab") as file:
+                    file.write(content)
 
     def rows(self, texts: Sequence[str]) -> np.ndarray:
         """The texts' row numbers, (n,) int64.
