@@ -1,6 +1,7 @@
 """What the configs of all tasks share; the defaults are the paper's where it states them."""
 
 import ml_collections
+from ml_collections.config_dict import placeholder
 
 from configs import llms
 from pplug_jax.data.download import BASE_URL
@@ -51,8 +52,10 @@ def base_config() -> ml_collections.ConfigDict:
     c.encoder = ml_collections.ConfigDict()
     c.encoder.path = ""
     c.encoder.pooling = ""  # cls or mean; empty: as the directory says
-    c.encoder.query_prefix = ""  # in front of every input, as "query: " for E5
-    c.encoder.item_prefix = ""  # in front of every history text, as "passage: " for E5
+    # In front of every input and of every history text, as "query: " and "passage: " for E5; None:
+    # as the directory says.
+    c.encoder.query_prefix = placeholder(str)
+    c.encoder.item_prefix = placeholder(str)
     c.encoder.max_length = 512
     c.encoder.dtype = "float32"
     c.encoder.batch_size = 64

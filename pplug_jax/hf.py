@@ -2,10 +2,10 @@
 
 import contextlib
 import functools
-import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +15,19 @@ import numpy as np
 import transformers
 from flax import nnx
 from jax.sharding import Mesh
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from pplug_jax.errors import InputError
+from pplug_jax.files import read_json
 from pplug_jax.mesh import shardings
+from pplug_jax.tensors import Stored
 
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt")  # a directory holds one or more
+TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.txt",
+)  # a directory holds one or more
 # Of a stack of layers, so many bytes are read at a time.
 PIECE_BYTES = 2**26
 
@@ -36,13 +42,6 @@ class Source(NamedTuple):
 
     name: str
     transpose: bool = False
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}") from error
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
@@ -78,54 +77,58 @@ def load_tokenizer(directory: str | Path, vocab_size: int) -> transformers.PreTr
     """The directory's tokenizer.
 
     Raises:
-        InputError: the tokenizer is missing, or can give an id that an embedding table of
-            `vocab_size` rows lacks.
+        FileNotFoundError: there is none.
+        InputError: its files cannot be read, it loses the blanks between words, or a text can give
+            an id that an embedding table of `vocab_size` rows lacks.
     """
     if not any((Path(directory) / name).is_file() for name in TOKENIZERS):
         raise FileNotFoundError(
             f"{directory}: no tokenizer, which is one of {', '.join(TOKENIZERS)}"
         )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    if len(tokenizer) > vocab_size:
-        raise InputError(
-            f"{directory}: the tokenizer has {len(tokenizer)} entries, "
-            f"the embedding table only {vocab_size} rows: they do not belong together"
-        )
+    tokenizer = _with_blanks(directory)
+    # Tokens of the template's own text are looked at where there is a template, in `prompts`.
+    added = tokenizer.added_tokens_decoder
+    framing = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.unk_token_id]
+    for token, id in tokenizer.get_vocab().items():
+        never = id in added and added[id].special and id not in framing
+        if id >= vocab_size and not never:
+            raise InputError(
+                f"{directory}: the tokenizer can give the token {token!r} with id {id}, but the "
+                f"embedding table has {vocab_size} rows: they do not belong together"
+            )
     return tokenizer
 
 
-def weight_files(directory: str | Path) -> list[Path]:
-    """The directory's safetensors files: one, or those that the index names."""
-    directory = Path(directory)
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(read_json(index)["weight_map"].values()))
-        files = [directory / name for name in names]
-    else:
-        files = [directory / "model.safetensors"]
-    if missing := [str(file) for file in files if not file.is_file()]:
-        hint = ""
-        if list(directory.glob("*.bin")):
-            hint = (
-                "; .bin files are not read: convert them with transformers' "
-                "save_pretrained(safe_serialization=True)"
-            )
-        raise FileNotFoundError(f"{', '.join(missing)}: no such weight file{hint}")
-    return files
+def _with_blanks(directory: str | Path) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer by the class that its files name, or by tokenizer.json alone.
 
-
-def open_weights(file: Path) -> safe_open:
-    try:
-        return safe_open(file, framework="np")
-    except SafetensorError as error:
-        raise InputError(
-            f"{file}: not a whole safetensors file ({error}); fetch it again"
-        ) from error
+    Some files name Llama's class and are of another kind; transformers 5 then drops all blanks.
+    """
+    kinds = [transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast]
+    for kind in kinds[: 1 + (Path(directory) / "tokenizer.json").is_file()]:
+        try:
+            tokenizer = kind.from_pretrained(directory)
+        # Each kind of tokenizer has its own errors, down to the bare ones of its Rust code.
+        except Exception as error:
+            pieces = next(Path(directory).glob("*.model"), None)
+            if pieces and not find_spec("sentencepiece"):
+                raise InputError(
+                    f"{pieces}: `pip install sentencepiece` reads this file, or write a "
+                    "tokenizer.json where it is, with transformers' save_pretrained"
+                ) from error
+            raise InputError(f"{directory}: the tokenizer cannot be read: {error}") from error
+        ids = tokenizer.encode("two words", add_special_tokens=False)
+        if " " in tokenizer.decode(ids).strip():
+            return tokenizer
+    raise InputError(
+        f"{directory}: the tokenizer loses the blanks between words; is it whole, and of this LLM?"
+    )
 
 
 def weights_loader(
     module: nnx.Module,
     directory: str | Path,
+    stored: Mapping[str, Stored],
     sources: Mapping[str, Source],
     mesh: Mesh,
     *,
@@ -140,6 +143,8 @@ def weights_loader(
     Args:
         module: its variables hold `jax.ShapeDtypeStruct`, whose shapes the checkpoint must have (or
             their `stored_shape`, behind which zeros follow) and whose dtypes it is cast to.
+        directory: where the tensors are from, for messages.
+        stored: `tensors.read_tensors` of it.
         sources: variable path, joined with dots -> its tensor.
         ignore: pattern of the tensor names that the checkpoint may have besides.
         prefix: what stands before the names of this module's tensors; the others are another
@@ -150,13 +155,11 @@ def weights_loader(
         InputError: a missing, unexpected or misshapen tensor, or a truncated file; the message
             names it.
     """
-    tensors: dict[str, Any] = {}
-    for file in weight_files(directory):
-        handle = open_weights(file)
-        for name in list(handle.keys()):
-            if name.startswith(prefix):
-                tensors[name.removeprefix(prefix)] = (file, handle.get_slice(name))
-
+    tensors = {
+        name.removeprefix(prefix): found
+        for name, found in stored.items()
+        if name.startswith(prefix)
+    }
     graph, state = nnx.split(module)
     places = nnx.to_flat_state(shardings(module, mesh))
     wanted: set[str] = set()
@@ -184,7 +187,7 @@ def weights_loader(
                 )
 
         def read(name: str, index: tuple[slice, ...], source=source, dtype=abstract.dtype):
-            tensor = tensors[name][1]
+            tensor = tensors[name].tensor
             array = tensor[index[::-1]].T if source.transpose else tensor[index]
             return array.astype(dtype, copy=False)
 
@@ -296,11 +299,6 @@ def save_weights(
     save_file(tensors, Path(directory) / "model.safetensors", metadata={"format": "pt"})
 
 
-def common_prefix(directory: str | Path, name: str) -> str:
-    """What stands before `name` in the checkpoint (`bert.` where it was saved with a head)."""
-    for file in weight_files(directory):
-        with open_weights(file) as handle:
-            for found in list(handle.keys()):
-                if found.endswith(name):
-                    return found.removesuffix(name)
-    return ""
+def common_prefix(tensors: Iterable[str], name: str) -> str:
+    """What stands before `name` in a checkpoint (`bert.` where it was saved with a head)."""
+    return next((found.removesuffix(name) for found in tensors if found.endswith(name)), "")

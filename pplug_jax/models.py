@@ -28,7 +28,7 @@ from pplug_jax.encoder import load_encoder
 from pplug_jax.encoder.bert import Bert
 from pplug_jax.encoder.encode import abstract_bert, load_bert
 from pplug_jax.errors import InputError
-from pplug_jax.files import is_remote
+from pplug_jax.files import absolute, is_remote
 from pplug_jax.hub import local_directory
 from pplug_jax.llm import LLM, abstract_llm, llm_loader
 from pplug_jax.llm.lora import Lora
@@ -76,6 +76,7 @@ class Models:
         self.tokenizer = Tokenizer(
             tokenizer,
             llm.config.eos_ids,
+            vocab_size=llm.config.vocab_size,
             separator=config.llm.separator,
             prompt_end=llm.prompt_end,
             chat=config.llm.chat,
@@ -114,7 +115,7 @@ class Models:
     @property
     def converted(self) -> epath.Path:
         """Where the converted LLM lies, if it was converted."""
-        return epath.Path(self.config.llm.converted or self.workdir.absolute() / "llm")
+        return absolute(self.config.llm.converted or self.workdir / "llm")
 
     @property
     def _llm_settings(self) -> dict[str, Any]:

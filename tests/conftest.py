@@ -163,6 +163,15 @@ def real_models() -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def real_gguf() -> Path:
+    """NAME/model.gguf of real LLMs, where PPLUG_TEST_GGUF says; tests that need them skip else."""
+    path = Path(os.environ.get("PPLUG_TEST_GGUF", "/nowhere"))
+    if not path.is_dir():
+        pytest.skip("PPLUG_TEST_GGUF names no directory: no real .gguf files to read")
+    return path
+
+
 def forget_nltk_data() -> None:
     wordnet._unload()
     nltk.tokenize._get_punkt_tokenizer.cache_clear()

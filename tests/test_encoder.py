@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 import transformers
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from pplug_jax.encoder import Encoder, load_encoder
 from pplug_jax.encoder.encode import load_bert
@@ -226,6 +228,118 @@ def test_other_poolings_are_refused(
         load_encoder(path)
 
 
+@pytest.mark.parametrize(
+    ("settings", "pooling"),
+    [
+        ({"embedding_dimension": 32, "pooling_mode": "mean", "include_prompt": True}, "mean"),
+        ({"embedding_dimension": 32, "pooling_mode": "cls", "include_prompt": False}, "cls"),
+        ({"pooling_mode": ["mean"]}, "mean"),
+        ({"pooling_mode_mean_tokens": True, "include_prompt": True}, "mean"),
+    ],
+)
+def test_pooling_as_every_version_writes_it(
+    tiny_bert: Path, tmp_path: Path, settings: dict[str, Any], pooling: str
+) -> None:
+    path = shutil.copytree(tiny_bert, tmp_path / "encoder")
+    (path / "1_Pooling").mkdir()
+    (path / "1_Pooling" / "config.json").write_text(json.dumps(settings))
+    assert load_encoder(path).model.pooling == pooling
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pooling_mode": "lasttoken"}, "pooling by lasttoken is not supported"),
+        ({"pooling_mode": ["cls", "mean"]}, "pooling by cls and mean is not supported"),
+        ({"embedding_dimension": 32}, "pooling by nothing is not supported"),
+        ({"pooling_mode_max_tokens": True}, "pooling by pooling_mode_max_tokens"),
+        ({"pooling_mode": "mean", "include_prompt": False}, "include_prompt=false"),
+    ],
+)
+def test_another_pooling_is_refused_by_name_with_a_way_round(
+    tiny_bert: Path, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    path = shutil.copytree(tiny_bert, tmp_path / "encoder")
+    (path / "1_Pooling").mkdir()
+    (path / "1_Pooling" / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=rf"{message}.*--config\.encoder\.pooling=cls\|mean"):
+        load_encoder(path)
+    assert load_encoder(path, pooling="mean").model.pooling == "mean"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"sentence_bert_config.json": {"max_seq_length": 7}}, 7),
+        ({"sentence_bert_config.json": {"max_seq_length": None}}, 128),
+        ({"sentence_bert_config.json": {"max_seq_length": 9999}}, 128),
+        ({"tokenizer_config.json": {"model_max_length": 9}}, 9),
+        (
+            {
+                "sentence_bert_config.json": {"max_seq_length": 12},
+                "tokenizer_config.json": {"model_max_length": 9},
+            },
+            12,
+        ),
+    ],
+)
+def test_the_directorys_length_is_the_ceiling(
+    tiny_bert: Path, tmp_path: Path, files: dict[str, dict[str, Any]], expected: int
+) -> None:
+    path = shutil.copytree(tiny_bert, tmp_path / "encoder")
+    for name, settings in files.items():
+        there = json.loads((path / name).read_text()) if (path / name).is_file() else {}
+        (path / name).write_text(json.dumps(there | settings))
+    assert load_encoder(path).max_length == expected
+    assert load_encoder(path, max_length=5).max_length == 5
+    assert max(map(len, load_encoder(path).tokenize(["a word " * 99]))) == expected
+
+
+@pytest.mark.parametrize(
+    ("about", "query", "item"),
+    [
+        ({}, "", ""),
+        ({"prompts": None}, "", ""),
+        ({"prompts": {"query": "query: ", "document": "passage: "}}, "query: ", "passage: "),
+        ({"prompts": {"query": "q ", "passage": "p "}}, "q ", "p "),
+        ({"prompts": {"query": "q ", "any": "a "}, "default_prompt_name": "any"}, "q ", "a "),
+    ],
+)
+def test_the_directorys_prompts_are_the_default(
+    tiny_bert: Path, tmp_path: Path, about: dict[str, Any], query: str, item: str
+) -> None:
+    path = shutil.copytree(tiny_bert, tmp_path / "encoder")
+    (path / "config_sentence_transformers.json").write_text(json.dumps(about))
+    encoder = load_encoder(path)
+    assert (encoder.query_prefix, encoder.item_prefix) == (query, item)
+    own = load_encoder(path, query_prefix="", item_prefix="own: ")
+    assert (own.query_prefix, own.item_prefix) == ("", "own: ")
+    assert (own.fingerprint == encoder.fingerprint) == (item == "own: ")
+
+
+def test_an_encoder_of_small_letters(tiny_bert: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(tiny_bert, tmp_path / "encoder")
+    (path / "sentence_bert_config.json").write_text(json.dumps({"do_lower_case": True}))
+    encoder = load_encoder(path)
+    assert encoder.tokenize(["A Small Model"]) == encoder.tokenize(["a small model"])
+
+
+def test_norms_named_as_tensorflow_does(tiny_bert: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(tiny_bert, tmp_path / "encoder")
+    tensors = load_file(path / "model.safetensors")
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): array
+        for name, array in tensors.items()
+    }
+    assert old.keys() != tensors.keys()
+    save_file(old, path / "model.safetensors")
+    np.testing.assert_array_equal(
+        encode(load_encoder(path), TEXTS), encode(load_encoder(tiny_bert), TEXTS)
+    )
+
+
 def test_an_unknown_pooling_is_refused(tiny_bert: Path) -> None:
     with pytest.raises(ValueError, match="pooling 'max' is not supported; supported: cls, mean"):
         load_encoder(tiny_bert, pooling="max")
@@ -325,7 +439,8 @@ def test_a_trained_model_on_a_thousand_texts(real_models: Path) -> None:
     texts = [p["abstract"] if i % 20 == 0 else p["title"] for i, p in enumerate(papers)]
     path = real_models / "all-MiniLM-L6-v2"
     encoder = load_encoder(path, mesh=make_mesh(8, 1, 1))
-    assert (encoder.model.pooling, encoder.size) == ("mean", 384)
+    # sentence_bert_config.json: the positions reach to 512.
+    assert (encoder.model.pooling, encoder.size, encoder.max_length) == ("mean", 384, 256)
     vectors = encoder.encode(texts)
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
@@ -333,7 +448,7 @@ def test_a_trained_model_on_a_thousand_texts(real_models: Path) -> None:
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     for start in range(0, len(texts), 50):
         rows = order[start : start + 50]
-        inputs = tokenizer([texts[i] for i in rows], padding=True, truncation=True, max_length=512)
+        inputs = tokenizer([texts[i] for i in rows], padding=True, truncation=True, max_length=256)
         tokens, mask = np.array(inputs["input_ids"]), np.array(inputs["attention_mask"], bool)
         _, expected = pooled(model, tokens, mask, "mean")
         assert np.sum(vectors[rows] * expected, axis=1).min() >= 0.99999

@@ -39,6 +39,12 @@ GEMMA3_ROPES = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+}
 ALTERNATING = ["sliding_attention", "full_attention"] * 2
 CASES: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] = {
     "gemma": (transformers.GemmaConfig, {"num_key_value_heads": 1}),
@@ -67,6 +73,10 @@ CASES: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] = {
         },
     ),
     "qwen3": (transformers.Qwen3Config, {}),
+    "qwen3, yarn": (
+        transformers.Qwen3Config,
+        {"rope_parameters": YARN},
+    ),
 }
 
 
@@ -287,7 +297,11 @@ def test_the_text_part_of_a_multimodal_gemma3(tmp_path: Path) -> None:
         ("gemma3", {"attn_logit_softcapping": 5.0}, "attn_logit_softcapping=5.0 is not supported"),
         ("qwen3", {"attention_bias": True}, "attention_bias=True is not supported"),
         ("qwen3", {"layer_types": ["chunked_attention"] * 4}, "chunked_attention"),
-        ("qwen3", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
+        (
+            "gemma3",
+            {"rope_parameters": GEMMA3_ROPES | {"full_attention": YARN}},
+            "rope type 'yarn' is not supported for gemma3",
+        ),
         ("qwen3", {"hidden_size": "wide"}, r"config\.json: .*hidden_size"),
         ("qwen3", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
     ],

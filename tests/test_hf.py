@@ -2,22 +2,27 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from pplug_jax import hf
+from pplug_jax.data.prompts import Tokenizer
 from pplug_jax.encoder import load_encoder
 from pplug_jax.llm import llama, load_llm
 from pplug_jax.llm.decoder import Decoder
+from pplug_jax.llm.load import abstract_llm
 from pplug_jax.mesh import make_mesh
+from pplug_jax.tensors import read_tensors
 
 LAYER = "model.layers.1.mlp.up_proj.weight"
 
@@ -115,8 +120,67 @@ def test_no_weights(path: Path) -> None:
 
 def test_only_pytorch_weights(path: Path) -> None:
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match=r"\.bin files are not read: convert them"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: PyTorch finds it cut, or holding"):
+        load_llm(path)  # safetensors under another name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shards", ["1GB", "50KB"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pytorchs_own_files(
+    tiny_llama: Path, tmp_path: Path, dtype: torch.dtype, shards: str, zipped: bool
+) -> None:
+    model = transformers.LlamaForCausalLM.from_pretrained(tiny_llama, dtype=dtype)
+    model.save_pretrained(tmp_path / "safe")
+    (other := tmp_path / "pickled").mkdir()
+    shutil.copy(tiny_llama / "config.json", other)
+    names = sorted(model.state_dict())
+    cut = len(names) if shards == "1GB" else len(names) // 2
+    files = {"pytorch_model.bin": names[:cut], "pytorch_model-2.bin": names[cut:]}
+    for file, held in files.items():
+        tensors = {name: model.state_dict()[name] for name in held}
+        torch.save(tensors, other / file, _use_new_zipfile_serialization=zipped)
+    if cut < len(names):
+        (other / "pytorch_model.bin").rename(other / "pytorch_model-1.bin")
+        where = {name: "pytorch_model-1.bin" for name in names[:cut]}
+        where |= {name: "pytorch_model-2.bin" for name in names[cut:]}
+        (other / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    same = [load_llm(tmp_path / name, dtype="bfloat16") for name in ("safe", "pickled")]
+    assert_same_weights(*same)
+
+
+def test_a_pickle_that_would_run_code_is_refused(path: Path, tmp_path: Path) -> None:
+    class Code:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (tmp_path / "ran",))
+
+    (path / "model.safetensors").unlink()
+    torch.save({"weight": Code()}, path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="holding more than tensors"):
         load_llm(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_without_pytorch_its_files_say_what_to_install(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: only PyTorch reads .*pip install"):
+        read_tensors(path)
+
+
+def test_one_whole_file_goes_before_an_old_index(path: Path, sharded: Path) -> None:
+    weights = load_llm(path, dtype="float32")
+    for file in sharded.glob("model*"):
+        shutil.copy(file, path)
+    for shard in path.glob("model-*.safetensors"):
+        tensors = {name: np.zeros_like(array) for name, array in load_file(shard).items()}
+        save_file(tensors, shard)
+    assert_same_weights(load_llm(path, dtype="float32"), weights)
+    for shard in path.glob("model-*.safetensors"):
+        shard.unlink()
+    assert_same_weights(load_llm(path, dtype="float32"), weights)
 
 
 def test_a_missing_tensor(path: Path) -> None:
@@ -182,10 +246,115 @@ def test_a_broken_index(sharded: Path) -> None:
         load_llm(sharded)
 
 
-def test_a_tokenizer_larger_than_the_embedding_table(tiny_llama: Path) -> None:
-    assert len(hf.load_tokenizer(tiny_llama, 320)) == 320
-    with pytest.raises(ValueError, match="has 320 entries, the embedding table only 319 rows"):
-        hf.load_tokenizer(tiny_llama, 319)
+@pytest.fixture
+def tokenizer(path: Path) -> transformers.PreTrainedTokenizerBase:
+    """The copy's tokenizer, of 320 tokens, to be changed and saved there."""
+    return transformers.AutoTokenizer.from_pretrained(path)
+
+
+def test_a_token_that_a_text_can_give_must_have_a_row(path: Path) -> None:
+    assert len(hf.load_tokenizer(path, 320)) == 320
+    with pytest.raises(ValueError, match="can give the token .* with id 319, but the embedding"):
+        hf.load_tokenizer(path, 319)
+
+
+def test_a_special_token_behind_the_table_is_no_harm(
+    path: Path, tokenizer: transformers.PreTrainedTokenizerBase
+) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    tokenizer.save_pretrained(path)
+    loaded = hf.load_tokenizer(path, 320)
+    assert len(loaded) == 321
+    prompts = Tokenizer(loaded, [1], vocab_size=320)
+    assert max(prompts.prompt("what <image_soft_token> is", 99)) < 320
+    prompts.tokenizer.chat_template = (
+        "{{ '<image_soft_token>' }}{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
+    )
+    with pytest.raises(ValueError, match=r"prefix has the token '<image_soft_token>' with id 320"):
+        Tokenizer(prompts.tokenizer, [1], vocab_size=320, chat=True)
+
+
+def test_an_added_token_that_a_text_can_give_is_named(
+    path: Path, tokenizer: transformers.PreTrainedTokenizerBase
+) -> None:
+    tokenizer.add_tokens(["wholeword"])
+    tokenizer.save_pretrained(path)
+    with pytest.raises(ValueError, match="can give the token 'wholeword' with id 320"):
+        hf.load_tokenizer(path, 320)
+
+
+@pytest.mark.parametrize("name", ["bos_token", "eos_token"])
+def test_a_bos_or_eos_without_a_row_is_named(
+    path: Path, tokenizer: transformers.PreTrainedTokenizerBase, name: str
+) -> None:
+    tokenizer.add_special_tokens({name: "<far>"})
+    with pytest.raises(ValueError, match="has the token '<far>' with id 320"):
+        Tokenizer(tokenizer, [1, 320], vocab_size=320)
+
+
+def test_a_byte_level_tokenizer_that_is_called_llamas_keeps_its_blanks(path: Path) -> None:
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "LlamaTokenizerFast"
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = hf.load_tokenizer(path, 320)
+    text = "two words,  two blanks\nand a line"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert tokenizer.decode(ids) == text
+    whole = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    assert ids == whole.encode(text, add_special_tokens=False).ids
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+
+
+def test_a_tokenizer_that_loses_blanks_is_refused(path: Path) -> None:
+    whole = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    whole.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.Replace("Ġ", ""), tokenizers.decoders.Fuse()]
+    )
+    whole.save(str(path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="loses the blanks between words"):
+        hf.load_tokenizer(path, 320)
+
+
+def test_a_broken_tokenizer(path: Path) -> None:
+    (path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="model: the tokenizer cannot be read"):
+        hf.load_tokenizer(path, 320)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model as T5's."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    directory = tmp_path_factory.mktemp("sentencepiece")
+    (directory / "text").write_text("the two words\nwords and blanks between two words\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(directory / "text"),
+        model_prefix=str(directory / "spiece"),
+        vocab_size=23,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+    )
+    return directory / "spiece.model"
+
+
+def test_a_sentencepiece_model_alone(sentencepiece_file: Path, tmp_path: Path) -> None:
+    shutil.copy(sentencepiece_file, tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    tokenizer = hf.load_tokenizer(tmp_path, 200)
+    ids = tokenizer.encode("two words", add_special_tokens=False)
+    assert tokenizer.decode(ids) == "two words"
+
+
+def test_without_sentencepiece_its_files_say_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "spiece.model").write_bytes(b"as if it were one")
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    monkeypatch.setattr(hf, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"spiece\.model: `pip install sentencepiece`"):
+        hf.load_tokenizer(tmp_path, 200)
 
 
 def test_no_tokenizer(path: Path) -> None:
@@ -200,8 +369,38 @@ def test_a_tied_model_may_store_its_head(path: Path) -> None:
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     # Under the name of an older multimodal model, too.
-    name = "lm_head.weight"
-    edit_tensors(path, lambda tensors: tensors.update({f"language_model.{name}": tensors[name]}))
+    names = ("lm_head.weight", "language_model.lm_head.weight")
+    edit_tensors(
+        path,
+        lambda tensors: tensors.update(
+            dict.fromkeys(names, tensors["model.embed_tokens.weight"].copy())
+        ),
+    )
     llm = load_llm(path)
     assert isinstance(llm, Decoder)
     assert llm.head is None
+
+
+def test_a_head_that_differs_is_used_whatever_the_config_says(path: Path) -> None:
+    untied = load_llm(path, dtype="float32")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    assert_same_weights(load_llm(path, dtype="float32"), untied)
+    assert abstract_llm(path, dtype="float32", quantize=None).head is not None
+    model = transformers.LlamaForCausalLM.from_pretrained(path)
+    np.testing.assert_array_equal(model.lm_head.weight.detach(), untied.head[...][:320])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_alone_is_the_embedding_too(path: Path, tied: bool) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": tied}))
+    head = load_file(path / "model.safetensors")["lm_head.weight"]
+    edit_tensors(path, lambda tensors: tensors.pop("model.embed_tokens.weight"))
+    if tied:
+        llm = load_llm(path, dtype="float32")
+        assert llm.head is None
+        np.testing.assert_array_equal(llm.embedding[...][:320], head)
+    else:
+        with pytest.raises(ValueError, match=r"lacks the tensor model\.embed_tokens\.weight"):
+            load_llm(path)

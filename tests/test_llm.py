@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from safetensors.numpy import load_file
 
 from pplug_jax.generate import generate
 from pplug_jax.llm import load_llm
-from pplug_jax.llm.decoder import Decoder, DecoderConfig, Frozen, Rope, SlowStretch
+from pplug_jax.llm.decoder import Decoder, DecoderConfig, Frozen, Llama3Stretch, Rope
 from pplug_jax.llm.llama import config_from_hf
 from pplug_jax.mesh import make_mesh
 
@@ -29,6 +30,12 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,  # less than the rows' 37 tokens
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 VARIANTS = {
@@ -48,6 +55,16 @@ VARIANTS = {
     },
     "linear": {"rope_parameters": LINEAR, "head_dim": 16},
     "llama3": {"rope_parameters": LLAMA3, "head_dim": 16},
+    "yarn": {"rope_parameters": YARN, "head_dim": 16},
+    "yarn, other turns": {
+        "rope_parameters": YARN | {"beta_fast": 4.0, "beta_slow": 0.5, "truncate": False},
+        "head_dim": 16,
+    },
+    "yarn, own factor": {"rope_parameters": YARN | {"attention_factor": 0.7}, "head_dim": 16},
+    "yarn, as DeepSeek": {
+        "rope_parameters": YARN | {"factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.7},
+        "head_dim": 16,
+    },
     "llama3 tied": {
         "rope_parameters": LLAMA3 | {"factor": 32.0, "high_freq_factor": 2.0},
         "head_dim": 16,
@@ -213,9 +230,19 @@ def test_embedding_norm(tiny_llama: Path, llm: Decoder) -> None:
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         ({"pretraining_tp": 2}, "pretraining_tp=2 is not supported"),
         (
-            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
-            "rope type 'yarn' is not supported",
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "factor": 2.0,
+                    "long_factor": [1.0] * 4,
+                    "short_factor": [1.0] * 4,
+                }
+            },
+            "rope type 'longrope' is not supported",
         ),
+        ({"rope_parameters": YARN | {"finetuned": True}}, "'finetuned', which rope type 'yarn'"),
+        ({"rope_scaling": LINEAR | {"low_freq_factor": 1.0}}, "'low_freq_factor', which rope"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: llama"),
         ({"model_type": None}, "model_type None is not supported"),
@@ -251,7 +278,30 @@ def test_config_written_before_transformers_5() -> None:
     scaling = {name: value for name, value in LLAMA3.items() if name != "rope_theta"}
     old = config(rope_theta=5e5, rope_scaling=scaling)
     assert old == config(rope_parameters=scaling | {"rope_theta": 5e5})
-    assert old.rope == Rope(5e5, 8.0, SlowStretch(1.0, 4.0, 16))
+    assert old.rope == Rope(5e5, 8.0, Llama3Stretch(1.0, 4.0, 16))
+
+
+@pytest.mark.parametrize(
+    "older",
+    [
+        {"type": "llama3", "rope_type": None},
+        {"type": "llama3", "rope_type": "llama3"},
+        {"attention_factor": None, "mscale": None},
+    ],
+)
+def test_every_way_to_write_llama_31s_rope(
+    make_llama: Callable[..., Path], tmp_path: Path, older: dict[str, Any]
+) -> None:
+    path = make_llama(**VARIANTS["llama3"])
+    shutil.copytree(path, tmp_path, dirs_exist_ok=True)
+    config = json.loads((path / "config.json").read_text())
+    theta = config.pop("rope_parameters")["rope_theta"]
+    scaling = {k: v for k, v in (LLAMA3 | older).items() if k != "rope_type" or v or not older}
+    scaling.pop("rope_theta")
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"rope_theta": theta, "rope_scaling": scaling})
+    )
+    assert load_llm(tmp_path).config == load_llm(path).config
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import transformers
 
@@ -55,6 +56,29 @@ def test_a_tokenizer_without_bos_and_eos():
     assert tokenizer.prompt("ab", 9).tolist() == [97, 98, 124]
     assert tokenizer.target("ab", 9).tolist() == [97, 98, 7]  # the LLM's config names one
     assert Tokenizer(Bare()).target("ab", 9).tolist() == [97, 98]
+
+
+def test_a_target_ends_where_generation_stops(
+    llama_tokenizer: transformers.PreTrainedTokenizerBase,
+):
+    def end(*eos_ids: int) -> list[int]:
+        return Tokenizer(llama_tokenizer, eos_ids).end
+
+    assert end(1) == end(7, 1) == [1]  # the tokenizer's own, </s>
+    assert end(2) == end(40, 2) == [2]  # <pad>, the only special one
+    for other in ((40,), ()):  # ordinary text, or nothing
+        with pytest.raises(InputError, match=r"ends a text with '</s>', where generation does not"):
+            end(*other)
+
+
+def test_an_answer_ends_at_the_first_stop_whatever_fills_the_row(
+    llama_tokenizer: transformers.PreTrainedTokenizerBase,
+):
+    tokenizer = Tokenizer(llama_tokenizer, [1, 2])
+    text = tokenizer.ids("small model")
+    for row in ([*text, 1, 40, 40], [*text, 2, -1, -1], [*text, 1, 10**6], text, [*text, 1, *text]):
+        assert tokenizer.decode(np.array(row)) == "small model"
+    assert tokenizer.decode(np.array([1, 40])) == ""
 
 
 # Chat templates: the turns of each family, written for these tests.

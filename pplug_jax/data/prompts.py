@@ -6,6 +6,7 @@ user's turn, the suffix all from its end to where the answer begins.
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -66,42 +67,65 @@ class Tokenizer:
     def __init__(
         self,
         tokenizer: transformers.PreTrainedTokenizerBase,
-        eos_ids: Sequence[int] = (),
+        eos_ids: Sequence[int] | None = None,
         *,
+        vocab_size: int = sys.maxsize,
         separator: str = "",
         prompt_end: Sequence[int] = (),
         chat: bool = False,
     ):
         """
         Args:
-            eos_ids: where the LLM's generation stops.
+            eos_ids: where the LLM's generation stops; None is the tokenizer's own end.
+            vocab_size: rows of the LLM's embedding table.
             separator: between input and answer of a plain prompt.
             prompt_end: the tokens that close a plain prompt; most LLMs have none.
             chat: use the tokenizer's chat template.
 
         Raises:
-            InputError: the chat template is missing or cannot be used.
+            InputError: the chat template is missing or cannot be used, no token ends an answer at
+                which generation stops, or a fixed part has a token that the LLM lacks.
         """
         self.tokenizer = tokenizer
-        stops = [tokenizer.eos_token_id, *eos_ids]
-        stops = [token for token in stops if token is not None]
+        own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self.stops = own if eos_ids is None else list(eos_ids)
         if chat:
             turn = read_template(tokenizer)
             self.prefix, self.suffix, closing = map(self._template_ids, turn)
             # Llama 2 writes a blank before its end-of-sequence token.
-            self.end = [token for token in closing if token in eos_ids][:1]
+            self.end = [token for token in closing if token in self.stops][:1]
             if not self.end:
-                raise InputError(
-                    f"{tokenizer.name_or_path}: the chat_template ends an answer with "
-                    f"{turn.behind!r}, where generation does not stop (it does at "
-                    f"{tokenizer.convert_ids_to_tokens(list(eos_ids))}): name that token in "
-                    "eos_token_id of generation_config.json"
-                )
+                raise self._never_stops(f"the chat_template ends an answer with {turn.behind!r}")
         else:
             self.prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
             self.suffix = [*self.ids(separator), *prompt_end]
-            self.end = stops[:1]
+            self.end = self._end_of_sequence(own)
         self.prefix_length = len(self.prefix)
+        fixed = {"prefix": self.prefix, "suffix": self.suffix, "end": self.end}
+        for part, ids in fixed.items():
+            if beyond := [token for token in ids if token >= vocab_size]:
+                raise InputError(
+                    f"{tokenizer.name_or_path}: the prompt's {part} has the token "
+                    f"{tokenizer.convert_ids_to_tokens(beyond[0])!r} with id {beyond[0]}, but the "
+                    f"LLM's embedding table has {vocab_size} rows: they do not belong together"
+                )
+
+    def _end_of_sequence(self, own: list[int]) -> list[int]:
+        """What ends a plain target: the tokenizer's `own` end or another special stop, if any."""
+        if not own or own[0] in self.stops:
+            return own or self.stops[:1]
+        special = [token for token in self.stops if token in self.tokenizer.all_special_ids]
+        if not special:
+            name = self.tokenizer.convert_ids_to_tokens(own[0])
+            raise self._never_stops(f"the tokenizer ends a text with {name!r}")
+        return special[:1]
+
+    def _never_stops(self, end: str) -> InputError:
+        stops = self.tokenizer.convert_ids_to_tokens(self.stops) or "no token"
+        return InputError(
+            f"{self.tokenizer.name_or_path}: {end}, where generation does not stop (it does at "
+            f"{stops}): name that token in eos_token_id of generation_config.json"
+        )
 
     def _template_ids(self, text: str) -> list[int]:
         """Tokens of the template's own text, whose special tokens are meant."""
@@ -122,7 +146,9 @@ class Tokenizer:
         return np.array([*self.ids(text)[: max_length - len(self.end)], *self.end], np.int32)
 
     def decode(self, tokens: np.ndarray) -> str:
-        """Generated tokens as text, without special tokens."""
+        """Generated tokens as text, up to the first at which generation stops."""
+        ends = np.flatnonzero(np.isin(tokens, self.stops))
+        tokens = tokens[: ends[0]] if len(ends) else tokens
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
     def layout(self, soft_tokens: int) -> str:

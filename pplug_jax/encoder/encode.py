@@ -2,9 +2,10 @@
 
 import functools
 import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,11 +16,15 @@ from pplug_jax import hf
 from pplug_jax.distributed import fetch
 from pplug_jax.encoder import bert
 from pplug_jax.errors import InputError
+from pplug_jax.files import read_json
 from pplug_jax.llm.decoder import Frozen
 from pplug_jax.mesh import local_rows, make_mesh, parts, place_rows
+from pplug_jax.tensors import read_tensors, weight_files
 
 # The compiled text lengths: each a third or a half longer, so that little is padded.
 LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+# How sentence-transformers called the poolings before 5.4.
+OLD_MODES = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
 CPU_TOKENS = 2048  # of a batch on a CPU, whose caches shall hold a layer's attention scores
 
 
@@ -29,8 +34,49 @@ def _forward(model: bert.Bert, tokens: jax.Array, lengths: jax.Array, dtype: str
     return model(tokens, np.arange(tokens.shape[1]) < lengths[:, None])
 
 
+class Usage(NamedTuple):
+    """How a sentence-transformers directory says that its encoder is used.
+
+    max_length: tokens that it reads of a text. query, item: what stands before inputs and before
+    texts that are searched. lower: it reads all in small letters.
+    """
+
+    max_length: int
+    query: str
+    item: str
+    lower: bool
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def read_usage(path: str | Path) -> Usage:
+    """What the directory's files say; without any the encoder reads all that it has positions for.
+
+    Raises:
+        InputError: a file that is not JSON.
+    """
+    path = Path(path)
+    module = _read_if_there(path / "sentence_bert_config.json")
+    limit = module.get("max_seq_length")
+    if limit is None:
+        # sentence-transformers 5.4 and later leave it to the tokenizer, for which none is 10^30.
+        limit = _read_if_there(path / "tokenizer_config.json").get("model_max_length")
+    about = _read_if_there(path / "config_sentence_transformers.json")
+    prompts = about.get("prompts") or {}
+    default = prompts.get(about.get("default_prompt_name"), "")
+    item = next((prompts[n] for n in ("document", "passage", "corpus") if n in prompts), default)
+    return Usage(
+        max_length=sys.maxsize if limit is None else int(limit),
+        query=prompts.get("query", default),
+        item=item,
+        lower=bool(module.get("do_lower_case")),
+    )
+
+
 def read_pooling(path: str | Path) -> str:
-    """`cls` or `mean`, from a sentence-transformers directory.
+    """`cls` or `mean`, from a sentence-transformers directory of any version.
 
     Where it says nothing `mean` for Contriever, else `cls`, as BGE and the paper.
 
@@ -38,25 +84,34 @@ def read_pooling(path: str | Path) -> str:
         InputError: another pooling, or a module between it and the vector.
     """
     path, pooling = Path(path), "1_Pooling"
+    instead = f"--config.encoder.pooling={'|'.join(bert.POOLINGS)} leaves that out"
     if (path / "modules.json").is_file():
-        types = {
-            m["type"].rpartition(".")[2]: m["path"] for m in hf.read_json(path / "modules.json")
-        }
+        types = {m["type"].rpartition(".")[2]: m["path"] for m in read_json(path / "modules.json")}
         if other := types.keys() - {"Transformer", "Pooling", "Normalize"}:
-            raise InputError(f"{path}/modules.json: the module {min(other)} is not supported")
+            raise InputError(
+                f"{path}/modules.json: the module {min(other)} is not supported; {instead}"
+            )
         pooling = types.get("Pooling", pooling)
     file = path / pooling / "config.json"
     if not file.is_file():
         return "mean" if "Contriever" in hf.read_config(path).get("architectures", ()) else "cls"
-    settings = hf.read_json(file)
-    names = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
-    modes = [name for name, on in settings.items() if name.startswith("pooling_mode_") and on]
-    if len(modes) != 1 or modes[0] not in names:
+    settings = read_json(file)
+    modes = settings.get("pooling_mode")  # since sentence-transformers 5.4: one, or a list
+    if modes is None:
+        modes = [OLD_MODES.get(name, name) for name, on in settings.items() if on is True]
+        modes = [mode for mode in modes if mode != "include_prompt"]
+    modes = [modes] if isinstance(modes, str) else list(modes)
+    if len(modes) != 1 or modes[0] not in bert.POOLINGS:
         raise InputError(
-            f"{file}: pooling by {' and '.join(modes) or 'nothing'} is not supported, "
-            f"only by one of {' and '.join(names)}"
+            f"{file}: pooling by {' and '.join(modes) or 'nothing'} is not supported, only by one "
+            f"of {' and '.join(bert.POOLINGS)}; {instead}"
         )
-    return names[modes[0]]
+    if modes == ["mean"] and not settings.get("include_prompt", True):
+        raise InputError(
+            f"{file}: include_prompt=false is not supported: the prompt's tokens are pooled too; "
+            f"{instead}"
+        )
+    return modes[0]
 
 
 def abstract_bert(
@@ -73,21 +128,32 @@ def abstract_bert(
 
 def load_bert(path: str | Path, mesh: Mesh, **settings: Any) -> bert.Bert:
     """The directory's model; settings as `abstract_bert`'s."""
+    module = abstract_bert(path, **settings)
+    tensors = {_modern(name): stored for name, stored in read_tensors(path).items()}
     load = hf.weights_loader(
-        abstract_bert(path, **settings),
+        module,
         path,
+        tensors,
         bert.SOURCES,
         mesh,
         ignore=r"embeddings\.position_ids|pooler\.dense\.(weight|bias)",
-        prefix=hf.common_prefix(path, "embeddings.word_embeddings.weight"),
+        prefix=hf.common_prefix(tensors, "embeddings.word_embeddings.weight"),
     )
     return load()
+
+
+def _modern(name: str) -> str:
+    """The name of a norm's tensor, as checkpoints that come from TensorFlow do not have it."""
+    for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
+        name = name.removesuffix(old) + new if name.endswith(old) else name
+    return name
 
 
 class Encoder:
     """A frozen text encoder with its tokenizer.
 
     size: E, the width of its vectors. max_length: tokens it reads of a text; the rest is cut off.
+    query_prefix, item_prefix: what stands before inputs and history texts.
     cut_texts: how many texts so far reached that length.
     fingerprint: tells apart encoders whose vectors differ (weights, tokenizer, pooling, length,
     dtype, item prefix).
@@ -101,20 +167,26 @@ class Encoder:
         pooling: str | None,
         max_length: int,
         dtype: str,
-        query_prefix: str,
-        item_prefix: str,
+        query_prefix: str | None,
+        item_prefix: str | None,
     ):
         self.model = load_bert(path, mesh, pooling=pooling, variable=Frozen, dtype=dtype)
         self.tokenizer = hf.load_tokenizer(path, self.model.config.vocab_size)
         self.mesh = mesh
         self.size = self.model.config.hidden_size
-        self.max_length = min(max_length, self.model.config.max_length, LENGTHS[-1])
-        self.query_prefix, self.item_prefix = query_prefix, item_prefix
+        usage = read_usage(path)
+        self.max_length = min(
+            max_length, usage.max_length, self.model.config.max_length, LENGTHS[-1]
+        )
+        self.query_prefix = usage.query if query_prefix is None else query_prefix
+        self.item_prefix = usage.item if item_prefix is None else item_prefix
+        self.lower = usage.lower
         self.cut_texts = 0
-        settings = f"{self.model.pooling} {self.max_length} {dtype} {item_prefix}"
+        settings = f"{self.model.pooling} {self.max_length} {dtype} {self.item_prefix}"
         digest = hashlib.sha256(settings.encode())
-        names = ("config.json", "tokenizer_config.json", *hf.TOKENIZERS)
-        for file in (*(Path(path) / name for name in names), *hf.weight_files(path)):
+        settings_of = ("config.json", "tokenizer_config.json", "sentence_bert_config.json")
+        names = (*settings_of, *hf.TOKENIZERS)
+        for file in (*(Path(path) / name for name in names), *weight_files(Path(path))):
             if file.is_file():
                 with open(file, "rb") as handle:
                     digest.update(hashlib.file_digest(handle, "sha256").digest())
@@ -132,7 +204,7 @@ class Encoder:
         if not texts:
             return []
         return self.tokenizer(
-            list(texts),
+            [text.lower() for text in texts] if self.lower else list(texts),
             truncation=True,
             max_length=self.max_length,
             split_special_tokens=True,
@@ -187,14 +259,15 @@ def load_encoder(
     dtype: str = "float32",
     pooling: str | None = None,
     max_length: int = 512,
-    query_prefix: str = "",
-    item_prefix: str = "",
+    query_prefix: str | None = None,
+    item_prefix: str | None = None,
 ) -> Encoder:
     """Loads a BERT-style encoder (config.json, model.safetensors, tokenizer).
 
     pooling: `cls` or `mean`; by default what the directory says.
+    max_length: tokens that are read of a text, at most as many as the directory says.
     query_prefix, item_prefix: what the encoder was trained to see in front of inputs and of texts
-        that are searched, as E5's "query: " and "passage: ".
+        that are searched, as E5's "query: " and "passage: "; by default what the directory says.
 
     Raises:
         FileNotFoundError: no such directory, config, weights or tokenizer.

@@ -49,35 +49,69 @@ def abstract_weights(dtype: str | jnp.dtype) -> Callable[..., Frozen]:
 
 
 @dataclasses.dataclass(frozen=True)
-class SlowStretch:
+class Llama3Stretch:
     """Llama 3.1's choice of the frequencies that `Rope.factor` divides (`rope_type: llama3`)."""
 
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
 
+    def kept(self, rope: "Rope", head_dim: int) -> jax.Array:
+        turns = self.original_max_position_embeddings * rope.unstretched(head_dim) / (2 * math.pi)
+        smooth = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        return jnp.clip(smooth, 0.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Yarn:
+    """YaRN's choice of them (arXiv 2309.00071, `rope_type: yarn`).
+
+    beta_fast, beta_slow: turns within the original length from which on a frequency stays as it
+        is, and up to which it is divided.
+    truncate: the dimensions where that is are rounded outwards.
+    """
+
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+    def kept(self, rope: "Rope", head_dim: int) -> jax.Array:
+        def dimension(turns: float) -> float:
+            wavelength = self.original_max_position_embeddings / (turns * 2 * math.pi)
+            return head_dim * math.log(wavelength) / (2 * math.log(rope.theta))
+
+        low, high = dimension(self.beta_fast), dimension(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        ramp = (jnp.arange(head_dim // 2, dtype=jnp.float32) - low) / (high - low or 0.001)
+        return 1 - jnp.clip(ramp, 0.0, 1.0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
     """Rotary position embeddings: angles are position * frequency.
 
-    factor: what the frequencies are divided by, all of them or, with `only_slow`, the slow ones.
+    factor: what the frequencies are divided by, all of them or those that `stretch` chooses; its
+        `kept` is how much of each stays undivided, (head_dim / 2,) of [0, 1].
     """
 
     theta: float
     factor: float = 1.0
-    only_slow: SlowStretch | None = None
+    stretch: Llama3Stretch | Yarn | None = None
+
+    def unstretched(self, head_dim: int) -> jax.Array:
+        """(head_dim / 2,) float32."""
+        return self.theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
 
     def frequencies(self, head_dim: int) -> jax.Array:
         """(head_dim / 2,) float32."""
-        inverse = self.theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-        if self.only_slow is None:
+        inverse = self.unstretched(head_dim)
+        if self.stretch is None:
             return inverse / self.factor
-        slow = self.only_slow
-        turns = slow.original_max_position_embeddings * inverse / (2 * math.pi)
-        smooth = (turns - slow.low_freq_factor) / (slow.high_freq_factor - slow.low_freq_factor)
-        smooth = jnp.clip(smooth, 0.0, 1.0)
-        return (1 - smooth) * inverse / self.factor + smooth * inverse
+        kept = self.stretch.kept(self, head_dim)
+        return (1 - kept) * inverse / self.factor + kept * inverse
 
 
 @dataclasses.dataclass(frozen=True)

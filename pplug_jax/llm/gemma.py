@@ -2,6 +2,7 @@
 
 import transformers
 
+from pplug_jax.errors import InputError
 from pplug_jax.hf import Source
 from pplug_jax.llm import llama
 from pplug_jax.llm.decoder import DecoderConfig
@@ -42,6 +43,8 @@ def config_from_hf(hf: transformers.PreTrainedConfig, eos_ids: tuple[int, ...]) 
     if hf.model_type == "gemma3_text":
         llama.check(hf, attn_logit_softcapping=None)
         ropes = hf.rope_parameters
+        if any(llama.attention_factor(rope) != 1.0 for rope in ropes.values()):
+            raise InputError("config.json: rope type 'yarn' is not supported for gemma3_text")
         differences |= {
             "qk_norm": True,
             "rope": llama.rope(ropes["full_attention"], hf.model_type),

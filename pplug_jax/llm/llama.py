@@ -1,5 +1,6 @@
 """The Llama family, the base of the others: its settings and its tensors' names."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ import transformers
 
 from pplug_jax.errors import InputError
 from pplug_jax.hf import Source
-from pplug_jax.llm.decoder import DecoderConfig, Rope, SlowStretch
+from pplug_jax.llm.decoder import DecoderConfig, Llama3Stretch, Rope, Yarn
 
 SOURCES = {
     "embedding": Source("model.embed_tokens.weight"),
@@ -22,6 +23,21 @@ SOURCES = {
     "layers.down": Source("model.layers.{}.mlp.down_proj.weight", transpose=True),
     "norm": Source("model.norm.weight"),
     "head": Source("lm_head.weight"),
+}
+
+
+# Kind of RoPE scaling -> its settings.
+SCALINGS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", *Llama3Stretch.__dataclass_fields__),
+    "yarn": (
+        "factor",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+        *Yarn.__dataclass_fields__,
+    ),
 }
 
 
@@ -50,6 +66,7 @@ def decoder_config(
     hf: transformers.PreTrainedConfig, eos_ids: tuple[int, ...], **differences: Any
 ) -> DecoderConfig:
     """What all families have in common, with `differences` from Llama."""
+    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     kinds = getattr(hf, "layer_types", None) or ["full_attention"] * hf.num_hidden_layers
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
         raise InputError(f"config.json: layer_types {sorted(unknown)} are not supported")
@@ -58,6 +75,9 @@ def decoder_config(
         differences = {"sliding": sliding, "window": hf.sliding_window} | differences
     if "rope" not in differences:
         differences["rope"] = rope(hf.rope_parameters, hf.model_type)
+        if (factor := attention_factor(hf.rope_parameters)) != 1.0:
+            scale = differences.get("attention_scale") or head_dim**-0.5
+            differences["attention_scale"] = scale * factor**2
     pad_id = getattr(hf, "pad_token_id", None)
     return DecoderConfig(
         vocab_size=hf.vocab_size,
@@ -66,7 +86,7 @@ def decoder_config(
         num_layers=hf.num_hidden_layers,
         num_heads=hf.num_attention_heads,
         num_kv_heads=hf.num_key_value_heads,
-        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+        head_dim=head_dim,
         norm_eps=hf.rms_norm_eps,
         tied_head=hf.tie_word_embeddings,
         max_length=hf.max_position_embeddings,
@@ -80,21 +100,50 @@ def rope(parameters: Mapping[str, Any], model_type: str) -> Rope:
     """`rope_parameters`, as transformers 5 makes them of any older form, as ours.
 
     Raises:
-        InputError: a kind of scaling that this code does not implement.
+        InputError: a kind of scaling, or a setting of it, that this code does not implement.
     """
-    parameters = dict(parameters)
-    kind, theta = parameters.pop("rope_type", "default"), parameters.pop("rope_theta")
-    if parameters.pop("partial_rotary_factor", 1.0) != 1.0:
+    given = {name: value for name, value in parameters.items() if value is not None}
+    kind, theta = given.pop("rope_type", None) or given.pop("type", "default"), given["rope_theta"]
+    known = {"rope_theta", "type", "partial_rotary_factor", *SCALINGS.get(kind, ())}
+    if kind not in SCALINGS:
+        raise InputError(
+            f"config.json: rope type {kind!r} is not supported for model_type {model_type} "
+            f"({', '.join(SCALINGS)})"
+        )
+    if given.get("partial_rotary_factor", 1.0) != 1.0:
         raise InputError(
             f"config.json: partial_rotary_factor is not supported for model_type {model_type}"
         )
-    if kind == "default":
-        return Rope(theta)
-    if kind == "linear":
-        return Rope(theta, parameters["factor"])
-    if kind == "llama3":
-        return Rope(theta, parameters.pop("factor"), SlowStretch(**parameters))
-    raise InputError(
-        f"config.json: rope type {kind!r} is not supported for model_type {model_type} "
-        "(default, linear, llama3)"
-    )
+    if unknown := sorted(given.keys() - known):
+        raise InputError(
+            f"config.json: rope_scaling has {unknown[0]!r}, which rope type {kind!r} does not know"
+        )
+    try:
+        if kind == "llama3":
+            return Rope(theta, given["factor"], Llama3Stretch(**_of(Llama3Stretch, given)))
+        if kind == "yarn":
+            return Rope(theta, given["factor"], Yarn(**_of(Yarn, given)))
+        return Rope(theta, given["factor"] if kind == "linear" else 1.0)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"config.json: rope_scaling of type {kind!r}: {error}") from error
+
+
+def _of(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a dataclass that are given."""
+    return {name: given[name] for name in kind.__dataclass_fields__ if name in given}
+
+
+def attention_factor(parameters: Mapping[str, Any]) -> float:
+    """What YaRN multiplies queries and keys by, and so scores twice; 1 for other kinds."""
+    given = {name: value for name, value in parameters.items() if value is not None}
+    if (given.get("rope_type") or given.get("type")) != "yarn":
+        return 1.0
+    if "attention_factor" in given:
+        return given["attention_factor"]
+
+    def grown(scale: float) -> float:
+        return 0.1 * scale * math.log(max(given["factor"], 1.0)) + 1.0
+
+    if given.get("mscale") and given.get("mscale_all_dim"):
+        return grown(given["mscale"]) / grown(given["mscale_all_dim"])
+    return grown(1.0)

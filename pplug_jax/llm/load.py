@@ -13,11 +13,13 @@ from jax.sharding import Mesh
 
 from pplug_jax import hf
 from pplug_jax.errors import InputError
+from pplug_jax.files import read_json
 from pplug_jax.llm import gemma, llama, qwen, t5
 from pplug_jax.llm.decoder import Decoder
 from pplug_jax.llm.quantize import KINDS
 from pplug_jax.llm.quantize import quantize as quantized
 from pplug_jax.mesh import make_mesh
+from pplug_jax.tensors import Stored, are_equal, read_tensors
 
 
 class Family(NamedTuple):
@@ -49,12 +51,18 @@ IGNORED = (
 )
 
 
-def _read_module(
-    path: str | Path, dtype: str, quantize: str | None
-) -> tuple[Family, Decoder | t5.T5]:
-    """The directory's family and its module, abstract and not yet quantised."""
-    if quantize and quantize not in KINDS:
-        raise InputError(f"quantize={quantize!r} is unknown; known: {', '.join(KINDS)}")
+class Checkpoint(NamedTuple):
+    """A directory's module, abstract and not yet quantised, and where its tensors lie.
+
+    sources: variable path, joined with dots -> its tensor, by the name that it has there.
+    """
+
+    module: Decoder | t5.T5
+    sources: Mapping[str, hf.Source]
+    tensors: Mapping[str, Stored]
+
+
+def _read_config(path: str | Path) -> tuple[Family, transformers.PreTrainedConfig]:
     settings = hf.read_config(path)
     model_type = settings.get("model_type")
     if model_type not in FAMILIES:
@@ -74,13 +82,73 @@ def _read_module(
         raise InputError(f"{path}/config.json: {error}") from error
     generation = Path(path) / "generation_config.json"
     if generation.is_file():  # as in transformers, it has the last word
-        for field, value in hf.read_json(generation).items():
+        for field, value in read_json(generation).items():
             if field in ("eos_token_id", "pad_token_id"):
                 setattr(config, field, value)
+    return FAMILIES[model_type], config
+
+
+def _read_checkpoint(
+    path: str | Path, dtype: str, quantize: str | None, *, weights: bool
+) -> Checkpoint:
+    """weights: whether they must be there."""
+    if quantize and quantize not in KINDS:
+        raise InputError(f"quantize={quantize!r} is unknown; known: {', '.join(KINDS)}")
+    family, config = _read_config(path)
     eos = config.eos_token_id
     eos_ids = tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,))
-    family = FAMILIES[model_type]
-    return family, family.module(family.config_from_hf(config, eos_ids), dtype)
+    family.config_from_hf(config, eos_ids)  # its errors before those of the weights
+    try:
+        tensors = read_tensors(path)
+    except FileNotFoundError:
+        if weights:
+            raise
+        tensors = {}
+    # A multimodal checkpoint's text tensors stand behind one prefix or another, by its age.
+    prefix = hf.common_prefix(tensors, "layers.0.input_layernorm.weight") or "model."
+    sources = {
+        name: source._replace(name=source.name.replace("model.", prefix, 1))
+        for name, source in family.sources.items()
+    }
+    if tensors:
+        _find_tied(config, sources, tensors)
+    module = family.module(family.config_from_hf(config, eos_ids), dtype)
+    return Checkpoint(module, sources, tensors)
+
+
+def _find_tied(
+    config: transformers.PreTrainedConfig,
+    sources: dict[str, hf.Source],
+    tensors: Mapping[str, Stored],
+) -> None:
+    """Finds the matrices that may be stored under one of several names, or under all.
+
+    As in `transformers` 5 the tensors have the last word: a head that differs from the embedding
+    is not tied to it, whatever `config.tie_word_embeddings` says, and where only one of two tied
+    names is there it stands for both. Changes `config` and `sources` to what was found.
+
+    Raises:
+        InputError: T5's encoder or decoder has an embedding of its own.
+    """
+    embedding = sources["embedding"].name
+    copies = [n for n in tensors if n.endswith("embed_tokens.weight") and n != embedding]
+    head = next((name for name in tensors if name.endswith("lm_head.weight")), None)
+    if embedding in tensors:
+        for name in copies:
+            if not are_equal(tensors[embedding].tensor, tensors[name].tensor):
+                raise InputError(
+                    f"{tensors[name].file}: the tensor {name} differs from {embedding}, "
+                    "which is not supported"
+                )
+        if head and config.tie_word_embeddings:
+            equal = are_equal(tensors[embedding].tensor, tensors[head].tensor)
+            config.tie_word_embeddings = equal
+    elif copies or (head and config.tie_word_embeddings):
+        sources["embedding"] = hf.Source((copies or [head])[0])
+    if head:
+        sources["head"] = hf.Source(head)
+    elif config.tie_word_embeddings:
+        sources["head"] = sources["embedding"]
 
 
 def _store(kernels: Any, quantize: str | None) -> Any:
@@ -89,8 +157,8 @@ def _store(kernels: Any, quantize: str | None) -> Any:
 
 
 def abstract_llm(path: str | Path, *, dtype: str, quantize: str | None) -> Decoder | t5.T5:
-    """What `load_llm` gives, with `jax.ShapeDtypeStruct` for arrays; of `path` only config.json."""
-    _, module = _read_module(path, dtype, quantize)
+    """What `load_llm` gives, with `jax.ShapeDtypeStruct` for arrays; `path` may lack weights."""
+    module = _read_checkpoint(path, dtype, quantize, weights=False).module
     graph, state = nnx.split(module)
     stored = jax.eval_shape(lambda state: jax.tree.map(lambda x: _store(x, quantize), state), state)
     return nnx.merge(graph, stored)
@@ -121,17 +189,12 @@ def llm_loader(
     path: str | Path, *, mesh: Mesh, dtype: str, quantize: str | None
 ) -> Callable[[], Decoder | t5.T5]:
     """What loads `path` as `load_llm` does, of which all that `load_llm` raises is raised here."""
-    family, module = _read_module(path, dtype, quantize)
-    # A multimodal checkpoint's text tensors stand behind one prefix or another, by its age.
-    prefix = hf.common_prefix(path, "embed_tokens.weight") or "model."
-    sources = {
-        name: source._replace(name=source.name.replace("model.", prefix, 1))
-        for name, source in family.sources.items()
-    }
+    found = _read_checkpoint(path, dtype, quantize, weights=True)
     return hf.weights_loader(
-        module,
+        found.module,
         path,
-        sources,
+        found.tensors,
+        found.sources,
         mesh,
         ignore=IGNORED,
         store=functools.partial(_store, quantize=quantize),

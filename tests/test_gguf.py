@@ -1,0 +1,256 @@
+"""LLMs in llama.cpp's files, against the models that they were made from and `transformers`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import TEXT, VOCABULARY
+
+from pplug_jax import hf
+from pplug_jax.gguf import directory_of
+from pplug_jax.hub import local_directory
+from pplug_jax.llm import load_llm
+from pplug_jax.tools.bpe import train_bpe
+
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+# architecture -> transformers' config, its settings.
+CASES: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] = {
+    "llama": (transformers.LlamaConfig, {"tie_word_embeddings": True}),
+    "llama, untied": (transformers.LlamaConfig, {"rope_parameters": LLAMA3}),
+    "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": False}),
+    # transformers does not read the width of Qwen 3's heads, and takes 128.
+    "qwen3": (transformers.Qwen3Config, {"tie_word_embeddings": True, "head_dim": 128}),
+    "gemma": (transformers.GemmaConfig, {}),
+    "gemma2": (transformers.Gemma2Config, {"sliding_window": 5, "query_pre_attn_scalar": 32}),
+    "gemma3": (transformers.Gemma3TextConfig, {"sliding_window": 5, "query_pre_attn_scalar": 32}),
+}
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def make_model(case: str) -> transformers.PreTrainedModel:
+    kind, settings = CASES[case]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        kind(**(SIZES | settings)), attn_implementation="eager"
+    )
+    with torch.no_grad():  # norms that are all alike would hide a mistake
+        for name, weight in model.named_parameters():
+            if "norm" in name or "bias" in name:
+                weight.add_(torch.randn_like(weight) * 0.3)
+    return model.eval()
+
+
+def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """A projection's rows as llama.cpp's own conversion orders them for its rotation."""
+    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write(file: Path, case: str, kind: str = "F32", split: int = 0) -> transformers.PreTrainedModel:
+    """Writes a random model as llama.cpp's converter would; returns it."""
+    model, architecture = make_model(case), case.partition(",")[0]
+    config, quantised = model.config, gguf.GGMLQuantizationType[kind]
+    writer = gguf.GGUFWriter(file, architecture, split_max_tensors=split)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    ropes = config.rope_parameters
+    writer.add_rope_freq_base(ropes.get("full_attention", ropes)["rope_theta"])
+    if architecture in ("gemma2", "gemma3"):
+        writer.add_sliding_window(config.sliding_window)
+    if architecture == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    tokenizer = train_bpe([TEXT], VOCABULARY, SPECIAL)
+    backend = tokenizer.backend_tokenizer
+    tokens = [backend.id_to_token(i) for i in range(VOCABULARY)]
+    merges = json.loads(backend.to_str())["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in SPECIAL.values() else 1 for token in tokens])
+    writer.add_token_merges([" ".join(merge) for merge in merges])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_pad_token_id(2)
+    writer.add_eot_token_id(5)
+    writer.add_chat_template("{{ messages[0]['content'] }}")
+    names = gguf.get_tensor_name_map(
+        gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers
+    )
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        weight = tensor.float().numpy()
+        if architecture.startswith("gemma") and name.endswith("norm.weight"):
+            weight = weight + 1
+        if architecture == "llama" and ".q_proj." in name:
+            weight = permuted(weight, config.num_attention_heads)
+        if architecture == "llama" and ".k_proj." in name:
+            weight = permuted(weight, config.num_key_value_heads)
+        name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if weight.ndim == 1 or kind == "F32":
+            writer.add_tensor(name, np.ascontiguousarray(weight))
+        else:
+            packed = gguf.quants.quantize(weight, quantised)
+            writer.add_tensor(name, packed, raw_dtype=quantised)
+    if ropes.get("rope_type") == "llama3":
+        inverse = model.model.rotary_emb.inv_freq.numpy()
+        plain = ropes["rope_theta"] ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+        writer.add_tensor("rope_freqs.weight", (plain / inverse).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+def compare(file: Path, model: transformers.PreTrainedModel, tolerance: float) -> None:
+    llm = load_llm(local_directory(file), dtype="float32")
+    tokens = np.random.default_rng(0).integers(3, VOCABULARY, (2, 23))
+    ours = llm.logits(llm.embed(tokens), np.ones(tokens.shape, bool))
+    with torch.no_grad():
+        theirs = model(input_ids=torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(ours, theirs, atol=tolerance * np.abs(theirs).max())
+    assert llm.config.eos_ids == (1, 5)
+    assert llm.config.pad_id == 2
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_file_is_the_model_that_it_was_made_from(tmp_path: Path, case: str) -> None:
+    compare(tmp_path / "any name.gguf", write(tmp_path / "any name.gguf", case), 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q5_1"])
+@pytest.mark.parametrize("case", ["llama", "qwen3"])
+def test_quantised_matrices_are_those_of_transformers(tmp_path: Path, case: str, kind: str) -> None:
+    file = tmp_path / "model.gguf"
+    write(file, case, kind)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=file.name, dtype=torch.float32
+    )
+    compare(file, theirs.eval(), 1e-4)
+
+
+def test_the_tokenizer_is_that_of_transformers(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    write(file, "llama")
+    ours = hf.load_tokenizer(directory_of(file), VOCABULARY)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
+    for text in (TEXT, "two  blanks\n\tand <s> a tab", "ünïcödé 🙂", ""):
+        assert ours.encode(text, add_special_tokens=False) == theirs.encode(
+            text, add_special_tokens=False
+        )
+    assert (ours.bos_token_id, ours.eos_token_id, ours.pad_token_id) == (0, 1, 2)
+    assert ours.chat_template == "{{ messages[0]['content'] }}"
+
+
+def test_a_file_in_parts(tmp_path: Path) -> None:
+    model = write(tmp_path / "model.gguf", "llama", split=8)
+    files = sorted(tmp_path.glob("model-0000*-of-0000*.gguf"))
+    assert len(files) > 2
+    compare(files[0], model, 1e-4)
+    files[1].unlink()
+    with pytest.raises(FileNotFoundError, match=f"{files[1].name}: no such weight file"):
+        load_llm(local_directory(files[0]))
+
+
+def test_a_second_start_finds_the_directory_and_a_changed_file_another(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    write(file, "llama")
+    first = directory_of(file)
+    assert directory_of(file) == first
+    file.unlink()
+    model = write(file, "qwen3")
+    assert directory_of(file) != first
+    compare(file, model, 1e-4)
+
+
+def changed(key: str, value: str) -> Callable[[Path], object]:
+    return lambda file: file.write_bytes(file.read_bytes().replace(key.encode(), value.encode()))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:5000]), "not a whole GGUF file"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-5000]), "not a whole GGUF file"),
+        (lambda file: file.write_bytes(b""), "not a whole GGUF file"),
+        (lambda file: file.write_bytes(b"<html>no such page</html>"), "not a whole GGUF file"),
+        (changed("llama", "mamba"), "architecture 'mamba' is not supported; supported: llama"),
+        (changed("gpt2", "rwkv"), "rwkv"),
+        (changed("llama.embedding_length", "llama.embedding_breadth"[:22]), "hidden_size"),
+    ],
+)
+def test_what_cannot_be_read_is_named(
+    tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    file = tmp_path / "model.gguf"
+    write(file, "llama")
+    damage(file)
+    with pytest.raises(ValueError, match=rf"model\.gguf.*{message}|{message}"):
+        load_llm(local_directory(file))
+
+
+def test_a_tensor_of_another_architecture_is_refused_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    write(file, "llama, untied")
+    changed("rope_freqs", "rope_freqz")(file)
+    with pytest.raises(ValueError, match=r"that this architecture does not: rope_freqz\.weight"):
+        load_llm(local_directory(file))
+
+
+REAL = {"smollm2_135m_instruct": 49152, "gemma3_270m": 262144}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_files(name: str, real_gguf: Path) -> None:
+    file, vocabulary = real_gguf / name / "model.gguf", REAL[name]
+    llm = load_llm(directory_of(file), dtype="float32")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    ).eval()
+    tokenizer = hf.load_tokenizer(directory_of(file), vocabulary)
+    tokens = np.array([tokenizer.encode(TEXT, add_special_tokens=False)])
+    ours = llm.logits(llm.embed(tokens), np.ones(tokens.shape, bool))
+    with torch.no_grad():
+        theirs = reference(input_ids=torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
