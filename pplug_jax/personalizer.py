@@ -10,9 +10,10 @@ import numpy as np
 from etils import epath
 
 from pplug_jax.data.batches import item_ages, item_forms
-from pplug_jax.data.lamp import by_date
+from pplug_jax.data.lamp import by_date, check_history
 from pplug_jax.embedder import UserEmbedder
 from pplug_jax.errors import InputError
+from pplug_jax.files import read_text
 from pplug_jax.generate import generate
 from pplug_jax.methods import METHODS, inputs_embeds
 from pplug_jax.models import Models
@@ -43,7 +44,7 @@ class Personalizer:
         path = workdir / "config.json"
         if not path.is_file():
             raise InputError(f"{path}: no such file; {workdir} is not the workdir of a run")
-        config = ml_collections.ConfigDict(json.loads(path.read_text()))
+        config = ml_collections.ConfigDict(json.loads(read_text(path)))
         models, method = Models(config, workdir), METHODS["pplug"]
         return cls(models, models.restore_weights(method, config, workdir))
 
@@ -54,11 +55,18 @@ class Personalizer:
             input: the task's input, instruction included.
             history: profile items as the task's files have them, or the user's texts alone, which
                 do not tell the form of an answer; none gives the null persona.
+
+        Raises:
+            InputError: an item lacks a field of the task or has a mistyped one; the message names
+                its place.
         """
         return np.asarray(self._soft_prompt(input, history)[0], np.float32)
 
     def _soft_prompt(self, input: str, history: Sequence[str | dict[str, Any]]) -> jax.Array:
         models, encoder = self.models, self.models.encoder
+        if not isinstance(input, str):
+            raise InputError(f"the input must be a text, not {type(input).__name__}")
+        history = check_history(models.task, history)
         if models.config.data.sort_by_date and not any(isinstance(item, str) for item in history):
             history = by_date(history)
         texts = [item if isinstance(item, str) else models.item_text(item) for item in history]
@@ -81,12 +89,16 @@ class Personalizer:
         return _soft_prompt(self.plug, query, np.ones(query.shape, bool), *arrays)
 
     def generate(self, input: str, history: Sequence[str | dict[str, Any]] = ()) -> str:
-        """The LLM's answer to `input` for the user of `history`, decoded as in the evaluation."""
+        """The LLM's answer to `input` for the user of `history`, decoded as in the evaluation.
+
+        Takes and raises what `soft_prompt` does.
+        """
         models = self.models
+        soft = self._soft_prompt(input, history)
         prompt = models.tokenizer.prompt(input, models.config.data.max_input_length)[None]
         embeds, mask = inputs_embeds(
             self.llm,
-            self._soft_prompt(input, history),
+            soft,
             prompt,
             np.ones(prompt.shape, bool),
             models.tokenizer.prefix_length,

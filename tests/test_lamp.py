@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lamp_files import write_split
 
+from pplug_jax.data import lamp
 from pplug_jax.data.lamp import DataError, read
 from pplug_jax.data.tasks import TASKS
 
@@ -97,7 +98,53 @@ def test_a_cut_file_and_a_web_page_are_not_json(tmp_path: Path):
 
 def test_other_encodings_are_refused(tmp_path: Path):
     latin = json.dumps(QUESTIONS, ensure_ascii=False).encode("utf-16")
-    assert "not UTF-8 at byte 0" in error(write(tmp_path, latin))
+    assert "the file is UTF-16; write it as UTF-8" in error(write(tmp_path, latin))
+    latin = json.dumps(QUESTIONS, ensure_ascii=False).encode("latin-1", "replace")
+    assert "not UTF-8 at byte" in error(write(tmp_path, latin))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("field", ["score", "date"])
+def test_not_a_number_is_no_value(tmp_path: Path, field: str, value: float):
+    item = {"id": "1", "text": "fine", "score": 4, "date": 2004.0, field: value}
+    questions = [{"id": "30", "input": "review: good", "profile": [item]}]
+    outputs = {"task": "LaMP_3", "golds": [{"id": "30", "output": "5"}]}
+    write(tmp_path, questions, outputs)
+    with pytest.raises(DataError, match=f"profile item 0: the field '{field}' is (nan|inf), no"):
+        read(tmp_path, "dev", TASKS["LaMP_3"])
+
+
+DATES = {
+    "03/01/2024": True,
+    "12/31/2023": True,
+    "March 1, 2024": True,
+    "31.12.2023": True,
+    "2024-01-03": False,
+    "2024/1/3 12:00": False,
+    " 1999": False,
+    "20240103": False,
+    "unknown": False,
+    "": False,
+}
+
+
+@pytest.mark.parametrize("date", DATES)
+def test_a_date_that_does_not_begin_with_a_year_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], date: str
+):
+    lamp._warned.cache_clear()
+    questions = edited(QUESTIONS, 0, "profile", 0, "date", date)
+    for i in range(1, len(questions[0]["profile"])):
+        questions = edited(questions, 0, "profile", i, "date", "2001")
+    write(tmp_path, questions)
+    for _ in range(2):
+        list(read(tmp_path, "dev", TASK))
+    said = capsys.readouterr().out
+    assert said.count("does not begin with a year") == DATES[date]
+    if DATES[date]:
+        assert f"warning: id '410', profile item 0: {date!r} is a date" in said
+    list(read(tmp_path, "dev", TASK, sort_by_date=False))
+    assert capsys.readouterr().out == ""
 
 
 def test_half_a_surrogate_pair_is_refused_where_it_stands(tmp_path: Path):

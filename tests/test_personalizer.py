@@ -87,3 +87,33 @@ def test_a_plug_that_needs_peers_says_so(models: Models, tmp_path: Path) -> None
     elsewhere = Models(models.config, tmp_path)
     with pytest.raises(InputError, match=r"peers\.npy: no such file; train first"):
         Personalizer(elsewhere, trained_plug(models, difference=True))
+
+
+@pytest.mark.parametrize(
+    ("history", "message"),
+    [
+        ([{"text": "t"}], "history item 0: the field 'title' is missing"),
+        ([item("a", 0), {"title": "t"}], "history item 1: the field 'abstract' is missing"),
+        ([{"title": "t", "abstract": 7}], "history item 0: the field 'abstract' must be str, not"),
+        ([{"title": "t", "abstract": None}], "history item 0: the field 'abstract' must be str"),
+        ([item("a", 0) | {"date": ["2004"]}], "history item 0: the field 'date' must be"),
+        (["a text", None], "history item 1: expected an object, found NoneType"),
+        (["half of a pair \ud83d"], "history item 0: the text holds half of a surrogate pair"),
+        ("a text", "the history must be a list of items, not one str"),
+        (item("a", 0), "the history must be a list of items, not one dict"),
+        (None, "the history must be a list of items, not one NoneType"),
+        (7, "the history must be a list of items, not one int"),
+    ],
+)
+def test_a_served_history_is_checked_as_a_file_is(
+    models: Models, history: Any, message: str
+) -> None:
+    personalizer = Personalizer(models, trained_plug(models))
+    for serve in (personalizer.soft_prompt, personalizer.generate):
+        with pytest.raises(InputError, match=message):
+            serve(INPUT, history)
+
+
+def test_an_input_that_is_no_text(models: Models) -> None:
+    with pytest.raises(InputError, match="the input must be a text, not list"):
+        Personalizer(models, trained_plug(models)).generate([INPUT])

@@ -1,5 +1,6 @@
 """Large JSON files, record by record: the same records and errors as when read at once."""
 
+import codecs
 import json
 import tempfile
 import tracemalloc
@@ -96,6 +97,27 @@ def test_lines_are_records(tmp_path: Path, end: str):
     assert [value for _, value in found] == [{"a": "\u2028 ü"}, {"a": 2}]
     assert [place.line for place, _ in found] == [1, 3]
     assert [load(path, place) for place, _ in found] == [value for _, value in found]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json"])
+def test_a_byte_order_mark_is_no_content(tmp_path: Path, name: str, end: str):
+    path = tmp_path / name
+    path.write_bytes(codecs.BOM_UTF8 + end.join(['{"a": "ü"}', '{"a": 2}']).encode())
+    found = list(records(path, on_bad=[].append))
+    assert [value for _, value in found] == [{"a": "ü"}, {"a": 2}]
+    assert [load(path, place) for place, _ in found] == [value for _, value in found]
+    path.write_bytes(codecs.BOM_UTF8 + b"not JSON\n")
+    with pytest.raises(DataError, match="line 1: not JSON: Expecting value at column 1"):
+        list(records(path))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_a_utf_16_file_says_so(tmp_path: Path, encoding: str):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(("\ufeff" * (encoding != "utf-16") + '{"a": 1}').encode(encoding))
+    with pytest.raises(DataError, match=r"train\.jsonl: the file is UTF-16; write it as UTF-8"):
+        list(records(path))
 
 
 def test_a_broken_line_is_told_and_the_others_are_read(tmp_path: Path):

@@ -35,7 +35,8 @@ def check_data(directory: Path, task: Task, splits: Sequence[str] = ()) -> int:
     count = 0
     for split in splits:
         bad: list[DataError] = []
-        _describe(split, lamp.read(directory, split, task, on_bad=bad.append), len(bad))
+        examples = lamp.read(directory, split, task, sort_by_date=False, on_bad=bad.append)
+        _describe(split, examples, len(bad))
         for error in bad:
             line = "" if error.line is None else f", line {error.line}"
             say(f"  {Path(error.file).name}{line}: {error.where}: {error.problem}")
@@ -52,6 +53,7 @@ def _describe(split: str, examples: Examples, bad: int) -> None:
     texts: set[bytes] = set()
     labels: Counter[str] = Counter()
     dated = 0
+    odd: Counter[str] = Counter()
     for example in examples:
         users.add(example.user)
         lengths["input"][len(example.input.split())] += 1
@@ -63,7 +65,9 @@ def _describe(split: str, examples: Examples, bad: int) -> None:
             text = task.item_text(item)
             texts.add(text_key(text))
             lengths["item"][len(text.split())] += 1
-            dated += "date" in item
+            if "date" in item:
+                dated += 1
+                odd[str(item["date"])] += lamp.is_misleading(item["date"])
     items = lengths["item"].total()
     say(f"{examples.path}")
     say(f"  {len(examples):,} good records, {bad:,} bad ones" + (", listed below" if bad else ""))
@@ -71,6 +75,12 @@ def _describe(split: str, examples: Examples, bad: int) -> None:
         say(f"  {len(users - {''}):,} users")
     say(f"  {lengths['output'].total():,} outputs")
     say(f"  {items:,} history items, {len(texts):,} different texts, {dated:,} with a date")
+    if odd.total():
+        such = ", ".join(repr(date) for date, count in odd.most_common(3) if count)
+        say(
+            f"  {odd.total():,} dates do not begin with a year, so they do not tell the order of "
+            f"items: {such}"
+        )
     for label in task.labels:
         say(f"  output {label}: {labels[label]:,}")
     for name, unit in (

@@ -5,14 +5,17 @@ memory.
 """
 
 import dataclasses
+import functools
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pplug_jax.data.records import Place, array, document, load, raise_bad, records
 from pplug_jax.data.tasks import Task
-from pplug_jax.errors import DataError
+from pplug_jax.errors import DataError, InputError
+from pplug_jax.progress import say
 
 Item = dict[str, Any]
 
@@ -55,21 +58,33 @@ def _field(record: Any, field: str, kind: type | tuple[type, ...], where: str) -
         kinds = kind if isinstance(kind, tuple) else (kind,)
         told = " or ".join(k.__name__ for k in kinds)
         raise _Bad(where, f"the field {field!r} must be {told}, not {type(value).__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise _Bad(where, f"the field {field!r} is {value}, no value; leave the field out")
     if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise _Bad(
-                where,
-                f"the field {field!r} holds half of a surrogate pair at character {error.start}, "
-                "which no tokenizer reads: mend or remove that character",
-            ) from error
+        _check_text(value, f"the field {field!r}", where)
     return value
+
+
+def _check_text(text: str, what: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _Bad(
+            where,
+            f"{what} holds half of a surrogate pair at character {error.start}, "
+            "which no tokenizer reads: mend or remove that character",
+        ) from error
 
 
 def date_order(item: Item) -> list[int]:
     """Orders items by `date`, as the numbers in it; what tells no time is the oldest."""
     return [int(part) for part in re.findall(r"\d+", str(item["date"]))]
+
+
+def is_misleading(date: Any) -> bool:
+    """Whether a date has numbers, of which the first is no year: they do not order by time."""
+    text = str(date)
+    return bool(re.search(r"\d", text)) and not re.match(r"\s*[12]\d{3}", text)
 
 
 def by_date(profile: Sequence[Item]) -> Sequence[Item]:
@@ -89,7 +104,53 @@ def _item(item: Any, task: Task, where: str) -> Item:
             texts[field] = str(_field(item, field, kind, where))
         elif field:
             texts[field] = ""
+    if item.get("date") is not None:
+        _field(item, "date", (str, int, float), where)
     return item | texts
+
+
+def check_history(task: Task, history: Any) -> list[str | Item]:
+    """A history that did not come from a file, checked as those that do.
+
+    Args:
+        history: items as the task's files have them, or texts alone.
+
+    Raises:
+        InputError: names the item's place and field.
+    """
+    if isinstance(history, (str, bytes, dict)) or not isinstance(history, Iterable):
+        raise InputError(
+            f"the history must be a list of items, not one {type(history).__name__}; "
+            "put it into a list"
+        )
+    checked: list[str | Item] = []
+    for i, item in enumerate(history):
+        where = f"history item {i}"
+        try:
+            if isinstance(item, str):
+                _check_text(item, "the text", where)
+                checked.append(item)
+            else:
+                checked.append(_item(item, task, where))
+        except _Bad as bad:
+            raise InputError(": ".join(bad.args)) from bad
+    return checked
+
+
+@functools.lru_cache(maxsize=1)
+def _warned() -> list[str]:
+    """What was said of dates already, once for the whole process."""
+    return []
+
+
+def _warn_of_dates(found: str) -> None:
+    if not _warned():
+        _warned().append(found)
+        say(
+            f"warning: {found} is a date that does not begin with a year, so such items are not in "
+            "the order of time; write them as 2024-01-31, or give --config.data.sort_by_date=False "
+            "where the files have them in order (--mode=check_data counts them)"
+        )
 
 
 def parse(
@@ -120,6 +181,11 @@ def parse(
         _item(item, task, f"{where}, profile item {i}")
         for i, item in enumerate(_field(record, "profile", list, where))
     ]
+    if sort_by_date and all("date" in item for item in profile):
+        for i, item in enumerate(profile):
+            if is_misleading(item["date"]):
+                _warn_of_dates(f"{where}, profile item {i}: {item['date']!r}")
+                break
     return Example(id, input, target, tuple(by_date(profile) if sort_by_date else profile), user)
 
 

@@ -60,9 +60,11 @@ def records(
 def _lines(path: Path, on_bad: Callable[[DataError], None]) -> Iterator[tuple[Place, Any]]:
     start = 0
     with open(path, "rb") as file:
-        for number, data in enumerate(file, 1):
-            place = Place(start, len(data), number)
-            start += len(data)
+        for number, line in enumerate(file, 1):
+            mark = len(codecs.BOM_UTF8) if number == 1 and line.startswith(codecs.BOM_UTF8) else 0
+            data = line[mark:]  # behind the byte order mark that some editors write
+            place = Place(start + mark, len(data), number)
+            start += len(line)
             try:
                 if data.strip():
                     yield place, json.loads(data.decode().rstrip())
@@ -158,6 +160,9 @@ def _text(path: Path) -> Iterator[_Text]:
     if not path.is_file():
         raise DataError(path, "no such file")
     with open(path, "rb") as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise DataError(path, "the file is UTF-16; write it as UTF-8")
+        file.seek(0)
         yield _Text(path, file)
 
 
