@@ -5,12 +5,21 @@ config and the LLM's name. The method `pplug_paper` is the paper's plug beside i
 """
 
 import importlib
+from pathlib import Path
 
 import ml_collections
+
+from pplug_jax.slips import near
+
+NO_TASKS = ("best", "common", "llms")
 
 
 def get_config(arg: str = "lamp5") -> ml_collections.ConfigDict:
     task, *llm = arg.split(":", 1)
+    tasks = {path.stem for path in Path(__file__).parent.glob("*.py")}.difference(NO_TASKS)
+    if task not in tasks:
+        known = ", ".join(sorted(tasks))
+        raise ValueError(f"{task!r} is unknown{near(task, tasks)}; known: {known}")
     c = importlib.import_module(f"configs.{task}").get_config(*llm)
     c.plug.num_persona_tokens = 4
     c.plug.projector_size = 1024

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import ml_collections
 
+from pplug_jax.slips import near
+
 
 class Layout(NamedTuple):
     """How a preset trains 64 rows on a slice of 8 chips: the fastest way that docs/pods.md plans.
@@ -77,7 +79,8 @@ def use(c: ml_collections.ConfigDict, argument: str) -> None:
     name, _, machine = argument.partition("@")
     for given, known in ((name, ["embedded", *PRESETS]), (machine, ["", *SLICES])):
         if given not in known:
-            raise ValueError(f"{argument}: {given!r} is unknown; known: {', '.join(known)}")
+            names = ", ".join(filter(None, known))
+            raise ValueError(f"{given!r} is unknown{near(given, known)}; known: {names}")
     preset = PRESETS[name]
     c.llm.path = preset.path
     c.llm.chat = preset.chat

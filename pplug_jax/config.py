@@ -9,8 +9,9 @@ import ml_collections
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.distributed import wait_for_all
 from pplug_jax.errors import InputError
-from pplug_jax.files import write_json
+from pplug_jax.files import read_text, write_json
 from pplug_jax.methods import METHODS, PAPER_PLUG, configured
+from pplug_jax.slips import near
 
 # What the official code (rucliujn/PPlug) does where ours by default does something else, and what
 # it does where ours may be set to something else.
@@ -41,9 +42,15 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         ConfigError: names the field.
     """
     if config.task not in TASKS:
-        raise ConfigError(f"config.task {config.task!r} is unknown; known: {', '.join(TASKS)}")
+        raise ConfigError(
+            f"config.task {config.task!r} is unknown{near(config.task, TASKS)}; "
+            f"known: {', '.join(TASKS)}"
+        )
     if unknown := [name for name in config.methods if name not in METHODS]:
-        raise ConfigError(f"config.methods: {unknown[0]!r} is unknown; known: {', '.join(METHODS)}")
+        raise ConfigError(
+            f"config.methods: {unknown[0]!r} is unknown{near(unknown[0], METHODS)}; "
+            f"known: {', '.join(METHODS)}"
+        )
     for name in config.methods:
         weights = METHODS[name].weights
         if weights is not None and weights not in config.methods:
@@ -104,7 +111,7 @@ def claim_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
         write_json(path, ours)
         wait_for_all("config.json is there")
         return
-    there, now = flatten(json.loads(path.read_text())), flatten(ours)
+    there, now = flatten(json.loads(read_text(path))), flatten(ours)
     different = sorted(
         field
         for field in there.keys() | now.keys()

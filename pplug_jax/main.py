@@ -15,6 +15,7 @@ from pplug_jax.distributed import start
 from pplug_jax.errors import InputError
 from pplug_jax.plan import plan
 from pplug_jax.run import run
+from pplug_jax.slips import parse_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A config file of configs/, as FILE or FILE:ARGUMENT.", lock_config=True
@@ -118,4 +119,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

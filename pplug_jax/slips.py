@@ -1,0 +1,85 @@
+"""Says in one line what is wrong with a command line, and what is near to what was written."""
+
+import difflib
+import runpy
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from absl import flags
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Return the arguments that are no flags, as absl's own parser; a mistake ends the process."""
+    try:
+        rest = flags.FLAGS(argv)
+        # What could not be loaded is something that raises its error where it is first used.
+        if not isinstance(flags.FLAGS["config"].value, ml_collections.ConfigDict):
+            sys.exit(f"error: {_mistake(argv)}")
+        return rest
+    # A config file is a program, which may fail in any way.
+    except Exception as error:  # noqa: BLE001
+        sys.exit(f"error: {_mistake(argv) or _first_line(error)}")
+
+
+def near(given: str, known: Iterable[str]) -> str:
+    """Return a question such as " (did you mean 'lamp5'?)", or nothing where nothing is near."""
+    found = difflib.get_close_matches(given, list(known), n=1)
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _mistake(argv: Sequence[str]) -> str | None:
+    """What is wrong with --config and the fields that are set; None where that is not it."""
+    given = _value_of("--config", argv)
+    if given is None:
+        return "--config is missing; for example --config=configs/lamp5.py"
+    path, _, argument = given.partition(":")
+    if not Path(path).is_file():
+        known = [each.as_posix() for each in Path("configs").glob("*.py")]
+        return f"--config={path}: there is no such file{near(path, known)}"
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        if get_config is None:
+            return f"--config={path}: the file has no function get_config, so it is no config"
+        config = get_config(*[argument] if argument else [])
+    except Exception as error:  # noqa: BLE001
+        return f"--config={given}: {_first_line(error)}"
+    fields = [each.removeprefix("--config.").partition("=")[0] for each in argv[1:]]
+    for flag, field in zip(argv[1:], fields, strict=True):
+        if flag.startswith("--config.") and not _has(config, field):
+            return f"--config.{field}: there is no such setting{near(field, _names(config))}"
+    return None
+
+
+def _value_of(flag: str, argv: Sequence[str]) -> str | None:
+    """The last value that the flag is given, by = or as the next argument."""
+    value = None
+    for this, following in zip(argv, [*argv[1:], None], strict=True):
+        if this == flag:
+            value = following
+        elif this.startswith(f"{flag}="):
+            value = this.partition("=")[2]
+    return value
+
+
+def _has(config: Any, field: str) -> bool:
+    for name in field.split("."):
+        if not isinstance(config, ml_collections.ConfigDict) or name not in config:
+            return False
+        config = config[name]
+    return True
+
+
+def _names(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
+    """Every setting's name with the groups that it is in."""
+    names = []
+    for name, value in config.items():
+        inner = isinstance(value, ml_collections.ConfigDict)
+        names += _names(value, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
+    return names

@@ -1,0 +1,75 @@
+"""Every slip in a command line is one line that says what is near."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from absl.testing import flagsaver
+
+from pplug_jax import main  # noqa: F401  defines the flags
+from pplug_jax.slips import near, parse_flags
+
+CONFIG = "--config=configs/lamp5.py"
+SLIPS = {
+    "a setting": ([CONFIG, "--config.train.learning_rat=3"], "'train.learning_rate'"),
+    "a setting before the config": (["--config.train.learning_rat=3", CONFIG], "learning_rate'"),
+    "a group": ([CONFIG, "--config.trian.epochs=3"], "'train.epochs'"),
+    "a setting of nothing": ([CONFIG, "--config.zzz.yyy=3"], "config.zzz.yyy: there is no such"),
+    "a setting below a setting": ([CONFIG, "--config.seed.x=3"], "config.seed.x: there is no such"),
+    "a file": (["--config=configs/lamp55.py"], "(did you mean 'configs/lamp5.py'?)"),
+    "another file": (["--config=nothere.py"], "--config=nothere.py: there is no such file"),
+    "a directory": (["--config=configs"], "--config=configs: there is no such file"),
+    "no config": (["--config=configs/common.py"], "no function get_config"),
+    "no program": (["--config=README.md"], "--config=README.md: "),
+    "an LLM": (["--config=configs/lamp5.py:llama9"], "'llama9' is unknown (did you mean 'llama3_"),
+    "a slice": (["--config=configs/lamp5.py:llama3_1b@v5e-9"], "did you mean 'v5e-8'?"),
+    "a task": (["--config=configs/best.py:lamp9"], "'lamp9' is unknown (did you mean 'lamp"),
+    "nothing": ([], "--config is missing; for example --config=configs/lamp5.py"),
+    "a setting alone": (["--config.seed=1"], "--config is missing"),
+    "a mode": ([CONFIG, "--mode=trian"], "--mode=trian: value should be one of"),
+    "a flag": ([CONFIG, "--workdri=x"], "Unknown command line flag 'workdri'"),
+    "a number": ([CONFIG, "--config.train.learning_rate=x"], "could not convert string to float"),
+}
+
+
+@pytest.fixture(autouse=True)
+def root(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The repository's root, and flags that stay as they were."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # the last one's functions
+    with flagsaver.flagsaver():
+        yield
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_a_slip_is_one_line(slip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments, expected = SLIPS[slip]
+    monkeypatch.setattr(sys, "argv", ["main", *arguments])  # where config flags look besides
+    with pytest.raises(SystemExit) as ended:
+        parse_flags(["main", *arguments])
+    message = str(ended.value)
+    assert message.startswith("error: ")
+    assert expected in message
+    assert "\n" not in message
+
+
+def test_the_command_prints_it(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pplug_jax.main", CONFIG, "--config.train.learning_rat=3"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ,
+    )
+    assert done.returncode == 1
+    line = "error: --config.train.learning_rat: there is no such setting (did you mean "
+    assert done.stderr == f"{line}'train.learning_rate'?)\n"
+    assert done.stdout == ""
+
+
+def test_what_is_near() -> None:
+    assert near("pplugg", ["none", "pplug"]) == " (did you mean 'pplug'?)"
+    assert near("entirely else", ["none", "pplug"]) == ""
