@@ -5,14 +5,17 @@ and 88 items (54) on average (Salemi et al. 2024, arXiv 2404.05970, table 1); a 
 tokens, and the paper cuts inputs at 256.
 """
 
+from typing import Any
+
 import numpy as np
 
 from pplug_jax.data.batches import Tokenized
 from pplug_jax.data.form import SIZE as FORM_SIZE
+from pplug_jax.data.history import HistoryStore
 
 
-def draw_examples(count: int, texts: int) -> list[Tokenized]:
-    """Random token ids, and rows of a store of so many `texts`."""
+def draw_examples(count: int, texts: int, vocabulary: int = 30_000) -> list[Tokenized]:
+    """Random token ids below `vocabulary`, and rows of a store of so many `texts`."""
     rng = np.random.default_rng(0)
 
     def gamma(mean: float, spread: float, low: int, high: int) -> int:
@@ -20,7 +23,7 @@ def draw_examples(count: int, texts: int) -> list[Tokenized]:
         return int(np.clip(round(drawn), low, high))
 
     def ids(length: int) -> np.ndarray:
-        return rng.integers(3, 30_000, length, dtype=np.int32)
+        return rng.integers(3, vocabulary, length, dtype=np.int32)
 
     examples = []
     for _ in range(count):
@@ -36,3 +39,15 @@ def draw_examples(count: int, texts: int) -> list[Tokenized]:
             )
         )
     return examples
+
+
+def fill_store(store: HistoryStore) -> None:
+    """Random unit vectors, for the histories' encoding is no part of a step."""
+    rng = np.random.default_rng(1)
+
+    def draw(texts: list[str], *_: Any) -> np.ndarray:
+        vectors = rng.normal(size=(len(texts), store.encoder.size))
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    store.encoder.encode = draw
+    store.add([str(i) for i in range(4096)])

@@ -7,12 +7,13 @@ matrix products, as `--mode=plan` counts them, without what is computed twice to
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
 
+from benchmarks.cards import find_card
+from benchmarks.fill import fill
 from benchmarks.timing import in_turn, report
 from configs import lamp5
 from pplug_jax.llm.shapes import PUBLISHED
@@ -31,8 +32,6 @@ flags.DEFINE_integer("history", 512, "Items of a history.")
 flags.DEFINE_bool("remat", True, "As the presets: recompute activations in the backward pass.")
 flags.DEFINE_float("peak_tflops", None, "The device's peak in bfloat16; by default as published.")
 
-# Dense bfloat16 FLOP/s of NVIDIA's data sheets (H100 and H200: SXM).
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 SIDE = 2048  # of the matrices that a CPU's peak is measured with
 
 
@@ -58,32 +57,12 @@ def make_programs(directory: Path, on_cpu: bool) -> Programs:
     return Programs(config, make_mesh())
 
 
-def fill(abstract: Any) -> Any:
-    """Arrays for the step's abstract ones: small random numbers, tokens, masks without padding."""
-
-    def one(key: jax.Array, x: jax.ShapeDtypeStruct) -> jax.Array:
-        if x.dtype == bool:
-            return jnp.ones(x.shape, bool)
-        if jnp.issubdtype(x.dtype, jnp.integer):
-            return jax.random.randint(key, x.shape, 0, 1000, x.dtype) if x.ndim else jnp.int32(0)
-        return jax.random.normal(key, x.shape, x.dtype) * 0.02
-
-    leaves, tree = jax.tree.flatten(abstract)
-    make = jax.jit(one, static_argnums=1)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    filled = [
-        jax.device_put(make(key, jax.ShapeDtypeStruct(x.shape, x.dtype)), x.sharding)
-        for key, x in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(tree, filled)
-
-
 def known_peak() -> float | None:
     """FLOP/s of one device, as given or published."""
     if FLAGS.peak_tflops:
         return FLAGS.peak_tflops * 1e12
-    kind = jax.devices()[0].device_kind
-    return next((peak for name, peak in PEAKS.items() if name in kind), None)
+    card = find_card(jax.devices()[0].device_kind)
+    return card.flops if card else None
 
 
 def main(_: list[str]) -> None:

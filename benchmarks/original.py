@@ -138,7 +138,8 @@ class Recipe:
             labels = padded(targets, width(targets, TARGET), IGNORED)
         query = pad([x.query for x in examples], QUERY)
         history = pad([self.data.store.vectors(x.rows) for x in examples], HISTORY)
-        return Inputs(tokens, mask, labels, *query, *history)
+        device = self.plug.instruction.device
+        return Inputs(*(x.to(device) for x in (tokens, mask, labels, *query, *history)))
 
     def loss(self, inputs: Inputs) -> torch.Tensor:
         """The mean over the target tokens."""
@@ -158,12 +159,16 @@ class Recipe:
 
     def step(self, planned: Planned) -> float:
         """One update; returns the loss before it."""
-        loss = self.loss(self.inputs(planned[2]))
+        return self.update(self.inputs(planned[2])).item()
+
+    def update(self, inputs: Inputs) -> torch.Tensor:
+        """The same of inputs that are there already; it may still be running."""
+        loss = self.loss(inputs)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.plug.parameters(), self.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.item()
+        return loss.detach()
 
     def places(self, planned: Planned) -> np.ndarray:
         """A batch's places of LLM, query and history, padding included; (3,)."""

@@ -27,8 +27,13 @@ def in_turn(cases: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
     """
     for call in cases.values():
         call()
+    return medians(cases, FLAGS.repeats)
+
+
+def medians(cases: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """The same of calls that have compiled already, and without flags."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(FLAGS.repeats):
+    for _ in range(repeats):
         for name, call in cases.items():
             start = time.perf_counter()
             call()

@@ -28,19 +28,16 @@ import torch
 import transformers
 from absl import app, flags
 
-from benchmarks.lamp_like import draw_examples
+from benchmarks.lamp_like import draw_examples, fill_store
 from benchmarks.original import SOFT, Planned, Plug, Recipe
+from benchmarks.ours import Ours
 from benchmarks.timing import in_turn, report
 from configs import common
-from pplug_jax.data.batches import Assemble, Plan, place_batch
-from pplug_jax.data.history import HistoryStore
-from pplug_jax.embedder import PAPER, Reading, UserEmbedder
-from pplug_jax.llm.decoder import Decoder
+from pplug_jax.data.batches import Plan
+from pplug_jax.embedder import Reading
 from pplug_jax.methods import METHODS
 from pplug_jax.models import ASSETS, Models
-from pplug_jax.plan.flops import matmul_flops
 from pplug_jax.tables import show_table
-from pplug_jax.train import init_optimizer, jit_step, loss_fn, make_optimizer
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("llm", "llama", ["llama", "t5"], "The frozen LLM, of some 40 million parameters.")
@@ -119,97 +116,6 @@ def read_config(directory: Path) -> ml_collections.ConfigDict:
     return config
 
 
-def fill_store(store: HistoryStore) -> None:
-    """Random unit vectors, for the histories' encoding is no part of a step."""
-    rng = np.random.default_rng(1)
-
-    def draw(texts: list[str], *_: Any) -> np.ndarray:
-        vectors = rng.normal(size=(len(texts), store.encoder.size))
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-    store.encoder.encode = draw
-    store.add([str(i) for i in range(4096)])
-
-
-forward = jax.jit(loss_fn, static_argnames="prefix_length")
-
-
-class Ours:
-    """Our step, as `train.fit` runs it."""
-
-    def __init__(self, models: Models, data: Assemble, weights: UserEmbedder):
-        self.models, self.data, self.weights = models, data, weights
-        train = models.config.train
-        # So many steps, and so few of them to warm up, that the rate stays the same.
-        optimizer = make_optimizer(
-            10**6, train.learning_rate, train.weight_decay, 0.0, train.clip_norm
-        )
-        self.state = init_optimizer(optimizer, weights, models.mesh)
-        self.update = jit_step(weights, self.state)
-        self.static = {"optimizer": optimizer, "prefix_length": prefix_length()}
-
-    def arguments(self, planned: Planned) -> tuple[Any, ...]:
-        batch = place_batch(self.data(planned), self.models.mesh)
-        return self.weights, self.state, self.models.llm, batch
-
-    def step(self, planned: Planned, reading: Reading = PAPER) -> float:
-        """One update; returns the loss before it."""
-        with jax.set_mesh(self.models.mesh):
-            arguments = self.arguments(planned)
-            self.weights, self.state, metrics = self.update(
-                *arguments, **self.static, reading=reading
-            )
-        return float(metrics["loss"])
-
-    def loss(self, planned: Planned) -> float:
-        """The same without gradients and update."""
-        with jax.set_mesh(self.models.mesh):
-            weights, _, llm, batch = self.arguments(planned)
-            total, tokens = forward(weights, llm, batch, prefix_length=prefix_length())
-        return float(total / tokens)
-
-    def flops(self, planned: Planned) -> float:
-        with jax.set_mesh(self.models.mesh):
-            return matmul_flops(self.update.trace(*self.arguments(planned), **self.static).jaxpr)
-
-    def ideal_flops(self, planned: Planned) -> float:
-        """What a step on these shapes needs: no work twice, no gradient of a frozen weight.
-
-        A frozen kernel costs 4 FLOPs a parameter and place (forward, and its input's gradient), a
-        trained one 6, attention 12 a channel and pair of places, masked pairs too.
-        """
-        llm, plug, batch = self.models.llm, self.weights, self.data(planned)
-        B, S = batch.text.shape
-        T, Q, H = (x.shape[1] for x in (batch.target, batch.query, batch.history))
-
-        def kernels(module: Any) -> int:
-            return sum(x.size for x in jax.tree.leaves(module) if x.ndim == 3)
-
-        c, S = llm.config, S + SOFT
-        heads, head = c.num_heads * c.head_dim, c.vocab_size * c.hidden_size
-        if isinstance(llm, Decoder):
-            flops = 4 * S * kernels(llm.layers) + 12 * S**2 * heads * c.num_layers
-        else:
-            cross = kernels((llm.decoder.cross.key, llm.decoder.cross.value))
-            flops = 4 * (S * (kernels(llm.encoder) + cross) + T * (kernels(llm.decoder) - cross))
-            flops += 12 * S**2 * heads * c.num_encoder_layers
-            flops += 12 * (T**2 + T * S) * heads * c.num_decoder_layers
-        bert = plug.input_encoder
-        E, (U, D) = bert.config.hidden_size, plug.projector.down.shape
-        flops += 4 * T * head
-        flops += 6 * Q * kernels(bert.layers) + 12 * Q**2 * E * bert.config.num_layers
-        # The histories are frozen: their first layer and the scores have no gradient of them.
-        flops += 4 * H * E * U + 4 * H * E + 6 * H * U + 6 * U * D
-        return B * flops + 6 * (E + D) * D  # the instruction embedding is one for all rows
-
-    def places(self, planned: Planned) -> np.ndarray:
-        """A batch's places of LLM, query and history, padding included; (3,)."""
-        batch = self.data(planned)
-        text = SOFT * len(batch.text) + batch.text.size
-        apart = 0 if self.models.llm.decoder_only else batch.target.size
-        return np.array([text + apart, batch.query.size, batch.history_mask.size])
-
-
 def prefix_length() -> int:
     return 1 if FLAGS.llm == "llama" else 0
 
@@ -258,7 +164,7 @@ def make_peers(scratch: Path) -> tuple[dict[str, Ours | Recipe], list[Planned]]:
 
     # Ours is made last, for its steps take the weights away.
     recipes = {"original": recipe(lean=False), "lean": recipe(lean=True)}
-    peers = {"ours": Ours(models, data, weights)} | recipes
+    peers = {"ours": Ours(models, data, weights, prefix_length())} | recipes
     return peers, [plan[step] for step in range(FLAGS.steps)]
 
 
