@@ -142,17 +142,24 @@ def mean_statistics(seeds: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.n
     return {metric: np.mean([each[metric] for each in seeds], axis=0) for metric in seeds[0]}
 
 
+def commit() -> str:
+    """The code's commit; empty where there is no git, or the code is not of a checkout."""
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip()
+    except OSError:
+        return ""
+
+
 def facts(models: Models) -> dict[str, str]:
     """What a reader needs to place the figures."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     return {
-        "commit": commit or "unknown",
+        "commit": commit() or "unknown",
         "jax": jax.__version__,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "mesh": " x ".join(f"{axis}={size}" for axis, size in models.mesh.shape.items()),

@@ -10,6 +10,7 @@ from lamp_files import write_split
 from test_run import small_config
 
 from pplug_jax.checkpoint import Checkpoints
+from pplug_jax.compare import commit
 from pplug_jax.config import ConfigError
 from pplug_jax.data.batches import Tokenized
 from pplug_jax.methods import METHODS as ALL
@@ -210,3 +211,9 @@ def test_variants_are_trained_on_what_they_say(tmp_path: Path) -> None:
     examples = read_split(comparison(), "train")
     pool = {text for example in examples for text in map(str, example.profile)}
     assert len(np.load(tmp_path / "peers.npy")) == len(pool)
+
+
+def test_without_git_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert commit()
+    monkeypatch.setenv("PATH", "")
+    assert commit() == ""
