@@ -392,7 +392,7 @@ def test_presets(name: str, machine: str) -> None:
 def test_unknown_presets() -> None:
     with pytest.raises(ValueError, match="'gpt5' is unknown; known: embedded, gemma3_1b"):
         lamp5.get_config("gpt5")
-    with pytest.raises(ValueError, match="'v9' is unknown; known: , v5e-8, v5p-16"):
+    with pytest.raises(ValueError, match="'v9' is unknown; known: v5e-8, v5p-16"):
         lamp5.get_config("llama3_1b@v9")
 
 
