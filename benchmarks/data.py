@@ -19,9 +19,9 @@ import numpy as np
 from absl import app, flags
 
 from configs import lamp4
-from pplug_jax.models import Models
+from pplug_jax.data.sources import read_split
 from pplug_jax.run import ItemTexts
-from pplug_jax.splits import read_split
+from pplug_jax.session import Models
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("users", 2000, "Users, a question each.")

@@ -18,8 +18,8 @@ import transformers
 from absl import app, flags
 
 from benchmarks.timing import in_turn, report
-from pplug_jax.generate import generate
 from pplug_jax.llm import LLM, load_llm
+from pplug_jax.llm.generate import generate
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("batch", ["1", "8", "64"], "Prompts decoded together.")

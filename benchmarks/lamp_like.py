@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from pplug_jax.data.batches import Tokenized
-from pplug_jax.data.form import SIZE as FORM_SIZE
-from pplug_jax.data.history import HistoryStore
+from pplug_jax.feed.batches import Tokenized
+from pplug_jax.feed.store import HistoryStore
 
 
 def draw_examples(count: int, texts: int, vocabulary: int = 30_000) -> list[Tokenized]:
@@ -34,8 +33,7 @@ def draw_examples(count: int, texts: int, vocabulary: int = 30_000) -> list[Toke
                 ids(gamma(14, 5, 4, 128)),
                 ids(max(8, prompt - 8)),
                 rng.integers(0, texts, items),
-                np.zeros(items, np.float32),
-                np.zeros((items, FORM_SIZE), np.float32),
+                {},
             )
         )
     return examples

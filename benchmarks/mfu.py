@@ -17,10 +17,10 @@ from benchmarks.fill import fill
 from benchmarks.timing import in_turn, report
 from configs import lamp5
 from pplug_jax.llm.shapes import PUBLISHED
-from pplug_jax.mesh import make_mesh
 from pplug_jax.plan.flops import matmul_flops
 from pplug_jax.plan.programs import Programs
-from pplug_jax.train import init_optimizer, make_optimizer
+from pplug_jax.runtime.mesh import make_mesh
+from pplug_jax.train.step import init_optimizer, make_optimizer
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("llm", "meta-llama/Llama-3.2-1B-Instruct", "A name of pplug_jax.llm.shapes.")

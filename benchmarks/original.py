@@ -15,8 +15,8 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from pplug_jax.data.batches import Assemble
-from pplug_jax.embedder import Projector, UserEmbedder
+from pplug_jax.feed.batches import Assemble
+from pplug_jax.plugs.persona import Projector, UserEmbedder
 
 SOFT = 2  # the instruction embedding and the persona
 PROMPT, TARGET, QUERY, HISTORY = 266, 128, 256, 512  # the maxima; soft tokens are in the prompt

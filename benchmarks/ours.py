@@ -6,12 +6,13 @@ import jax
 import numpy as np
 
 from benchmarks.original import SOFT, Planned
-from pplug_jax.data.batches import Assemble, place_batch
-from pplug_jax.embedder import PAPER, Reading, UserEmbedder
+from pplug_jax.feed.batches import Assemble, place_batch
 from pplug_jax.llm.decoder import Decoder
-from pplug_jax.models import Models
 from pplug_jax.plan.flops import matmul_flops
-from pplug_jax.train import init_optimizer, jit_step, loss_fn, make_optimizer
+from pplug_jax.plugs.persona import UserEmbedder
+from pplug_jax.plugs.reading import PAPER, Reading
+from pplug_jax.session import Models
+from pplug_jax.train.step import init_optimizer, jit_step, loss_fn, make_optimizer
 
 forward = jax.jit(loss_fn, static_argnames="prefix_length")
 

@@ -18,7 +18,8 @@ from absl import app, flags
 from benchmarks.lamp_like import draw_examples
 from benchmarks.timing import in_turn, report
 from configs import lamp5
-from pplug_jax.data.batches import (
+from pplug_jax.data.sources import read_split
+from pplug_jax.feed.batches import (
     Assemble,
     Buckets,
     Plan,
@@ -26,14 +27,13 @@ from pplug_jax.data.batches import (
     place_batch,
     training_batches,
 )
-from pplug_jax.data.history import HistoryStore
-from pplug_jax.inputs import TrainingInputs
-from pplug_jax.methods import METHODS, configured
-from pplug_jax.models import Models
+from pplug_jax.feed.store import HistoryStore
+from pplug_jax.methods.table import METHODS, configured
 from pplug_jax.run import ItemTexts
-from pplug_jax.splits import read_split
-from pplug_jax.tables import show_table
-from pplug_jax.train import init_optimizer, jit_step, make_optimizer
+from pplug_jax.scoring.tables import show_table
+from pplug_jax.session import Models
+from pplug_jax.train.inputs import TrainingInputs
+from pplug_jax.train.step import init_optimizer, jit_step, make_optimizer
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("examples", 5000, "LaMP-like examples.")

@@ -14,7 +14,7 @@ from absl import app, flags
 from flax import nnx
 
 from benchmarks.timing import in_turn, report
-from pplug_jax.embedder import Projector, attention_weights, pool
+from pplug_jax.plugs.persona import Projector, attention_weights, pool
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("items", ["10", "100", "1000", "10000", "100000"], "History items of the user.")

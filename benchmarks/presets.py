@@ -11,11 +11,11 @@ from pathlib import Path
 import jax
 
 from configs import lamp5, llms
-from pplug_jax.mesh import make_mesh
 from pplug_jax.plan.chips import find_slice
 from pplug_jax.plan.programs import Programs
 from pplug_jax.plan.roofline import GIB
 from pplug_jax.plan.training import plan_training
+from pplug_jax.runtime.mesh import make_mesh
 
 TOPOLOGIES = {"v5e-8": "v5e:2x4", "v5p-16": "v5p:2x2x2"}
 HEADER = (

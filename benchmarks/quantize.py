@@ -18,14 +18,14 @@ import numpy as np
 from absl import app, flags
 
 from configs import lamp5
-from pplug_jax import hf
-from pplug_jax.generate import generate
 from pplug_jax.llm import LLM, abstract_llm, llama, load_llm
 from pplug_jax.llm.decoder import Decoder
+from pplug_jax.llm.generate import generate
 from pplug_jax.llm.shapes import PUBLISHED
-from pplug_jax.models import ASSETS
 from pplug_jax.run import run
-from pplug_jax.tools.initialise import initialise
+from pplug_jax.session import ASSETS
+from pplug_jax.storage import hf
+from scripts.pretrain.initialise import initialise
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("llm", str(ASSETS / "tiny_llama"), "A directory, or random_1b.")

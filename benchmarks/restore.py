@@ -17,9 +17,9 @@ from absl import app
 from etils import epath
 
 from benchmarks.quantize import KINDS, write_random
-from pplug_jax.checkpoint import module_loader, save_module
 from pplug_jax.llm import abstract_llm, load_llm
-from pplug_jax.mesh import make_mesh, place_abstract
+from pplug_jax.runtime.mesh import make_mesh, place_abstract
+from pplug_jax.storage.checkpoint import module_loader, save_module
 
 REPEATS = 3
 

@@ -20,11 +20,11 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from configs import lamp5
-from pplug_jax.mesh import make_mesh
 from pplug_jax.plan.chips import find_slice
 from pplug_jax.plan.programs import Programs
 from pplug_jax.plan.roofline import GIB
 from pplug_jax.plan.training import plan_training
+from pplug_jax.runtime.mesh import make_mesh
 
 SLICES = {4: "v5p:2x2x1", 32: "v5p:2x4x4", 256: "v5p:4x8x8"}
 BATCHES = {"weak": lambda chips: 8 * chips, "strong": lambda chips: 64}

@@ -16,7 +16,7 @@ from absl import app, flags
 
 from benchmarks.quantize import KINDS, device_bytes
 from benchmarks.timing import in_turn, report
-from pplug_jax.tables import show_table
+from pplug_jax.scoring.tables import show_table
 
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("memory", True, "Measure loading too; it writes 2.5 GB and needs 8 GB of memory.")

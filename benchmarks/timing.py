@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from pplug_jax.tables import Rows, show_table
+from pplug_jax.scoring.tables import Rows, show_table
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("output", None, "The JSON file; by default runs/benchmarks/NAME.json.")

@@ -33,11 +33,11 @@ from benchmarks.original import SOFT, Planned, Plug, Recipe
 from benchmarks.ours import Ours
 from benchmarks.timing import in_turn, report
 from configs import common
-from pplug_jax.data.batches import Plan
-from pplug_jax.embedder import Reading
-from pplug_jax.methods import METHODS
-from pplug_jax.models import ASSETS, Models
-from pplug_jax.tables import show_table
+from pplug_jax.feed.batches import Plan
+from pplug_jax.methods.table import METHODS
+from pplug_jax.plugs.reading import Reading
+from pplug_jax.scoring.tables import show_table
+from pplug_jax.session import ASSETS, Models
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("llm", "llama", ["llama", "t5"], "The frozen LLM, of some 40 million parameters.")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import ml_collections
 
-from pplug_jax.slips import near
+from pplug_jax.runtime.slips import near
 
 NO_TASKS = ("best", "common", "llms")
 
@@ -25,7 +25,7 @@ def get_config(arg: str = "lamp5") -> ml_collections.ConfigDict:
     c.plug.projector_size = 1024
     c.plug.temperature = 0.3
     c.plug.learned_temperature = False
-    c.plug.form = True
+    c.plug.features = ("form",)
     c.plug.encoder_rate = 0.0
     c.plug.history_dropout = 0.2
     return c

@@ -65,10 +65,10 @@ def base_config() -> ml_collections.ConfigDict:
     c.plug.projector_size = 0  # the persona projector's hidden units; 0: the LLM's width
     c.plug.temperature = 1.0
     c.plug.learned_temperature = False
-    c.plug.heads = 0  # of the attention, with learned query and key maps; 0: one without
     c.plug.recency = False  # learn to weigh older items less, in profiles with dates
-    c.plug.difference = False  # tokens of how the items differ from other users' similar ones
-    c.plug.form = False  # tokens of how the user writes: capitals, punctuation, length
+    # Tokens more, of what else is told of the items: "form", how the user writes (capitals,
+    # punctuation, length), and "difference", how the items differ from other users' similar ones.
+    c.plug.features = ()
     # The input encoder's learning rate over the others'; 1 is the paper, 0 leaves it as it was.
     c.plug.encoder_rate = 1.0
     c.plug.history_dropout = 0.5  # largest share of a history that training leaves out

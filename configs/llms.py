@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import ml_collections
 
-from pplug_jax.slips import near
+from pplug_jax.runtime.slips import near
 
 
 class Layout(NamedTuple):

@@ -3,10 +3,22 @@
 A frozen LLM and a trained user embedder.
 """
 
-from pplug_jax.encoder import load_encoder
-from pplug_jax.generate import generate
-from pplug_jax.llm import load_llm
-from pplug_jax.metrics import score
-from pplug_jax.personalizer import Personalizer
+import importlib
+from typing import Any
+
+# Each is imported when it is first asked for: a reader of results needs no JAX.
+_ROOMS = {
+    "Personalizer": "serve.personalizer",
+    "generate": "llm.generate",
+    "load_encoder": "encoder",
+    "load_llm": "llm",
+    "score": "scoring.metrics",
+}
 
 __all__ = ["Personalizer", "generate", "load_encoder", "load_llm", "score"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)

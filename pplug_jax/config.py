@@ -2,16 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import ml_collections
 
 from pplug_jax.data.tasks import TASKS
-from pplug_jax.distributed import wait_for_all
-from pplug_jax.errors import InputError
-from pplug_jax.files import read_text, write_json
-from pplug_jax.methods import METHODS, PAPER_PLUG, configured
-from pplug_jax.slips import near
+from pplug_jax.errors import ConfigError
+from pplug_jax.feed.features import FEATURES
+from pplug_jax.methods.table import METHODS, PAPER_PLUG, configured
+from pplug_jax.runtime.distributed import wait_for_all
+from pplug_jax.runtime.slips import near
+from pplug_jax.storage.files import read_text, write_json
+from pplug_jax.storage.workdir import CONFIG, flatten, upgraded
 
 # What the official code (rucliujn/PPlug) does where ours by default does something else, and what
 # it does where ours may be set to something else.
@@ -23,10 +24,6 @@ PARITY = {
     "encoder.item_prefix": "",
     **PAPER_PLUG,
 }
-
-
-class ConfigError(InputError):
-    """A setting that cannot work; the message names the field."""
 
 
 def apply_parity(config: ml_collections.ConfigDict) -> None:
@@ -74,6 +71,11 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             "config.tune.learning_rates are judged on examples that are held out: "
             "say which share of them, as --config.train.validation=0.1"
         )
+    if unknown := [name for name in config.plug.features if name not in FEATURES]:
+        raise ConfigError(
+            f"config.plug.features: {unknown[0]!r} is unknown{near(unknown[0], FEATURES)}; "
+            f"known: {', '.join(FEATURES)}"
+        )
     if config.train.batch_size % config.train.accumulation:
         raise ConfigError(
             f"config.train.batch_size {config.train.batch_size} does not divide into "
@@ -104,14 +106,14 @@ def claim_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     Raises:
         ConfigError: the workdir belongs to another config; the message names the fields.
     """
-    path = workdir / "config.json"
+    path = workdir / CONFIG
     ours = json.loads(config.to_json())
     if not path.is_file():
         wait_for_all("all have looked for config.json")
         write_json(path, ours)
         wait_for_all("config.json is there")
         return
-    there, now = flatten(json.loads(read_text(path))), flatten(ours)
+    there, now = flatten(upgraded(json.loads(read_text(path)))), flatten(ours)
     different = sorted(
         field
         for field in there.keys() | now.keys()
@@ -127,13 +129,3 @@ def claim_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
             f"{workdir} was made with a different config ({told}): "
             "give another --workdir, or the same settings"
         )
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= (
-            flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat

@@ -20,3 +20,11 @@ class DataError(InputError):
     def __init__(self, file: str | Path, problem: str, where: str = "", line: int | None = None):
         self.file, self.problem, self.where, self.line = str(file), problem, where, line
         super().__init__(": ".join(part for part in (self.file, where, problem) if part))
+
+
+class ConfigError(InputError):
+    """A setting that cannot work; the message names the field."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint could not be written or read; the message says what to do."""

@@ -11,11 +11,10 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from pplug_jax.distributed import start
 from pplug_jax.errors import InputError
-from pplug_jax.plan import plan
 from pplug_jax.run import run
-from pplug_jax.slips import parse_flags
+from pplug_jax.runtime.distributed import start
+from pplug_jax.runtime.slips import parse_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A config file of configs/, as FILE or FILE:ARGUMENT.", lock_config=True
@@ -102,6 +101,8 @@ def main(argv: list[str]) -> None:
         if _MODE.value not in ALONE:
             start()
         if _MODE.value == "plan":
+            from pplug_jax.plan import plan  # a fifth of the package, which no other mode needs
+
             plan(config, _TOPOLOGY.value, _SUGGEST.value)
         else:
             run(config, workdir, _MODE.value)

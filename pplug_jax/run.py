@@ -8,25 +8,32 @@ from pathlib import Path
 import jax
 import ml_collections
 
-from pplug_jax.compare import compare_methods
-from pplug_jax.config import ConfigError, apply_parity, check_config, claim_workdir
+from pplug_jax.config import apply_parity, check_config, claim_workdir
 from pplug_jax.data.check import check_data
 from pplug_jax.data.download import download
 from pplug_jax.data.lamp import Example, Item
 from pplug_jax.data.records import raise_bad
+from pplug_jax.data.sources import (
+    data_directory,
+    data_name,
+    existing_directory,
+    read_split,
+    report_bad,
+)
 from pplug_jax.data.tasks import TASKS
-from pplug_jax.embedder import soft_tokens
-from pplug_jax.errors import DataError, InputError
-from pplug_jax.evaluate import evaluate
-from pplug_jax.inputs import TrainingInputs
-from pplug_jax.lock import locked
-from pplug_jax.methods import METHODS, configured
-from pplug_jax.metrics import check_metrics
-from pplug_jax.models import Models, parameter_count, trained_count
-from pplug_jax.plots import plot_losses
-from pplug_jax.progress import say
-from pplug_jax.splits import data_directory, data_name, existing_directory, read_split, report_bad
-from pplug_jax.train import fit
+from pplug_jax.errors import ConfigError, DataError, InputError
+from pplug_jax.evaluate.compare import compare_methods
+from pplug_jax.evaluate.run import evaluate
+from pplug_jax.methods.table import METHODS, configured
+from pplug_jax.plugs.reading import soft_tokens
+from pplug_jax.runtime.console import say
+from pplug_jax.scoring.metrics import check_metrics
+from pplug_jax.scoring.plots import plot_losses
+from pplug_jax.session import Models, parameter_count, trained_count
+from pplug_jax.storage.lock import locked
+from pplug_jax.storage.workdir import METRICS, plot_path
+from pplug_jax.train.inputs import TrainingInputs
+from pplug_jax.train.loop import fit
 
 
 def describe(models: Models, train: Sequence[Example], held_out: Sequence[Example]) -> None:
@@ -173,6 +180,6 @@ def _work(
             settings = configured(config, method, config.seed)
             examples = training(method, settings)
             fit(models, method, settings, examples, workdir, training.validation(method, settings))
-            plot_losses(workdir / "metrics.jsonl", workdir / "plots" / "loss.png")
+            plot_losses(workdir / METRICS, plot_path(workdir, "loss"))
     if mode in ("evaluate", "train_and_evaluate"):
         evaluate(models, held_out)

@@ -32,7 +32,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from nltk.corpus import wordnet
 from parity import save_random
 
-from pplug_jax.tools.bpe import train_bpe
+from scripts.pretrain.bpe import train_bpe
 
 # What a shell starts in the background ignores Ctrl-C, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pplug_jax import retry
-from pplug_jax.checkpoint import CheckpointError, Checkpoints
-from pplug_jax.distributed import start
-from pplug_jax.mesh import make_mesh
+from pplug_jax.errors import CheckpointError
+from pplug_jax.runtime import retry
+from pplug_jax.runtime.distributed import start
+from pplug_jax.runtime.mesh import make_mesh
+from pplug_jax.storage.checkpoint import Checkpoints
 
 
 def main(directory: Path, failures: int) -> None:

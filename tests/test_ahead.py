@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pplug_jax.ahead import compiled_ahead
+from pplug_jax.runtime.ahead import compiled_ahead
 
 double = jax.jit(lambda x: 2 * x)
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from parity import with_gradients
 
-from pplug_jax.llm import attention
-from pplug_jax.mesh import make_mesh
+from pplug_jax.nn import attention
+from pplug_jax.runtime.mesh import make_mesh
 
 B, L, S, HEADS, KV_HEADS, D = 8, 150, 170, 4, 2, 16
 

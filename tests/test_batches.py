@@ -15,7 +15,9 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pplug_jax.data.batches import (
+from pplug_jax.data.lamp import Example
+from pplug_jax.data.tasks import TASKS
+from pplug_jax.feed.batches import (
     ROUND,
     Assemble,
     Batch,
@@ -24,21 +26,18 @@ from pplug_jax.data.batches import (
     Tokenized,
     bucket_edges,
     drop_history,
-    item_ages,
-    item_forms,
     place_batch,
     plan_batches,
     round_up,
     tokenize,
     training_batches,
 )
-from pplug_jax.data.form import SIZE, form
-from pplug_jax.data.history import HistoryStore
-from pplug_jax.data.lamp import Example
-from pplug_jax.data.peers import Peers
-from pplug_jax.data.prompts import Tokenizer
-from pplug_jax.data.tasks import TASKS
-from pplug_jax.mesh import make_mesh
+from pplug_jax.feed.features import item_ages, item_forms
+from pplug_jax.feed.form import SIZE, form
+from pplug_jax.feed.peers import Peers
+from pplug_jax.feed.store import HistoryStore
+from pplug_jax.llm.prompts import Tokenizer
+from pplug_jax.runtime.mesh import make_mesh
 
 TASK = TASKS["LaMP_5"]
 
@@ -80,9 +79,11 @@ def tokenized(rng: np.random.Generator, rows: int | None = None) -> Tokenized:
         return rng.integers(3, 99, rng.integers(low, high), dtype=np.int32)
 
     rows = int(rng.integers(0, 20)) if rows is None else rows
-    ages = np.arange(rows, dtype=np.float32)[::-1]
-    forms = rng.normal(size=(rows, SIZE)).astype(np.float32)
-    return Tokenized(ids(2, 200), ids(1, 20), ids(2, 60), rng.integers(0, 40, rows), ages, forms)
+    told = {
+        "age": np.arange(rows, dtype=np.float32)[::-1, None],
+        "form": rng.normal(size=(rows, SIZE)).astype(np.float32),
+    }
+    return Tokenized(ids(2, 200), ids(1, 20), ids(2, 60), rng.integers(0, 40, rows), told)
 
 
 def many(count: int, seed: int = 0) -> list[Tokenized]:
@@ -108,15 +109,15 @@ def test_tokenize(llama_tokenizer: transformers.PreTrainedTokenizerBase, store: 
         first.rows.tolist() == store.rows([TASK.item_text(each) for each in profile[2:]]).tolist()
     )
     assert second.target.tolist() == [1]  # no gold: EOS alone
-    assert second.rows.tolist() == second.ages.tolist() == []
-    assert first.ages.tolist() == [0, 0, 0]
+    assert second.rows.tolist() == second.told["age"].tolist() == []
+    assert first.told["age"].tolist() == [[0], [0], [0]]
     expected = [form(each["title"]) for each in profile[2:]]
-    np.testing.assert_array_equal(first.forms, expected)
-    assert second.forms.shape == (0, SIZE)
+    np.testing.assert_array_equal(first.told["form"], expected)
+    assert second.told["form"].shape == (0, SIZE)
 
     dated = tuple(item(i) | {"date": f"2001-0{i + 1}"} for i in range(5))
     (third,) = tokenize(TASK, [Example("2", input, None, dated)], tokenizer, store, **lengths)
-    assert third.ages.tolist() == [2, 1, 0]
+    assert third.told["age"].tolist() == [[2], [1], [0]]
     assert third.rows.tolist() == first.rows.tolist()
 
 
@@ -151,12 +152,12 @@ def test_an_item_is_read_with_its_label_or_without(
 @given(st.lists(st.integers(1, 12), max_size=20), st.randoms(use_true_random=False))
 def test_an_items_age_is_the_number_of_newer_items(months: list[int], random: Random):
     profile = [{"date": f"2001-{month}-03"} for month in months]
-    ages = item_ages(profile)
+    ages = item_ages(TASK, profile)
     assert ages.dtype == np.float32
-    assert ages.tolist() == [sum(other > month for other in months) for month in months]
+    assert ages[:, 0].tolist() == [sum(other > month for other in months) for month in months]
     if months:  # one without a date, and nothing is known of any
         profile[random.randrange(len(profile))] = {"title": "date"}
-        assert item_ages(profile).tolist() == [0] * len(months)
+        assert item_ages(TASK, profile)[:, 0].tolist() == [0] * len(months)
 
 
 # Shapes and order
@@ -196,7 +197,7 @@ def test_no_other_edges_pad_less(lengths: list[int], count: int):
 
 def test_buckets_of_no_history_and_short_texts_have_a_shape():
     empty = np.zeros(0, np.int32)
-    made = Buckets([Tokenized(np.ones(1, np.int32), *[empty] * 5)], 4, 512, True)
+    made = Buckets([Tokenized(np.ones(1, np.int32), *[empty] * 3, {})], 4, 512, True)
     assert made.shapes == [(16, 16, 16)]
     assert made.target == made.history == 16
 
@@ -359,30 +360,34 @@ def test_the_kept_items_stand_in_their_order_with_their_ages_and_differences(sto
     rng = np.random.default_rng(0)
     examples = [
         tokenized(rng, rows=12)._replace(
-            rows=rng.permutation(40)[:12], ages=rng.permutation(12) + 1.0
+            rows=rng.permutation(40)[:12],
+            told={
+                "age": rng.permutation(12)[:, None] + 1.0,
+                "form": rng.normal(size=(12, SIZE)).astype(np.float32),
+            },
         )
         for _ in range(50)
     ]
     peers = Peers.of(store, [example.rows for example in examples])
-    options = {"recency": True, "peers": peers, "forms": True}
+    options = {"features": ("age", "difference", "form"), "peers": peers}
     batch = full_batch(examples, store, 0, history_dropout=0.5, **options)
     counts = batch.history_mask.sum(axis=1)
     assert counts.min() < counts.max() == 12
     for i, (example, n) in enumerate(zip(examples, counts, strict=True)):
         assert batch.history_mask[i, :n].all()
-        ages = example.ages.tolist()  # each item's own
-        kept = [ages.index(age) for age in batch.history_age[i, :n]]
+        ages = example.told["age"].tolist()  # each item's own
+        kept = [ages.index(age) for age in batch.features["age"][i, :n].tolist()]
         assert kept == sorted(set(kept))
         vectors = store.vectors(example.rows)
         np.testing.assert_array_equal(batch.history[i, :n], vectors[kept])
         # Of the whole history: what was dropped is still no other user's.
         differences = vectors - peers.means(example.rows)
-        np.testing.assert_array_equal(batch.history_difference[i, :n], differences[kept])
-        np.testing.assert_array_equal(batch.history_form[i, :n], example.forms[kept])
-        for name in ("history", "history_age", "history_difference", "history_form"):
-            assert not getattr(batch, name)[i, n:].any()
+        np.testing.assert_array_equal(batch.features["difference"][i, :n], differences[kept])
+        np.testing.assert_array_equal(batch.features["form"][i, :n], example.told["form"][kept])
+        for array in (batch.history, *batch.features.values()):
+            assert not array[i, n:].any()
     without = full_batch(examples, store, 0, history_dropout=0.5)
-    assert without.history_age is without.history_difference is without.history_form is None
+    assert without.features == {}
     np.testing.assert_array_equal(without.history, batch.history)
 
 
@@ -407,7 +412,7 @@ def test_training_goes_on_from_a_step(store: HistoryStore):
 
 def extensions(examples: Sequence[Tokenized], store: HistoryStore) -> dict[str, Any]:
     peers = Peers.of(store, [example.rows for example in examples])
-    return {"recency": True, "peers": peers, "forms": True}
+    return {"features": ("age", "difference", "form"), "peers": peers}
 
 
 @pytest.mark.parametrize("extended", [False, True])
@@ -416,7 +421,7 @@ def test_a_batch_is_sharded_over_its_rows(store: HistoryStore, extended: bool):
     examples = many(8)
     local = full_batch(examples, store, 0, **(extensions(examples, store) if extended else {}))
     placed = place_batch(local, mesh)
-    assert len(jax.tree.leaves(local)) == len(Batch._fields) - (0 if extended else 3)
+    assert len(jax.tree.leaves(local)) == len(Batch._fields) - 1 + (3 if extended else 0)
     for array, expected in zip(*map(jax.tree.leaves, (placed, local)), strict=True):
         np.testing.assert_array_equal(array, expected)
         assert array.dtype == expected.dtype
@@ -441,4 +446,4 @@ def test_the_hosts_rows_together_are_the_batch(store: HistoryStore, hosts: int):
     ]
     assert all(len(part.index) == size for part in parts)
     # Row by row the very same, dropout included: the number of hosts changes no example.
-    assert same(Batch(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True))), whole)
+    assert same(jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts), whole)

@@ -14,9 +14,11 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint._src.path import gcs_utils
 
-from pplug_jax import checkpoint, retry
-from pplug_jax.checkpoint import CheckpointError, Checkpoints
-from pplug_jax.mesh import make_mesh
+from pplug_jax.errors import CheckpointError
+from pplug_jax.runtime import retry
+from pplug_jax.runtime.mesh import make_mesh
+from pplug_jax.storage import checkpoint
+from pplug_jax.storage.checkpoint import Checkpoints
 
 MESHES = {"one device": (1, 1), "eight": (8, 1), "eight, sharded": (2, 4)}
 

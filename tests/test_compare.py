@@ -9,17 +9,17 @@ import pytest
 from lamp_files import write_split
 from test_run import small_config
 
-from pplug_jax.checkpoint import Checkpoints
-from pplug_jax.compare import commit
-from pplug_jax.config import ConfigError
-from pplug_jax.data.batches import Tokenized
-from pplug_jax.methods import METHODS as ALL
-from pplug_jax.methods import configured
-from pplug_jax.metrics import example_statistics
-from pplug_jax.models import Models
+from pplug_jax.data.sources import read_split
+from pplug_jax.errors import ConfigError
+from pplug_jax.evaluate.compare import commit
+from pplug_jax.feed.batches import Tokenized
+from pplug_jax.methods.table import METHODS as ALL
+from pplug_jax.methods.table import configured
 from pplug_jax.run import run
-from pplug_jax.splits import read_split
-from pplug_jax.train import validation_loss
+from pplug_jax.scoring.metrics import example_statistics
+from pplug_jax.session import Models
+from pplug_jax.storage.checkpoint import Checkpoints
+from pplug_jax.train.loop import validation_loss
 
 PPLUG = ALL["pplug"]
 METHODS = ("none", "bm25", "pplug", "shuffled_user", "task_lora", "user_lora")

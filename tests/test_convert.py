@@ -9,10 +9,11 @@ import pytest
 from etils import epath
 
 from configs import lamp5
-from pplug_jax import models
-from pplug_jax.checkpoint import CheckpointError, is_saved
-from pplug_jax.models import Models
+from pplug_jax import session as models
+from pplug_jax.errors import CheckpointError
 from pplug_jax.run import run
+from pplug_jax.session import Models
+from pplug_jax.storage.checkpoint import is_saved
 
 
 def small_config(quantize: str, **mesh: int) -> ml_collections.ConfigDict:

@@ -16,9 +16,9 @@ import jax
 import pytest
 from test_run import SMALL, steps_done
 
-from pplug_jax import distributed
-from pplug_jax.data.history import KEY_BYTES
+from pplug_jax.data.keys import KEY_BYTES
 from pplug_jax.errors import InputError
+from pplug_jax.runtime import distributed
 
 ROOT = Path(__file__).parent.parent
 DEVICES = 4  # of all processes together

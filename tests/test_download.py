@@ -16,7 +16,7 @@ import pytest
 from pplug_jax.data import download as module
 from pplug_jax.data.download import BASE_URL, CHUNK, download, file_urls
 from pplug_jax.errors import InputError
-from pplug_jax.progress import Progress
+from pplug_jax.runtime.console import Progress
 
 NAME = "test_questions.json"
 PAGE = b"\n<!doctype html><html><body>Not here</body></html>"

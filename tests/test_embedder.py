@@ -11,27 +11,25 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pplug_jax.data.form import SIZE
-from pplug_jax.embedder import (
-    FIRST_RECENCY,
-    PAPER,
-    Projector,
-    Reading,
-    UserEmbedder,
-    attention_weights,
-    soft_tokens,
-)
 from pplug_jax.encoder.bert import Bert, BertConfig
-from pplug_jax.errors import InputError
-from pplug_jax.tools.initialise import initialise
+from pplug_jax.feed.form import SIZE
+from pplug_jax.plugs.persona import FIRST_RECENCY, Projector, UserEmbedder, attention_weights
+from pplug_jax.plugs.reading import PAPER, Reading, soft_tokens
+from scripts.pretrain.initialise import initialise
 
 if TYPE_CHECKING:
     import torch
 
 E, D, B, H, Q = 16, 24, 3, 6, 5
 SCALE = 7.5
-EXTENSIONS = {"heads": 3, "recency": True, "difference": True, "form": True}
-OPTIONS = {"paper": {}, "all": EXTENSIONS} | {name: {name: EXTENSIONS[name]} for name in EXTENSIONS}
+EXTENSIONS = {"recency": True, "features": ("difference", "form")}
+OPTIONS = {
+    "paper": {},
+    "all": EXTENSIONS,
+    "recency": {"recency": True},
+    "difference": {"features": ("difference",)},
+    "form": {"features": ("form",)},
+}
 READINGS = [PAPER, Reading(uniform=True), Reading(top=2), Reading(instruction=False)]
 
 
@@ -59,13 +57,11 @@ class Inputs(NamedTuple):
     query_mask: np.ndarray
     history: np.ndarray
     history_mask: np.ndarray
-    history_age: np.ndarray
-    history_difference: np.ndarray
-    history_form: np.ndarray
+    features: dict[str, np.ndarray]
 
     def items(self, change: Callable[[np.ndarray], np.ndarray]) -> "Inputs":
         """With `change` applied to every array of items."""
-        return Inputs(*self[:2], *map(change, self[2:]))
+        return Inputs(*self[:2], *jax.tree.map(change, self[2:]))
 
 
 @pytest.fixture
@@ -77,7 +73,8 @@ def inputs() -> Inputs:
     age = np.array([[50, 20, 4, 2, 1, 0], [2, 1, 0, 0, 0, 0], [0] * 6], np.float32)
     query = rng.integers(1, 40, (B, Q), dtype=np.int32)
     form = rng.normal(size=(B, H, SIZE)).astype(np.float32)
-    return Inputs(query, np.ones((B, Q), bool), history, mask, age, difference, form)
+    features = {"age": age[..., None], "difference": difference, "form": form}
+    return Inputs(query, np.ones((B, Q), bool), history, mask, features)
 
 
 @functools.partial(jax.jit, static_argnames="reading")
@@ -87,7 +84,7 @@ def call(plug: UserEmbedder, *inputs: jax.Array, reading: Reading = PAPER) -> ja
 
 @functools.partial(jax.jit, static_argnames="reading")
 def attention(plug: UserEmbedder, *inputs: jax.Array, reading: Reading = PAPER) -> jax.Array:
-    return plug.attention(*inputs[:5], reading=reading)
+    return plug.attention(*inputs, reading=reading)
 
 
 @jax.jit
@@ -108,42 +105,34 @@ def test_equals_the_equations_in_pytorch(
         return torch.tensor(np.asarray(variable[...]))
 
     def weigh(q: "torch.Tensor", items: "torch.Tensor", ages: "torch.Tensor") -> "torch.Tensor":
-        maps = [(torch.eye(E), torch.eye(E))]
-        if plug.query_maps is not None:
-            maps = zip(tensor(plug.query_maps), tensor(plug.key_maps), strict=True)
-        scores = torch.stack([(items @ key) @ (q @ query) for query, key in maps]) / 0.3
+        scores = items @ q / 0.3
         if plug.recency_rate is not None:
-            scores -= torch.nn.functional.softplus(tensor(plug.recency_rate)) * torch.log(1 + ages)
+            rate = torch.nn.functional.softplus(tensor(plug.recency_rate))
+            scores = scores - rate * torch.log(1 + ages)
         if reading.top:
             kept = scores.argsort(descending=True).argsort() < reading.top
             scores = torch.where(kept, scores, -torch.inf)
-        return torch.softmax(scores * 0 if reading.uniform else scores, dim=1)
+        return torch.softmax(scores * 0 if reading.uniform else scores, dim=0)
 
     def project(
         projector: Projector, items: "torch.Tensor", weights: "torch.Tensor"
     ) -> "torch.Tensor":
         # The paper's order: every item is projected, then the projections are summed.
         units = torch.nn.functional.gelu(items @ tensor(projector.up) + tensor(projector.up_bias))
-        units = units.unflatten(1, (len(weights), -1))
-        down = tensor(projector.down).unflatten(0, (len(weights), -1))
-        projected = torch.einsum("inu,nud->nid", units, down)
-        out = torch.einsum("ni,nid->d", weights, projected) + tensor(projector.down_bias)
-        return out.unflatten(0, (-1, D))
+        projected = units @ tensor(projector.down) + tensor(projector.down_bias)
+        return (weights @ projected).unflatten(0, (-1, D))
 
     for row, there in enumerate(inputs.history_mask):
-        items, ages, differences, forms = (
-            torch.tensor(x[row][there]) for x in (inputs.history, *inputs[4:])
-        )
-        weights = weigh(vectors[row], items, ages)
-        np.testing.assert_allclose(attended[row][there], weights.mean(0), atol=1e-5)
+        items = torch.tensor(inputs.history[row][there])
+        told = {name: torch.tensor(x[row][there]) for name, x in inputs.features.items()}
+        weights = weigh(vectors[row], items, told["age"][:, 0])
+        np.testing.assert_allclose(attended[row][there], weights, atol=1e-5)
         assert not attended[row][~there].any()
         expected = [project(plug.projector, items, weights)]
-        if plug.difference_projector is not None:
-            expected.append(project(plug.difference_projector, differences, weights))
-        if plug.form_projector is not None:
-            expected.append(project(plug.form_projector, forms, weights))
+        for name in plug.features:
+            expected.append(project(getattr(plug, f"{name}_projector"), told[name], weights))
         if reading.instruction:
-            one = tensor(plug.instruction)[None], torch.ones(1, 1)
+            one = tensor(plug.instruction)[None], torch.ones(1)
             expected.insert(0, project(plug.instruction_projector, *one))
         np.testing.assert_allclose(soft[row], SCALE * torch.cat(expected), rtol=1e-4, atol=1e-4)
 
@@ -152,13 +141,7 @@ def test_equals_the_equations_in_pytorch(
 def test_the_number_of_soft_tokens_is_known_beforehand(
     plug: UserEmbedder, inputs: Inputs, reading: Reading
 ) -> None:
-    settings = ml_collections.ConfigDict(
-        {
-            "num_persona_tokens": 2,
-            "difference": plug.difference_projector is not None,
-            "form": plug.form_projector is not None,
-        }
-    )
+    settings = ml_collections.ConfigDict({"num_persona_tokens": 2, "features": plug.features})
     shape = call(plug, *inputs, reading=reading).shape
     assert shape == (B, soft_tokens(settings, reading), D)
 
@@ -191,15 +174,15 @@ def test_an_empty_history_gives_the_null_persona_and_finite_gradients(
     plug: UserEmbedder, inputs: Inputs
 ) -> None:
     empty = inputs.items(lambda x: np.zeros_like(x) if x.dtype == bool else np.full_like(x, np.nan))
-    nulls = [plug.null_persona, plug.null_difference, plug.null_form]
-    expected = np.concatenate([null[...] for null in nulls if null is not None])
+    names = ["persona", *plug.features]
+    expected = np.concatenate([getattr(plug, f"null_{name}")[...] for name in names])
     np.testing.assert_allclose(call(plug, *empty)[0, 1:], SCALE * expected, rtol=1e-6)
     grads = gradients(plug, *empty)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
     assert np.abs(grads.null_persona[...]).max() > 0
     assert np.abs(grads.projector.up[...]).max() == 0
-    for null in (grads.null_difference, grads.null_form):
-        assert null is None or np.abs(null[...]).max() > 0
+    for name in plug.features:
+        assert np.abs(getattr(grads, f"null_{name}")[...]).max() > 0
 
 
 def test_every_parameter_gets_a_gradient(plug: UserEmbedder, inputs: Inputs) -> None:
@@ -207,7 +190,7 @@ def test_every_parameter_gets_a_gradient(plug: UserEmbedder, inputs: Inputs) -> 
     grads = nnx.state(gradients(plug, *some), nnx.Param)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         name = jax.tree_util.keystr(path)
-        # Every head and every layer; keys' biases of the encoder shift all scores alike.
+        # Every layer; keys' biases of the encoder shift all scores alike.
         parts = grad if grad.ndim == 3 else grad[None]
         assert "key_bias" in name or all(np.abs(part).max() > 1e-4 for part in parts), name
 
@@ -231,34 +214,15 @@ def test_an_untrained_extension_is_nearly_the_paper(inputs: Inputs) -> None:
     np.testing.assert_allclose(
         call(extended, *inputs)[:, :2], call(paper, *inputs[:4]), atol=2 * SCALE * FIRST_RECENCY
     )
-    # Without the recency the attention is the paper's.
-    heads = make_plug(heads=3)
-    np.testing.assert_allclose(attention(heads, *inputs), attention(paper, *inputs), rtol=1e-5)
-    np.testing.assert_allclose(call(heads, *inputs), call(paper, *inputs), rtol=1e-5, atol=1e-5)
-
-
-def test_heads_attend_differently_once_trained(inputs: Inputs) -> None:
-    plug = trained(make_plug(heads=3))
-    weights = plug._weights(*inputs[:5], PAPER, False)
-    assert weights.shape == (B, 3, H)
-    assert np.abs(weights[0, 0] - weights[0, 1]).max() > 0.01
-    np.testing.assert_allclose(weights.sum(2), 1, rtol=1e-5)
-
-
-def test_heads_must_divide_the_hidden_units() -> None:
-    with pytest.raises(InputError, match=r"config\.plug\.heads: 5 heads do not .* 24 hidden"):
-        make_plug(heads=5)
-    with pytest.raises(InputError, match=r"config\.plug\.heads: 3 .* 32 hidden"):
-        make_plug(heads=3, projector_size=32)
 
 
 def test_recency_is_a_power_law_of_age(inputs: Inputs) -> None:
     plain, recent = trained(make_plug()), trained(make_plug(recency=True))
     recent.input_encoder, rate = plain.input_encoder, jax.nn.softplus(recent.recency_rate[...])
-    expected = attention(plain, *inputs) * (1.0 + inputs.history_age) ** -rate
+    expected = attention(plain, *inputs) * (1.0 + inputs.features["age"][..., 0]) ** -rate
     expected /= expected.sum(1, keepdims=True)
     np.testing.assert_allclose(attention(recent, *inputs), expected, rtol=1e-4)
-    undated = inputs._replace(history_age=np.zeros((B, H), np.float32))
+    undated = inputs._replace(features={"age": np.zeros((B, H, 1), np.float32)})
     np.testing.assert_array_equal(attention(recent, *undated), attention(plain, *inputs))
 
 
@@ -297,12 +261,12 @@ def test_a_learned_temperature_gets_a_gradient(inputs: Inputs) -> None:
 def test_soft_tokens_start_at_the_scale_of_the_llms_embeddings() -> None:
     config = BertConfig(40, 64, 64, 1, 2, 8, 1, 1e-12)
     encoder = initialise(Bert(config, "cls", nnx.Param), jax.random.key(1))
-    settings = {"num_persona_tokens": 3, "difference": True}
+    settings = {"num_persona_tokens": 3, "features": ("difference",)}
     plug = UserEmbedder(encoder, 256, SCALE, **settings, rngs=nnx.Rngs(0))
     one = np.zeros((1, 1, 64), np.float32)
     one[0, 0, 5] = 1
     query = np.ones((1, 4), np.int32), np.ones((1, 4), bool)
-    soft = call(plug, *query, one, np.ones((1, 1), bool), None, one)
+    soft = call(plug, *query, one, np.ones((1, 1), bool), {"difference": one})
     assert soft.shape == (1, 7, 256)
     np.testing.assert_allclose(np.linalg.norm(soft[0], axis=-1), SCALE, rtol=0.25)
 

@@ -18,8 +18,8 @@ from safetensors.numpy import load_file, save_file
 
 from pplug_jax.encoder import Encoder, load_encoder
 from pplug_jax.encoder.encode import load_bert
-from pplug_jax.llm.decoder import Frozen
-from pplug_jax.mesh import make_mesh
+from pplug_jax.nn.variables import Frozen
+from pplug_jax.runtime.mesh import make_mesh
 
 # Of one to a few hundred tokens, in no order, with what may trip a tokenizer.
 TEXTS = [

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pplug_jax.evaluate import verdicts
+from pplug_jax.scoring.summary import verdicts
 
 LOW, HIGH = np.zeros((30, 1)), np.ones((30, 1))
 NOISE = np.random.default_rng(0).random((30, 1))

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from parity import assert_close, save_random
 
-from pplug_jax.generate import generate
 from pplug_jax.llm import load_llm
 from pplug_jax.llm.decoder import Decoder
+from pplug_jax.llm.generate import generate
 
 V = 24  # so few tokens that generations meet the one that ends them
 LENGTHS = (19, 11, 1, 6)  # of a batch's rows; longer than the windows below

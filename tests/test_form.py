@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from pplug_jax.data.form import SIZE, form
+from pplug_jax.feed.form import SIZE, form
 
 
 @pytest.mark.parametrize(

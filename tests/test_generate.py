@@ -14,10 +14,10 @@ import torch
 import transformers
 from parity import joined
 
-from pplug_jax.generate import generate
 from pplug_jax.llm import load_llm
 from pplug_jax.llm.decoder import Decoder
-from pplug_jax.mesh import make_mesh
+from pplug_jax.llm.generate import generate
+from pplug_jax.runtime.mesh import make_mesh
 
 LENGTHS = (9, 5, 1, 7, 3)  # of the prompts
 T = 16  # new tokens

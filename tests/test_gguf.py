@@ -13,11 +13,11 @@ import torch
 import transformers
 from conftest import TEXT, VOCABULARY
 
-from pplug_jax import hf
-from pplug_jax.gguf import directory_of
-from pplug_jax.hub import local_directory
 from pplug_jax.llm import load_llm
-from pplug_jax.tools.bpe import train_bpe
+from pplug_jax.storage import hf
+from pplug_jax.storage.gguf import directory_of
+from pplug_jax.storage.hub import local_directory
+from scripts.pretrain.bpe import train_bpe
 
 SIZES = {
     "vocab_size": VOCABULARY,

@@ -15,14 +15,14 @@ import transformers
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from pplug_jax import hf
-from pplug_jax.data.prompts import Tokenizer
 from pplug_jax.encoder import load_encoder
 from pplug_jax.llm import llama, load_llm
 from pplug_jax.llm.decoder import Decoder
 from pplug_jax.llm.load import abstract_llm
-from pplug_jax.mesh import make_mesh
-from pplug_jax.tensors import read_tensors
+from pplug_jax.llm.prompts import Tokenizer
+from pplug_jax.runtime.mesh import make_mesh
+from pplug_jax.storage import hf
+from pplug_jax.storage.tensors import read_tensors
 
 LAYER = "model.layers.1.mlp.up_proj.weight"
 

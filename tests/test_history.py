@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pplug_jax.data import history
-from pplug_jax.data.history import KEY_BYTES, HistoryStore
+from pplug_jax.data.keys import KEY_BYTES
+from pplug_jax.feed import store as history
+from pplug_jax.feed.store import HistoryStore
 
 TEXTS = [f"text number {i} {'long ' * (7 * i % 5)}" for i in range(10)]
 
@@ -170,7 +171,7 @@ def test_a_killed_run_keeps_what_it_had(
 FILL = """
 import sys, time
 from pathlib import Path
-from pplug_jax.data import history
+from pplug_jax.feed import store as history
 from test_history import FakeEncoder
 
 history.CHUNK = 20

@@ -11,9 +11,10 @@ import fsspec
 import huggingface_hub
 import pytest
 
-from pplug_jax import gguf, retry
 from pplug_jax.errors import InputError
-from pplug_jax.hub import chosen, local_directory
+from pplug_jax.runtime import retry
+from pplug_jax.storage import gguf
+from pplug_jax.storage.hub import chosen, local_directory
 
 
 @pytest.fixture

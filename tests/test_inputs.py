@@ -1,16 +1,16 @@
 """What a method's examples show, whose users count as seen, and users' own items."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
 from configs.common import base_config
-from pplug_jax.data.batches import Tokenized
-from pplug_jax.data.lamp import Example
+from pplug_jax.data.lamp import Example, Subset
 from pplug_jax.data.tasks import TASKS
-from pplug_jax.inputs import Subset, WithOwnItems, own_items, shown, split_users, unseen
-from pplug_jax.methods import METHODS
+from pplug_jax.feed.batches import Tokenized
+from pplug_jax.methods.shown import shown
+from pplug_jax.methods.table import METHODS
+from pplug_jax.methods.users import own_items, split_users, unseen
+from pplug_jax.train.inputs import WithOwnItems
 
 TASK = TASKS["LaMP_5"]
 
@@ -23,9 +23,7 @@ def example(i: int, items: int) -> Example:
 def tokenized(*rows: list[int]) -> list[Tokenized]:
     token = np.array([1], np.int32)
     return [
-        Tokenized(
-            token, token, token, np.array(r, int), np.array(r, np.float32), np.ones((len(r), 1))
-        )
+        Tokenized(token, token, token, np.array(r, int), {"age": np.array(r, np.float32)})
         for r in rows
     ]
 
@@ -43,11 +41,10 @@ def tokenized(*rows: list[int]) -> list[Tokenized]:
 )
 def test_whose_history_is_shown(method: str, rows: list[list[int] | None]) -> None:
     config = base_config()
-    models = SimpleNamespace(tokenizer=None, task=TASK)
-    found = shown(models, METHODS[method], config, [], tokenized([0, 1], [2], []))
+    found = shown(TASK, None, None, METHODS[method], config, [], tokenized([0, 1], [2], []))
     for each, wanted in zip(found, rows, strict=True):
         assert wanted is None or each.rows.tolist() == wanted
-        assert each.ages.tolist() == each.rows.tolist()  # an item's age goes with it
+        assert each.told["age"].tolist() == each.rows.tolist()  # an item's age goes with it
 
 
 def test_users_with_half_a_history_in_common_are_one() -> None:

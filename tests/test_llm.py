@@ -16,11 +16,12 @@ from flax import nnx
 from parity import assert_close, joined
 from safetensors.numpy import load_file
 
-from pplug_jax.generate import generate
 from pplug_jax.llm import load_llm
-from pplug_jax.llm.decoder import Decoder, DecoderConfig, Frozen, Llama3Stretch, Rope
+from pplug_jax.llm.decoder import Decoder, DecoderConfig, Llama3Stretch, Rope
+from pplug_jax.llm.generate import generate
 from pplug_jax.llm.llama import config_from_hf
-from pplug_jax.mesh import make_mesh
+from pplug_jax.nn.variables import Frozen
+from pplug_jax.runtime.mesh import make_mesh
 
 LENGTHS = (37, 20, 1, 8)  # of a batch's rows: full, padded, one token, odd
 LLAMA3 = {

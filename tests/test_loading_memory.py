@@ -23,7 +23,7 @@ import os, sys, threading, time
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import jax
 from pplug_jax.llm import load_llm
-from pplug_jax.mesh import make_mesh
+from pplug_jax.runtime.mesh import make_mesh
 
 def own_bytes():  # without the pages of the file, which the system may drop
     with open("/proc/self/status") as status:

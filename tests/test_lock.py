@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from pplug_jax import lock
-from pplug_jax.lock import WorkdirInUse, locked
+from pplug_jax.storage import lock
+from pplug_jax.storage.lock import WorkdirInUse, locked
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from pplug_jax.lock import locked
+from pplug_jax.storage.lock import locked
 
 with locked(Path(sys.argv[1])):
     print("locked", flush=True)

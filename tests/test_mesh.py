@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from pplug_jax.mesh import make_mesh
+from pplug_jax.runtime.mesh import make_mesh
 
 
 @dataclasses.dataclass(frozen=True)

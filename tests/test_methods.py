@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.common import base_config
-from pplug_jax.config import flatten
-from pplug_jax.data.retrieval import retrievers
-from pplug_jax.embedder import Reading
-from pplug_jax.methods import METHODS, configured, inputs_embeds, strangers
+from pplug_jax.feed.retrieval import retrievers
+from pplug_jax.methods.table import METHODS, configured
+from pplug_jax.methods.users import strangers
+from pplug_jax.plugs.forward import inputs_embeds
+from pplug_jax.plugs.reading import Reading
+from pplug_jax.storage.workdir import flatten
 
 
 def own_rows(users: list[int]) -> list[np.ndarray]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.errors import InputError
-from pplug_jax.metrics import (
+from pplug_jax.scoring.metrics import (
     METRICS,
     check_metrics,
     compare,

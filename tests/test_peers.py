@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pplug_jax.data import peers
-from pplug_jax.data.peers import COUNT, Peers
 from pplug_jax.errors import InputError
+from pplug_jax.feed import peers
+from pplug_jax.feed.peers import COUNT, Peers
 
 E, N = 6, 60
 

@@ -1,5 +1,9 @@
 """A served user is read as in training and evaluation."""
 
+import contextlib
+import copy
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +13,23 @@ import pytest
 
 from configs import lamp5
 from pplug_jax import Personalizer
-from pplug_jax.data.batches import Assemble
 from pplug_jax.data.lamp import Example
-from pplug_jax.data.peers import Peers
-from pplug_jax.embedder import UserEmbedder
 from pplug_jax.errors import InputError
-from pplug_jax.methods import METHODS
-from pplug_jax.models import Models
+from pplug_jax.feed.batches import Assemble
+from pplug_jax.feed.peers import Peers
+from pplug_jax.methods.table import METHODS
+from pplug_jax.plugs.persona import UserEmbedder
+from pplug_jax.session import Models
+from pplug_jax.storage.checkpoint import Checkpoints, _named
 
-EXTENSIONS = {"heads": 4, "recency": True, "difference": True, "form": True}
-OPTIONS = {"paper": {}, "all": EXTENSIONS} | {name: {name: EXTENSIONS[name]} for name in EXTENSIONS}
+EXTENSIONS = {"recency": True, "features": ("difference", "form")}
+OPTIONS = {
+    "paper": {},
+    "all": EXTENSIONS,
+    "recency": {"recency": True},
+    "difference": {"features": ("difference",)},
+    "form": {"features": ("form",)},
+}
 INPUT = "Generate a title for the following abstract of a paper: Rivers are measured."
 SHARED = {"title": "A joint paper", "abstract": "By two authors.", "date": "2004"}
 
@@ -52,10 +63,18 @@ def trained_plug(models: Models, **settings: Any) -> UserEmbedder:
     return jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), plug)
 
 
+def serving(models: Models, **settings: Any) -> Personalizer:
+    """Such a plug as a run with these settings would leave it."""
+    of_run = copy.copy(models)
+    of_run.config = models.config.copy_and_resolve_references()
+    of_run.config.plug.update(settings)
+    return Personalizer(of_run, trained_plug(models, **settings))
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 def test_a_served_soft_prompt_is_that_of_the_evaluation(models: Models, option: str) -> None:
     plug = trained_plug(models, **OPTIONS[option])
-    personalizer = Personalizer(models, plug)
+    personalizer = serving(models, **OPTIONS[option])
     profile = tuple(sorted([*(item(option, i) for i in range(7)), SHARED], key=lambda x: x["date"]))
     texts = [models.item_text(item) for item in profile]
     # New texts, but for the one that is in the pool too; the order of the dates is found.
@@ -69,11 +88,11 @@ def test_a_served_soft_prompt_is_that_of_the_evaluation(models: Models, option: 
     tokenized = models.tokenize(examples)
     buckets = models.buckets(tokenized, 1)
     peers = Peers.load(models.store, models.workdir)
-    extended = {"recency": True, "peers": peers, "forms": True}
+    extended = {"features": ("age", "difference", "form"), "peers": peers}
     batch = Assemble(tokenized, buckets, models.store, range(8), **extended)((0, 0, np.arange(3)))
     soft = np.asarray(jax.jit(lambda plug, inputs: plug(*inputs))(plug, batch.plug_inputs))
     empty = personalizer.soft_prompt(INPUT)
-    by_form = plug.form_projector is not None
+    by_form = "form" in plug.features
     for found, expected in zip((served, as_texts, empty), soft[:3], strict=True):
         assert found.dtype == np.float32
         if not (found is as_texts and by_form):  # a text alone does not tell its answer
@@ -86,7 +105,7 @@ def test_a_served_soft_prompt_is_that_of_the_evaluation(models: Models, option: 
 def test_a_plug_that_needs_peers_says_so(models: Models, tmp_path: Path) -> None:
     elsewhere = Models(models.config, tmp_path)
     with pytest.raises(InputError, match=r"peers\.npy: no such file; train first"):
-        Personalizer(elsewhere, trained_plug(models, difference=True))
+        serving(elsewhere, features=("difference",))
 
 
 @pytest.mark.parametrize(
@@ -117,3 +136,27 @@ def test_a_served_history_is_checked_as_a_file_is(
 def test_an_input_that_is_no_text(models: Models) -> None:
     with pytest.raises(InputError, match="the input must be a text, not list"):
         Personalizer(models, trained_plug(models)).generate([INPUT])
+
+
+def test_an_older_workdir_is_served(models: Models, tmp_path: Path) -> None:
+    """Features had a setting each, and the same names in checkpoints."""
+    plug = trained_plug(models, features=("difference", "form"))
+    old = models.config.to_dict() | {
+        "plug": {k: v for k, v in models.config.plug.to_dict().items() if k != "features"}
+        | {"heads": 0, "difference": True, "form": True}
+    }
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    models.store.add([])
+    shutil.copytree(models.workdir, tmp_path, dirs_exist_ok=True)
+    with contextlib.closing(Checkpoints(tmp_path / "checkpoints" / "pplug")) as kept:
+        kept.save(1, plug, {"moment": jax.numpy.zeros(1)})
+        kept.wait()
+        paths = set(_named(plug))
+    names = (".form_projector.up", ".null_form", ".difference_projector.down_bias")
+    assert {f"{name}.value" for name in names} <= paths
+    served = Personalizer.from_checkpoint(tmp_path).soft_prompt(INPUT, [item("a", 1)])
+    expected = serving(models, features=("difference", "form")).soft_prompt(INPUT, [item("a", 1)])
+    np.testing.assert_allclose(served, expected, rtol=1e-5, atol=1e-5)
+    (tmp_path / "config.json").write_text(json.dumps(old | {"plug": old["plug"] | {"heads": 4}}))
+    with pytest.raises(InputError, match=r"config\.plug\.heads is gone"):
+        Personalizer.from_checkpoint(tmp_path)

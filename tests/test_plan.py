@@ -12,13 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 from configs import lamp4, lamp5, llms
 from configs import longlamp_review as longlamp
-from pplug_jax.config import ConfigError
-from pplug_jax.errors import InputError
+from pplug_jax.errors import ConfigError, InputError
 from pplug_jax.llm import abstract_llm
 from pplug_jax.llm.shapes import PUBLISHED, published_directory
-from pplug_jax.mesh import make_mesh
-from pplug_jax.methods import METHODS
-from pplug_jax.models import Models, parameter_count
+from pplug_jax.methods.table import METHODS
 from pplug_jax.plan import plan
 from pplug_jax.plan.chips import CHIPS, Slice, find_slice
 from pplug_jax.plan.flops import matmul_flops
@@ -27,7 +24,9 @@ from pplug_jax.plan.planner import meshes, roomy_mesh
 from pplug_jax.plan.programs import Programs
 from pplug_jax.plan.roofline import GIB, Cost, Memory, too_large
 from pplug_jax.plan.training import TrainPlan, axes, hours
-from pplug_jax.train import abstract_optimizer, init_optimizer, make_optimizer
+from pplug_jax.runtime.mesh import make_mesh
+from pplug_jax.session import Models, parameter_count
+from pplug_jax.train.step import abstract_optimizer, init_optimizer, make_optimizer
 
 
 def tiny_config(**settings: object) -> ml_collections.ConfigDict:

@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from pplug_jax import progress
-from pplug_jax.progress import Progress
+from pplug_jax.runtime import console as progress
+from pplug_jax.runtime.console import Progress
 
 
 def capture(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> io.StringIO:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import transformers
 
-from pplug_jax.data.prompts import Tokenizer
 from pplug_jax.errors import InputError
-from pplug_jax.tools.bpe import train_bpe
+from pplug_jax.llm.prompts import Tokenizer
+from scripts.pretrain.bpe import train_bpe
 
 
 def test_a_prompt_is_bos_text_separator(llama_tokenizer: transformers.PreTrainedTokenizerBase):

@@ -12,14 +12,14 @@ import qwix
 from flax import nnx
 from parity import assert_close
 
-from pplug_jax import hf
 from pplug_jax.data import sample
 from pplug_jax.errors import InputError
-from pplug_jax.generate import generate
 from pplug_jax.llm import LLM, load_llm
+from pplug_jax.llm.generate import generate
 from pplug_jax.llm.quantize import GROUP, quantize
-from pplug_jax.mesh import make_mesh
-from pplug_jax.models import ASSETS, parameter_count
+from pplug_jax.runtime.mesh import make_mesh
+from pplug_jax.session import ASSETS, parameter_count
+from pplug_jax.storage import hf
 
 ERRORS = {"int8": 0.01, "int4": 0.15}  # of a random kernel, root mean square
 

@@ -10,10 +10,10 @@ import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pplug_jax.data.history import HistoryStore
 from pplug_jax.data.lamp import Item
-from pplug_jax.data.retrieval import Dense, bm25, demonstration_prompt, random, recency
 from pplug_jax.data.tasks import TASKS
+from pplug_jax.feed.retrieval import Dense, bm25, demonstration_prompt, random, recency
+from pplug_jax.feed.store import HistoryStore
 
 TASK = TASKS["LaMP_5"]
 INSTRUCTION = "Generate a title for the following abstract of a paper: "

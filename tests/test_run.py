@@ -23,19 +23,22 @@ from etils import epath
 from lamp_files import write_split
 
 from configs import lamp5, llms
-from pplug_jax import Personalizer, answers, lock, train
-from pplug_jax.checkpoint import CheckpointError, Checkpoints
-from pplug_jax.config import ConfigError, check_batches, check_config
+from pplug_jax import Personalizer
+from pplug_jax.config import check_batches, check_config
 from pplug_jax.data.lamp import DataError
-from pplug_jax.embedder import UserEmbedder
-from pplug_jax.errors import InputError
+from pplug_jax.data.sources import read_split
+from pplug_jax.errors import CheckpointError, ConfigError, InputError
+from pplug_jax.evaluate import predict as answers
 from pplug_jax.llm import LLM
-from pplug_jax.lock import locked
 from pplug_jax.main import default_workdir
-from pplug_jax.methods import METHODS
-from pplug_jax.models import Models
+from pplug_jax.methods.table import METHODS
+from pplug_jax.plugs.persona import UserEmbedder
 from pplug_jax.run import run
-from pplug_jax.splits import read_split
+from pplug_jax.session import Models
+from pplug_jax.storage import lock
+from pplug_jax.storage.checkpoint import Checkpoints
+from pplug_jax.storage.lock import locked
+from pplug_jax.train import step as train
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -131,7 +134,7 @@ def test_a_second_start_does_nothing_again(
 
     before = (finished / "results.json").read_text()
     monkeypatch.setattr(answers, "predict", never)
-    monkeypatch.setattr("pplug_jax.train.train_step", never)
+    monkeypatch.setattr("pplug_jax.train.step.train_step", never)
     monkeypatch.setattr("pplug_jax.encoder.Encoder.encode", never)
     monkeypatch.setattr(Models, "llm", property(never))
     run(small_config(), finished, "train_and_evaluate")

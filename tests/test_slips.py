@@ -10,7 +10,7 @@ import pytest
 from absl.testing import flagsaver
 
 from pplug_jax import main  # noqa: F401  defines the flags
-from pplug_jax.slips import near, parse_flags
+from pplug_jax.runtime.slips import near, parse_flags
 
 CONFIG = "--config=configs/lamp5.py"
 SLIPS = {

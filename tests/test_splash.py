@@ -12,11 +12,12 @@ import torch
 import transformers
 from parity import save_random, with_gradients
 
-from pplug_jax.llm import attention, decoder, load_llm, splash
+from pplug_jax.llm import decoder, load_llm
 from pplug_jax.llm.decoder import Decoder
-from pplug_jax.mesh import make_mesh
+from pplug_jax.nn import attention, splash
 from pplug_jax.plan.chips import find_slice
 from pplug_jax.plan.flops import matmul_flops
+from pplug_jax.runtime.mesh import make_mesh
 
 B, L, HEADS, D = 3, 300, 4, 16  # three blocks, the last in part
 # A whole row, one with padding behind, and one with padding in front, longer than a block.

@@ -14,14 +14,13 @@ from lamp_files import write_split
 from task_files import INPUTS, write_task
 
 from pplug_jax import Personalizer
-from pplug_jax.checkpoint import CheckpointError
-from pplug_jax.config import ConfigError, apply_parity
+from pplug_jax.config import apply_parity
 from pplug_jax.data.check import check_data
 from pplug_jax.data.lamp import read, splits
+from pplug_jax.data.sources import data_directory, read_split
 from pplug_jax.data.tasks import TASKS
-from pplug_jax.errors import DataError, InputError
+from pplug_jax.errors import CheckpointError, ConfigError, DataError, InputError
 from pplug_jax.run import run
-from pplug_jax.splits import data_directory, read_split
 
 MODE = "train_and_evaluate"
 CONFIGS = {

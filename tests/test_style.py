@@ -5,7 +5,7 @@ import pytest
 
 from pplug_jax.data.lamp import Example
 from pplug_jax.data.tasks import TASKS
-from pplug_jax.style import distances, features
+from pplug_jax.scoring.style import distances, features
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,13 @@ from parity import assert_close
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from configs import lamp5
-from pplug_jax.generate import generate
 from pplug_jax.llm import load_llm
+from pplug_jax.llm.generate import generate
 from pplug_jax.llm.t5 import T5, relative_buckets
-from pplug_jax.mesh import make_mesh
-from pplug_jax.models import Models
 from pplug_jax.run import run
-from pplug_jax.tools.bpe import train_bpe
+from pplug_jax.runtime.mesh import make_mesh
+from pplug_jax.session import Models
+from scripts.pretrain.bpe import train_bpe
 
 V = 24  # so few tokens that generations meet the one that ends them
 LENGTHS = (37, 20, 1, 8)  # of the prompts; beyond the largest distance below

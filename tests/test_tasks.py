@@ -7,9 +7,9 @@ import pytest
 from task_files import INPUTS, ITEMS
 
 from pplug_jax.config import PARITY, apply_parity, check_config
-from pplug_jax.data.retrieval import demonstration_prompt
 from pplug_jax.data.tasks import TASKS
-from pplug_jax.metrics import METRICS
+from pplug_jax.feed.retrieval import demonstration_prompt
+from pplug_jax.scoring.metrics import METRICS
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from lamp_files import write_split
 
-from pplug_jax import hf
 from pplug_jax.data import sample
 from pplug_jax.encoder import load_encoder
 from pplug_jax.llm import load_llm
-from pplug_jax.models import ASSETS
-from pplug_jax.tools.bpe import train_bpe
+from pplug_jax.session import ASSETS
+from pplug_jax.storage import hf
+from scripts.pretrain.bpe import train_bpe
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,7 +25,7 @@ def make(tool: str, output: Path, **settings: object) -> None:
         [
             sys.executable,
             "-m",
-            f"pplug_jax.tools.{tool}",
+            f"scripts.pretrain.{tool}",
             f"--output={output}",
             *(f"--{name}={value}" for name, value in (flags | settings).items()),
         ],

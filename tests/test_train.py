@@ -15,17 +15,19 @@ from flax import nnx
 from jax.sharding import Mesh
 from parity import joined
 
-from pplug_jax.data.batches import Batch, place_batch
-from pplug_jax.embedder import UserEmbedder
 from pplug_jax.encoder.bert import Bert, BertConfig
+from pplug_jax.feed.batches import Batch, place_batch
 from pplug_jax.llm import load_llm
-from pplug_jax.llm.decoder import Decoder, DecoderConfig, Frozen, Rope
-from pplug_jax.llm.lora import Lora
-from pplug_jax.mesh import make_mesh, place
-from pplug_jax.methods import METHODS, inputs_embeds
-from pplug_jax.models import trained_count
-from pplug_jax.tools.initialise import initialise
-from pplug_jax.train import init_optimizer, jit_step, loss_fn, make_optimizer
+from pplug_jax.llm.decoder import Decoder, DecoderConfig, Rope
+from pplug_jax.methods.table import METHODS
+from pplug_jax.nn.variables import Frozen
+from pplug_jax.plugs.forward import inputs_embeds
+from pplug_jax.plugs.lora import Lora
+from pplug_jax.plugs.persona import UserEmbedder
+from pplug_jax.runtime.mesh import make_mesh, place
+from pplug_jax.session import trained_count
+from pplug_jax.train.step import init_optimizer, jit_step, loss_fn, make_optimizer
+from scripts.pretrain.initialise import initialise
 
 B, L, T, Q, H, E = 8, 12, 6, 6, 4, 20
 ONE_DEVICE = make_mesh(1, 1, 1, jax.devices()[:1])

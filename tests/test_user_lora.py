@@ -8,9 +8,9 @@ import pytest
 from test_train import ONE_DEVICE, make_llm
 
 from configs.common import base_config
-from pplug_jax.data.batches import Buckets, Tokenized
-from pplug_jax.llm.lora import Lora
-from pplug_jax.user_lora import fit_user_loras
+from pplug_jax.feed.batches import Buckets, Tokenized
+from pplug_jax.plugs.lora import Lora
+from pplug_jax.train.user_lora import fit_user_loras
 
 MODELS = SimpleNamespace(
     mesh=ONE_DEVICE,
@@ -28,10 +28,7 @@ def items(count: int = 8) -> list[Tokenized]:
         return rng.integers(2, 48, length, dtype=np.int32)
 
     none = np.zeros(0, int)
-    return [
-        Tokenized(tokens(5 + i), tokens(1 + i % 4), tokens(1), none, none, none)
-        for i in range(count)
-    ]
+    return [Tokenized(tokens(5 + i), tokens(1 + i % 4), tokens(1), none, {}) for i in range(count)]
 
 
 def fitted(users: list[range], seed: int = 0) -> Lora:

@@ -8,8 +8,8 @@ from unittest.mock import Mock
 import pytest
 from etils import epath
 
-import pplug_jax.writer
-from pplug_jax.writer import Writer
+from pplug_jax.storage import scalars
+from pplug_jax.storage.scalars import Writer
 
 
 def write(workdir: Path, name: str, steps: list[int], start: int = 0) -> None:
@@ -73,7 +73,7 @@ def test_in_a_bucket_all_is_there_with_each_checkpoint(
     bucket: str, monkeypatch: pytest.MonkeyPatch
 ):
     events = Mock()
-    monkeypatch.setattr(pplug_jax.writer, "SummaryWriter", events)
+    monkeypatch.setattr(scalars, "SummaryWriter", events)
     workdir = epath.Path(bucket) / "run"
     write(workdir, "pplug", [1, 2])
     writer = Writer(workdir, "pplug", 1)  # it goes on from the checkpoint of step 1

@@ -16,8 +16,8 @@ import numpy as np
 
 from benchmarks.accelerator.record import Contest, Record
 from benchmarks.accelerator.roofline import predicted
-from pplug_jax.llm.attention import attend
 from pplug_jax.llm.decoder import causal, positions
+from pplug_jax.nn.attention import attend
 
 CALLS = 8  # of a timed one, so that the host's part is hidden
 

@@ -22,8 +22,8 @@ import numpy as np
 from benchmarks.accelerator.bring import DATA, ENCODER, HOME, LLMS
 from benchmarks.accelerator.record import Record
 from benchmarks.accelerator.shapes import free
-from pplug_jax.methods import METHODS, configured
-from pplug_jax.models import Models
+from pplug_jax.methods.table import METHODS, configured
+from pplug_jax.session import Models
 
 SEEDS = (0, 1, 2)
 # The paper's method and its controls, and then the rivals, which take as long again.

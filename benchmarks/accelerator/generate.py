@@ -20,7 +20,7 @@ from benchmarks.accelerator.roofline import predicted
 from benchmarks.accelerator.shapes import DEVICE, RandomModels, free, torch_llm
 from benchmarks.lamp_like import draw_examples
 from benchmarks.original import SOFT
-from pplug_jax.generate import generate
+from pplug_jax.llm.generate import generate
 
 
 class Case(NamedTuple):

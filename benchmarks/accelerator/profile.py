@@ -19,7 +19,7 @@ import jax
 from benchmarks.accelerator import generate, train
 from benchmarks.accelerator.record import Record
 from benchmarks.accelerator.shapes import RandomModels, free
-from pplug_jax.generate import generate as decode
+from pplug_jax.llm.generate import generate as decode
 
 CALLS = 2
 SHOWN = 25  # kernels

@@ -20,16 +20,16 @@ from flax import nnx
 from benchmarks.fill import fill
 from benchmarks.lamp_like import fill_store
 from configs import common
-from pplug_jax.data.history import HistoryStore
-from pplug_jax.embedder import UserEmbedder
 from pplug_jax.encoder import bert
 from pplug_jax.encoder.encode import abstract_bert
-from pplug_jax.hf import Source
+from pplug_jax.feed.store import HistoryStore
 from pplug_jax.llm.load import FAMILIES
 from pplug_jax.llm.shapes import PUBLISHED
-from pplug_jax.mesh import make_mesh, place, place_abstract
-from pplug_jax.methods import Method
+from pplug_jax.methods.table import Method
 from pplug_jax.plan.programs import AbstractModels
+from pplug_jax.plugs.persona import UserEmbedder
+from pplug_jax.runtime.mesh import make_mesh, place, place_abstract
+from pplug_jax.storage.hf import Source
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _SMALL = {

@@ -28,8 +28,8 @@ from benchmarks.lamp_like import draw_examples
 from benchmarks.original import SOFT, Planned, Plug, Recipe
 from benchmarks.ours import Ours
 from benchmarks.timing import medians
-from pplug_jax.data.batches import Plan
-from pplug_jax.methods import METHODS
+from pplug_jax.feed.batches import Plan
+from pplug_jax.methods.table import METHODS
 from pplug_jax.plan.flops import matmul_flops
 
 STEPS = 4  # updates of a timed call, of which the host waits for the last

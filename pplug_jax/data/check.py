@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from pplug_jax.data import lamp
-from pplug_jax.data.history import text_key
+from pplug_jax.data.keys import text_key
 from pplug_jax.data.lamp import Examples
 from pplug_jax.data.tasks import Task
 from pplug_jax.errors import DataError
-from pplug_jax.progress import say
+from pplug_jax.runtime.console import say
 
 BAR = 40  # characters
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pplug_jax.errors import InputError
-from pplug_jax.progress import Progress, say
+from pplug_jax.runtime.console import Progress, say
 
 BASE_URL = "https://ciir.cs.umass.edu/downloads/LaMP"
 CHUNK = 1 << 16  # what a lost connection can cost

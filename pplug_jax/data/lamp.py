@@ -15,7 +15,7 @@ from typing import Any
 from pplug_jax.data.records import Place, array, document, load, raise_bad, records
 from pplug_jax.data.tasks import Task
 from pplug_jax.errors import DataError, InputError
-from pplug_jax.progress import say
+from pplug_jax.runtime.console import say
 
 Item = dict[str, Any]
 
@@ -333,3 +333,17 @@ def read(
             problem = f"the field {task.output_key!r} is missing, which other records have"
             on_bad(DataError(path, problem, f"line {line}", line))
     return Examples(path, task, list(found.values()), sort_by_date)
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset(Sequence[Example]):
+    """Some of the examples, read when they are asked for."""
+
+    examples: Sequence[Example]
+    indices: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> Example:
+        return self.examples[self.indices[i]]

@@ -7,7 +7,7 @@ from typing import Any
 
 from pplug_jax.data.lamp import Examples
 from pplug_jax.data.tasks import Task
-from pplug_jax.files import write_json, write_json_lines
+from pplug_jax.storage.files import write_json, write_json_lines
 
 
 def write(path: Path, task: Task, answers: Mapping[str, str]) -> None:

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pplug_jax.errors import InputError
-from pplug_jax.hf import Source
-from pplug_jax.llm.attention import attend
-from pplug_jax.mesh import rows
-from pplug_jax.remat import checkpointed
+from pplug_jax.nn.attention import attend
+from pplug_jax.nn.remat import checkpointed
+from pplug_jax.runtime.mesh import rows
+from pplug_jax.storage.hf import Source
 
 POOLINGS = ("cls", "mean")
 

@@ -12,14 +12,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from pplug_jax import hf
-from pplug_jax.distributed import fetch
 from pplug_jax.encoder import bert
 from pplug_jax.errors import InputError
-from pplug_jax.files import read_json
-from pplug_jax.llm.decoder import Frozen
-from pplug_jax.mesh import local_rows, make_mesh, parts, place_rows
-from pplug_jax.tensors import read_tensors, weight_files
+from pplug_jax.nn.variables import Frozen
+from pplug_jax.runtime.distributed import fetch
+from pplug_jax.runtime.mesh import local_rows, make_mesh, parts, place_rows
+from pplug_jax.storage import hf
+from pplug_jax.storage.files import read_json
+from pplug_jax.storage.tensors import read_tensors, weight_files
 
 # The compiled text lengths: each a third or a half longer, so that little is padded.
 LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)

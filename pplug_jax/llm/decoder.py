@@ -14,38 +14,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pplug_jax.llm.attention import attend
-from pplug_jax.llm.linear import linear
-from pplug_jax.llm.splash import OwnText, pays
-from pplug_jax.mesh import constrain, rows
-from pplug_jax.remat import checkpointed
-
-
-class Frozen(nnx.Variable):
-    """A weight that nothing trains: no `nnx.Param` filter sees it."""
-
-
-# Vocabularies are padded to a multiple of it, so that any usual number of devices can share them.
-# Every published one that we have a preset of is such a multiple as it is.
-VOCAB_MULTIPLE = 64
-
-
-def abstract_weights(dtype: str | jnp.dtype) -> Callable[..., Frozen]:
-    """weight((size, axis), ...): an abstract variable of that shape and those logical axes.
-
-    A `vocab` axis is padded; `stored_shape` is then the tensor's in a checkpoint.
-    """
-
-    def weight(*dims: tuple[int, str]) -> Frozen:
-        stored_shape, axes = zip(*dims, strict=True)
-        shape = tuple(
-            -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if axis == "vocab" else size
-            for size, axis in dims
-        )
-        array = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-        return Frozen(array, axes=axes, stored_shape=stored_shape)
-
-    return weight
+from pplug_jax.nn.attention import attend
+from pplug_jax.nn.linear import linear
+from pplug_jax.nn.remat import checkpointed
+from pplug_jax.nn.splash import OwnText, pays
+from pplug_jax.nn.variables import Frozen, abstract_weights
+from pplug_jax.runtime.mesh import constrain, rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,9 +3,9 @@
 import transformers
 
 from pplug_jax.errors import InputError
-from pplug_jax.hf import Source
 from pplug_jax.llm import llama
 from pplug_jax.llm.decoder import DecoderConfig
+from pplug_jax.storage.hf import Source
 
 # Of Gemma 2 and 3; Gemma 1's are Llama's.
 SOURCES = llama.SOURCES | {

@@ -7,8 +7,8 @@ from typing import Any
 import transformers
 
 from pplug_jax.errors import InputError
-from pplug_jax.hf import Source
 from pplug_jax.llm.decoder import DecoderConfig, Llama3Stretch, Rope, Yarn
+from pplug_jax.storage.hf import Source
 
 SOURCES = {
     "embedding": Source("model.embed_tokens.weight"),

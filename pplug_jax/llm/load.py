@@ -11,15 +11,15 @@ from flax import nnx
 from huggingface_hub.errors import StrictDataclassError
 from jax.sharding import Mesh
 
-from pplug_jax import hf
 from pplug_jax.errors import InputError
-from pplug_jax.files import read_json
 from pplug_jax.llm import gemma, llama, qwen, t5
 from pplug_jax.llm.decoder import Decoder
 from pplug_jax.llm.quantize import KINDS
 from pplug_jax.llm.quantize import quantize as quantized
-from pplug_jax.mesh import make_mesh
-from pplug_jax.tensors import Stored, are_equal, read_tensors
+from pplug_jax.runtime.mesh import make_mesh
+from pplug_jax.storage import hf
+from pplug_jax.storage.files import read_json
+from pplug_jax.storage.tensors import Stored, are_equal, read_tensors
 
 
 class Family(NamedTuple):

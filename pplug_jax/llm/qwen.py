@@ -2,9 +2,9 @@
 
 import transformers
 
-from pplug_jax.hf import Source
 from pplug_jax.llm import llama
 from pplug_jax.llm.decoder import DecoderConfig
+from pplug_jax.storage.hf import Source
 
 SOURCES = llama.SOURCES | {
     "layers.query_bias": Source("model.layers.{}.self_attn.q_proj.bias"),

@@ -14,12 +14,8 @@ import jax.numpy as jnp
 import transformers
 from flax import nnx
 
-from pplug_jax.hf import Source
-from pplug_jax.llm.attention import attend
 from pplug_jax.llm.decoder import (
     ACTIVATIONS,
-    Frozen,
-    abstract_weights,
     mean_norm,
     positions,
     rms_norm,
@@ -27,10 +23,13 @@ from pplug_jax.llm.decoder import (
     unembed,
     write,
 )
-from pplug_jax.llm.linear import linear
 from pplug_jax.llm.llama import check
-from pplug_jax.mesh import rows
-from pplug_jax.remat import checkpointed
+from pplug_jax.nn.attention import attend
+from pplug_jax.nn.linear import linear
+from pplug_jax.nn.remat import checkpointed
+from pplug_jax.nn.variables import Frozen, abstract_weights
+from pplug_jax.runtime.mesh import rows
+from pplug_jax.storage.hf import Source
 
 ATTENTION = {"query": "q", "key": "k", "value": "v", "output": "o"}
 MLP = {"gate": "wi_0", "up": "wi_1", "down": "wo"}

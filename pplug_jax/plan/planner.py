@@ -9,16 +9,17 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from pplug_jax.config import ConfigError, apply_parity, check_config
-from pplug_jax.mesh import make_mesh
-from pplug_jax.models import parameter_count, trained_count
+from pplug_jax.config import apply_parity, check_config
+from pplug_jax.errors import ConfigError
 from pplug_jax.plan.chips import CHIPS, Slice, find_slice
 from pplug_jax.plan.hlo import COLLECTIVES
 from pplug_jax.plan.programs import Programs
 from pplug_jax.plan.roofline import GIB, Cost, Memory, compile_program
 from pplug_jax.plan.training import TrainPlan, axes, fitting, hours, mesh_name, plan_training
-from pplug_jax.progress import say
-from pplug_jax.tables import show_table
+from pplug_jax.runtime.console import say
+from pplug_jax.runtime.mesh import make_mesh
+from pplug_jax.scoring.tables import show_table
+from pplug_jax.session import parameter_count, trained_count
 
 
 class _Program(NamedTuple):

@@ -10,18 +10,19 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from pplug_jax import hf
-from pplug_jax.answers import answer_tokens, gold_losses
-from pplug_jax.config import ConfigError, check_batches
-from pplug_jax.data.batches import Batch, round_up
-from pplug_jax.data.form import SIZE as FORM_SIZE
-from pplug_jax.embedder import soft_tokens
+from pplug_jax.config import check_batches
+from pplug_jax.errors import ConfigError
+from pplug_jax.feed.batches import Batch, round_up
+from pplug_jax.feed.features import FEATURES
 from pplug_jax.llm import abstract_llm
 from pplug_jax.llm.shapes import PUBLISHED, published_directory
-from pplug_jax.mesh import parts, place_abstract, sharding
-from pplug_jax.methods import METHODS, Method, configured
-from pplug_jax.models import Models, model_path
-from pplug_jax.train import abstract_optimizer, jit_step, make_optimizer
+from pplug_jax.methods.table import METHODS, Method, configured
+from pplug_jax.plugs.forward import answer_tokens, gold_losses
+from pplug_jax.plugs.reading import features_of, soft_tokens
+from pplug_jax.runtime.mesh import parts, place_abstract, sharding
+from pplug_jax.session import Models, model_path
+from pplug_jax.storage import hf
+from pplug_jax.train.step import abstract_optimizer, jit_step, make_optimizer
 
 # Tokens around the input: what the chat templates of the presets have at most (Llama's, with its
 # dates), or the start token and the separator.
@@ -125,9 +126,10 @@ class Programs:
             history_mask=array(bool, items),
             index=array(jnp.int32),
             weight=array(jnp.float32),
-            history_age=array(jnp.float32, items) if plug.recency else None,
-            history_difference=array(jnp.float32, items, width) if plug.difference else None,
-            history_form=array(jnp.float32, items, FORM_SIZE) if plug.form else None,
+            features={
+                name: array(jnp.float32, items, FEATURES[name].width(width))
+                for name in features_of(plug)
+            },
         )
 
     def train(self, remat: bool | None = None) -> jax.stages.Traced:

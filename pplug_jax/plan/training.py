@@ -6,13 +6,13 @@ from typing import NamedTuple
 import ml_collections
 from jax.sharding import Mesh
 
+from pplug_jax.data.sources import data_directory, read_split
 from pplug_jax.errors import InputError
 from pplug_jax.plan.chips import Slice
 from pplug_jax.plan.flops import matmul_flops
 from pplug_jax.plan.programs import Programs
 from pplug_jax.plan.roofline import GIB, Cost, Memory, compile_program
-from pplug_jax.progress import say
-from pplug_jax.splits import data_directory, read_split
+from pplug_jax.runtime.console import say
 
 # LaMP's training examples, by the task and whether the split is by time (docs/data.md).
 EXAMPLES = {

@@ -10,8 +10,8 @@ from pathlib import Path
 from absl import app
 
 from pplug_jax.errors import InputError
-from pplug_jax.progress import say
 from pplug_jax.report.page import report
+from pplug_jax.runtime.console import say
 
 
 def main(argv: list[str]) -> None:

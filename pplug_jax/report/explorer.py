@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from pplug_jax.data.lamp import Example
-from pplug_jax.metrics import METRICS
 from pplug_jax.report.runs import Run, Split
 from pplug_jax.report.scores import Statistics
+from pplug_jax.scoring.metrics import METRICS
 
 MAX_ITEMS = 40  # of a history: the heaviest, or the newest where there are no weights
 MAX_ITEM_TEXT = 300  # characters

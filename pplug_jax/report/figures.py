@@ -8,10 +8,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pplug_jax.files import write_text
-from pplug_jax.plots import DASHES, error_bars, figure_for, plot_curves, plot_results, save
 from pplug_jax.report.runs import Run
 from pplug_jax.report.scores import Score
+from pplug_jax.scoring.plots import DASHES, error_bars, figure_for, plot_curves, plot_results, save
+from pplug_jax.storage.files import write_text
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

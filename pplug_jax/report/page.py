@@ -11,11 +11,7 @@ from typing import Any
 
 import jinja2
 
-from pplug_jax.config import flatten
 from pplug_jax.errors import InputError
-from pplug_jax.files import write_text
-from pplug_jax.metrics import METRICS, example_statistics
-from pplug_jax.progress import say
 from pplug_jax.report import explorer, figures
 from pplug_jax.report.runs import (
     Run,
@@ -27,6 +23,10 @@ from pplug_jax.report.runs import (
     spread,
 )
 from pplug_jax.report.scores import length_bins, over_seeds, scores_by_length, scores_by_top_k
+from pplug_jax.runtime.console import say
+from pplug_jax.scoring.metrics import METRICS, example_statistics
+from pplug_jax.storage.files import write_text
+from pplug_jax.storage.workdir import REPORT, flatten
 
 MAX_POINTS = 400  # of a loss curve
 
@@ -51,7 +51,7 @@ def report(workdirs: Sequence[Path]) -> Path:
         InputError: a workdir that was not evaluated, or by an older version.
     """
     runs = [read_run(workdir) for workdir in workdirs]
-    run, folder = runs[0], runs[0].workdir / "report"
+    run, folder = runs[0], runs[0].workdir / REPORT
     figures.write_results(folder, runs, COSTS)
     curves = read_curves(run)
     if curves:

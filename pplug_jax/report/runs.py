@@ -10,16 +10,23 @@ from typing import Any, NamedTuple
 import ml_collections
 import numpy as np
 
-from pplug_jax.answers import personas_path, predictions_path
-from pplug_jax.config import flatten
 from pplug_jax.data import submission
 from pplug_jax.data.lamp import Example, Item
 from pplug_jax.data.records import raise_bad
+from pplug_jax.data.sources import read_split
 from pplug_jax.data.tasks import TASKS, Task
 from pplug_jax.errors import InputError
-from pplug_jax.metrics import METRICS
-from pplug_jax.splits import read_split
-from pplug_jax.writer import read_scalars
+from pplug_jax.scoring.metrics import METRICS
+from pplug_jax.storage.scalars import read_scalars
+from pplug_jax.storage.workdir import (
+    CONFIG,
+    RESULTS,
+    flatten,
+    personas_path,
+    predictions_path,
+    seed_path,
+)
+from pplug_jax.storage.workdir import METRICS as CURVES
 
 # What the page shows of a split; the rest would only make it slow. All examples are scored.
 MAX_EXAMPLES = 500
@@ -72,7 +79,7 @@ class Run:
         seeds = self.results.get("seeds")
         if not seeds:
             return {"": self.workdir}
-        return {str(seed): self.workdir / f"seed_{seed}" for seed in seeds}
+        return {str(seed): seed_path(self.workdir, seed) for seed in seeds}
 
     def known(self, fields: Mapping[str, str]) -> dict[str, str]:
         """The fields {field: name} that some method has."""
@@ -120,13 +127,13 @@ def read_run(workdir: Path) -> Run:
         InputError: it is no workdir that was evaluated, or one of an older version; the message
             says which file or field is missing.
     """
-    config, results = (_load(workdir / name) for name in ("config.json", "results.json"))
+    config, results = (_load(workdir / name) for name in (CONFIG, f"{RESULTS}.json"))
     if config.get("task") not in TASKS or not results.get("methods"):
         raise InputError(f"{workdir} has no results of a known task: evaluate again")
     there = flatten(config)
     if missing := [field for field in FIELDS if field not in there]:
         raise InputError(
-            f"{workdir / 'config.json'} has no {', '.join(missing)}: the workdir was made by an "
+            f"{workdir / CONFIG} has no {', '.join(missing)}: the workdir was made by an "
             "older version; run the command again with a new --workdir"
         )
     return Run(workdir, ml_collections.ConfigDict(config), results)
@@ -200,7 +207,7 @@ def read_curves(run: Run) -> dict[str, dict[str, dict[int, float]]]:
     """{method: {seed: {step: loss}}}."""
     curves: dict[str, dict[str, dict[int, float]]] = defaultdict(dict)
     for seed, folder in run.folders.items():
-        if (path := folder / "metrics.jsonl").is_file():
+        if (path := folder / CURVES).is_file():
             for method, losses in read_scalars(path, "loss").items():
                 curves[method][seed] = losses
     return dict(curves)

@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pplug_jax.compare import mean_statistics
-from pplug_jax.evaluate import scores
-from pplug_jax.methods import METHODS
+from pplug_jax.methods.table import METHODS
 from pplug_jax.report.runs import Run
+from pplug_jax.scoring.summary import mean_statistics, scores
 
 # {metric: (n, S)}, of `example_statistics`.
 Statistics = dict[str, np.ndarray]

@@ -1,0 +1,9 @@
+"""What a text is known by in every history store."""
+
+import hashlib
+
+KEY_BYTES = 16
+
+
+def text_key(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=KEY_BYTES).digest()

@@ -1,0 +1,86 @@
+"""The splits that a config names: the task's files, a TFDS data set, the embedded sample."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import ml_collections
+from etils import epath
+
+from pplug_jax.data import lamp, sample
+from pplug_jax.data.lamp import Example
+from pplug_jax.data.records import raise_bad
+from pplug_jax.data.tasks import TASKS
+from pplug_jax.errors import ConfigError, DataError
+from pplug_jax.runtime.console import say
+from pplug_jax.storage.files import write_json_lines
+from pplug_jax.storage.workdir import BAD_RECORDS
+
+
+def data_directory(config: ml_collections.ConfigDict) -> Path | None:
+    """Where the task's files are; None for the embedded sample."""
+    if config.data.path:
+        return Path(config.data.path)
+    if config.data.sample_eval_users:
+        return None
+    return Path("data", *(["time"] if config.data.time_based else []), config.task)
+
+
+def data_name(config: ml_collections.ConfigDict) -> str:
+    """What the data are, for people."""
+    return config.data.path or str(data_directory(config) or "the embedded sample")
+
+
+def existing_directory(config: ml_collections.ConfigDict, split: str) -> Path:
+    """The directory of the task's files.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    directory = data_directory(config)
+    if not directory.is_dir():
+        names = lamp.expected_files(TASKS[config.task], split)
+        raise ConfigError(
+            f"config.data.path: there is no directory {str(directory)!r}; it should hold "
+            f"{names} (docs/data.md); LaMP's public files come with --mode=download"
+        )
+    return directory
+
+
+def read_split(
+    config: ml_collections.ConfigDict,
+    role: str,
+    on_bad: Callable[[DataError], None] = raise_bad,
+) -> Sequence[Example]:
+    """The split to train on (role `train`) or the one held out (`eval`).
+
+    on_bad: told of each record that is left out.
+
+    Raises:
+        ConfigError, DataError: a missing directory, a broken file, or no example at all.
+    """
+    split, task = config.data[f"{role}_split"], TASKS[config.task]
+    if data_directory(config) is None:
+        return list(sample.users(config.seed, split, config.data[f"sample_{role}_users"]))
+    sort_by_date = config.data.sort_by_date
+    if (epath.Path(data_name(config)) / "dataset_info.json").exists():
+        from pplug_jax.data.tfds_builder import read_tfds  # its package is not required
+
+        return read_tfds(data_name(config), split, task, sort_by_date=sort_by_date)
+    directory = existing_directory(config, split)
+    examples = lamp.read(directory, split, task, sort_by_date=sort_by_date, on_bad=on_bad)
+    if not examples:
+        raise DataError(directory, f"the split {split} has no questions")
+    return examples
+
+
+def report_bad(workdir: Path, bad: Sequence[DataError]) -> None:
+    """Lists the records that were left out in `bad_records.jsonl`."""
+    path = workdir / BAD_RECORDS
+    write_json_lines(
+        path,
+        ({"file": e.file, "line": e.line, "record": e.where, "problem": e.problem} for e in bad),
+    )
+    say(
+        f"{len(bad)} bad records are left out (config.data.on_error=skip) and listed in {path}; "
+        f"the first: {bad[0]}"
+    )

@@ -1,0 +1,223 @@
+"""Every method over several seeds on users that no training has seen, in one table."""
+
+import functools
+import statistics
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+
+from pplug_jax.data.lamp import Example, Subset
+from pplug_jax.data.tasks import TASKS
+from pplug_jax.errors import ConfigError
+from pplug_jax.evaluate.predict import Answers, answer
+from pplug_jax.evaluate.run import empty_results, statistics_of
+from pplug_jax.feed.batches import Tokenized
+from pplug_jax.methods.table import METHODS, Method, configured
+from pplug_jax.methods.users import unseen
+from pplug_jax.runtime.console import say
+from pplug_jax.scoring.metrics import compare, value_of
+from pplug_jax.scoring.plots import plot_losses, plot_results
+from pplug_jax.scoring.summary import mean_statistics, metric_columns, scores, title_of
+from pplug_jax.scoring.tables import markdown, show_table
+from pplug_jax.session import Models
+from pplug_jax.storage.files import write_json, write_text
+from pplug_jax.storage.workdir import METRICS, RESULTS, plot_path, predictions_path, seed_path
+from pplug_jax.train.inputs import TrainingInputs
+from pplug_jax.train.loop import fit, training_seconds
+from pplug_jax.train.tune import tune
+
+REFERENCES = ("none", "instruction_only", "shuffled_user", "pplug")  # what differences are from
+
+
+class Run(NamedTuple):
+    """A method with one seed; train_seconds and learning_rate of the weights that it uses."""
+
+    answers: Answers
+    train_seconds: float | None
+    learning_rate: float | None
+
+
+def compare_methods(models: Models, train: Sequence[Example], held_out: Sequence[Example]) -> None:
+    """Trains and evaluates what is not done yet, and writes results.json and results.md.
+
+    Each seed has a directory like a run's. A method without weights is run once.
+    """
+    config, workdir = models.config, models.workdir
+    tokenized = functools.cache(lambda: models.tokenize(held_out))
+    training = None
+    if any(METHODS[name].trained for name in config.methods):
+        kept = unseen(models.history_rows(train), models.history_rows(held_out))
+        if not kept:
+            raise ConfigError(
+                "config.data: all users of the training split are held out too; a comparison wants "
+                "users never seen, as LaMP's user-based files have them (data.time_based=False)"
+            )
+        if len(kept) < len(train):
+            say(f"{len(train) - len(kept)} training examples are left out: their users are tested")
+        training = TrainingInputs(models, Subset(train, kept))
+        training.save_peers()
+    rates = tune(models, training) if training and config.tune.learning_rates else {}
+    runs: dict[str, list[Run]] = defaultdict(list)
+    for seed in config.seeds:
+        directory = seed_path(workdir, seed)
+        for name in config.methods:
+            method = METHODS[name]
+            if method.weights or seed == config.seeds[0]:
+                settings = configured(config, method, seed)
+                if method.weights in rates:
+                    settings.train.learning_rate = rates[method.weights]
+                runs[name].append(
+                    run_method(models, method, settings, training, held_out, tokenized, directory)
+                )
+    results = summary(models, held_out, runs)
+    results["facts"] = facts(models)
+    write_json(workdir / f"{RESULTS}.json", results)
+    report(results, workdir)
+
+
+def run_method(
+    models: Models,
+    method: Method,
+    settings: ml_collections.ConfigDict,
+    training: TrainingInputs | None,
+    held_out: Sequence[Example],
+    tokenized: Callable[[], Sequence[Tokenized]],
+    directory: Path,
+) -> Run:
+    """Trains the method, if it has weights of its own, and answers, unless that was done before."""
+    path = predictions_path(directory, settings.data.eval_split, method.name)
+    if method.trained and not path.is_file():
+        examples, validation = training(method, settings), training.validation(method, settings)
+        fit(models, method, settings, examples, directory, validation)
+        plot_losses(directory / METRICS, plot_path(directory, "loss"))
+    weights = functools.partial(models.restore_weights, method, settings, directory)
+    answers = answer(models, method, settings, held_out, tokenized, directory, weights)
+    if not method.weights:
+        return Run(answers, None, None)
+    seconds = training_seconds(directory, method.weights)
+    return Run(answers, seconds, settings.train.learning_rate)
+
+
+def summary(
+    models: Models, held_out: Sequence[Example], runs: dict[str, list[Run]]
+) -> dict[str, Any]:
+    """The table of results.json: of several seeds the mean of each example's statistics."""
+    config = models.config
+    samples = config.eval.bootstrap_samples
+    users = [example.user for example in held_out]
+    results = empty_results(config, held_out) | {"seeds": list(config.seeds)}
+    pooled: dict[str, dict[str, np.ndarray]] = {}
+    for name, of_seeds in runs.items():
+        each = [statistics_of(models, held_out, run.answers) for run in of_seeds]
+        pooled[name] = mean_statistics(each)
+        entry = {"about": METHODS[name].about} | {
+            field: statistics.mean(getattr(run.answers, field) for run in of_seeds)
+            for field in ("trainable", "bytes_per_user", "milliseconds")
+        }
+        if of_seeds[0].train_seconds is not None:
+            entry["train_seconds"] = statistics.mean(run.train_seconds for run in of_seeds)
+            entry["learning_rate"] = of_seeds[0].learning_rate
+        entry |= scores(pooled[name], samples, users)
+        for metric in pooled[name]:
+            entry[metric]["seeds"] = [value_of(metric, found[metric]) for found in each]
+        results["methods"][name] = entry
+    for name, entry in results["methods"].items():
+        entry["versus"] = {
+            other: {
+                metric: compare(metric, pooled[name][metric], rows, samples, users=users)._asdict()
+                for metric, rows in pooled[other].items()
+            }
+            for other in REFERENCES
+            if other in pooled and other != name
+        }
+    return results
+
+
+def commit() -> str:
+    """The code's commit; empty where there is no git, or the code is not of a checkout."""
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip()
+    except OSError:
+        return ""
+
+
+def facts(models: Models) -> dict[str, str]:
+    """What a reader needs to place the figures."""
+    return {
+        "commit": commit() or "unknown",
+        "jax": jax.__version__,
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "mesh": " x ".join(f"{axis}={size}" for axis, size in models.mesh.shape.items()),
+        "finished": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    }
+
+
+def difference_rows(results: dict[str, Any], metric: str) -> tuple[list[str], list[list[str]]]:
+    """The methods' differences from the references: header and cells; p < 0.05 is starred."""
+    entries = results["methods"]
+    references = [other for other in REFERENCES if other in entries]
+    cells = []
+    for name, entry in entries.items():
+        cells.append([name])
+        for other in references:
+            found = entry["versus"].get(other, {}).get(metric)
+            star = "*" if found and found["p_value"] < 0.05 else " "
+            cells[-1].append(f"{found['difference']:+.3f}{star}" if found else "")
+    return ["method", *references], cells
+
+
+def cost_rows(results: dict[str, Any], metric: str | None) -> tuple[list[str], list[list[str]]]:
+    """What the methods cost, and how far the seeds are apart in the metric: header and cells."""
+    cells = []
+    for name, entry in results["methods"].items():
+        seeds = entry.get(metric, {}).get("seeds", ())
+        seconds = entry.get("train_seconds")
+        cells.append(
+            [
+                name,
+                f"{statistics.stdev(seeds):.3f}" if len(seeds) > 1 else "",
+                f"{entry['trainable']:,}",
+                f"{entry['bytes_per_user']:,.0f}",
+                "" if seconds is None else f"{seconds:.0f}",
+                f"{entry['milliseconds']:.0f}",
+            ]
+        )
+    header = ["method", "seeds' sd", "trained", "bytes/user", "train s", "ms/example"]
+    return header, cells
+
+
+def report(results: dict[str, Any], workdir: Path) -> None:
+    """Prints the tables and writes results.md."""
+    title = title_of(results)
+    header, columns = metric_columns(results)
+    cells = [[name, *row] for name, row in zip(results["methods"], columns, strict=True)]
+    tables = {title: (["method", *header], cells)}
+    first = next(iter(TASKS[results["task"]].metrics), None)
+    for metric in (first, "loss"):
+        if all(metric in entry for entry in results["methods"].values()):
+            tables[f"{metric}: difference from"] = difference_rows(results, metric)
+    tables["costs"] = cost_rows(results, first)
+    for caption, table in tables.items():
+        show_table(caption, *table)
+    note = (
+        f"{results['n']} examples, seeds {', '.join(map(str, results['seeds']))}; intervals are "
+        "the paired bootstrap's over users; * is p < 0.05 by the paired permutation test."
+    )
+    parts = [f"## {caption}\n\n{markdown(*table)}" for caption, table in tables.items()]
+    write_text(workdir / f"{RESULTS}.md", "\n\n".join([*parts, note, ""]).removeprefix("#"))
+    say(note)
+    if all(first in entry for entry in results["methods"].values()):
+        plot_results(results, first, plot_path(workdir, RESULTS))

@@ -1,0 +1,250 @@
+"""A method's answers to the held-out examples, and what the plug made of each user."""
+
+import contextlib
+import functools
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from pplug_jax.data import submission
+from pplug_jax.data.lamp import Example
+from pplug_jax.feed.batches import Batch, Tokenized, place_batch, plan_batches
+from pplug_jax.methods.shown import shown
+from pplug_jax.methods.table import Method
+from pplug_jax.methods.users import own_items
+from pplug_jax.plugs.forward import Weights, adapt, answer_tokens, gold_losses
+from pplug_jax.plugs.persona import UserEmbedder
+from pplug_jax.plugs.reading import Reading
+from pplug_jax.runtime.ahead import compiled_ahead
+from pplug_jax.runtime.console import Progress
+from pplug_jax.runtime.distributed import fetch, wait_for_all
+from pplug_jax.runtime.primary import is_primary
+from pplug_jax.session import Models, parameter_count, trained_count
+from pplug_jax.storage.checkpoint import Checkpoints
+from pplug_jax.storage.files import read_text, write_json
+from pplug_jax.storage.workdir import checkpoints_path, personas_path, predictions_path
+from pplug_jax.train.user_lora import fit_user_loras
+
+
+class Answers(NamedTuple):
+    """What a method gave: a text for each example by its id, and what it took.
+
+    losses: of each example's gold, the sum over its tokens and their number. step: the trained
+    weights', if any. trainable: `trained_count`. bytes_per_user: what has to be kept of a user,
+    on average. milliseconds: an example's, in batches, of which the median is taken.
+    """
+
+    texts: dict[str, str]
+    losses: list[tuple[float, float]]
+    step: int | None
+    trainable: int
+    bytes_per_user: float
+    milliseconds: float
+
+
+def predict(
+    models: Models,
+    method: Method,
+    config: ml_collections.ConfigDict,
+    weights: Weights | None,
+    tokenized: Sequence[Tokenized],
+    own: Sequence[Sequence[Tokenized]] = (),
+) -> tuple[list[str], np.ndarray, float]:
+    """The method's answer to each example, its gold's losses, and an example's milliseconds.
+
+    own: each example's history items as examples, of a method with `user_lora`. The losses (n, 2)
+    are `Answers.losses`.
+    """
+    tokenizer, size = models.tokenizer, config.eval.batch_size
+    assemble = models.assemble(config, tokenized, size)
+    answers, losses, times = [""] * len(tokenized), np.zeros((len(tokenized), 2)), []
+    llm, order = models.abstract_llm, np.arange(len(tokenized))
+    if method.user_lora:
+        llm = weights.on(models.llm)
+        items = [item for mine in own for item in mine]
+        ends = np.cumsum([len(mine) for mine in own])
+        users = [range(end - len(mine), end) for mine, end in zip(own, ends, strict=True)]
+        weights = fit_user_loras(models, llm, config, items, [range(0)] * size)  # untrained yet
+        # Users of as many items together: a batch's training is as long as its longest user's.
+        order = np.argsort([len(mine) for mine in own], kind="stable")
+    batches = plan_batches(order, assemble.buckets.of, size)
+    reading = {"prefix_length": tokenizer.prefix_length, "reading": method.reading}
+    decoding = {
+        name: config.eval[name] for name in ("max_new_tokens", "num_beams", "length_penalty")
+    }
+    static = {answer_tokens: reading | decoding, gold_losses: reading}
+    arguments = weights, llm
+
+    def lower(program: tuple[Any, int]) -> jax.stages.Lowered:
+        function, bucket = program
+        empty = assemble((0, bucket, np.zeros(0, int)))
+        with jax.set_mesh(models.mesh):
+            batch = place_batch(empty, models.mesh)
+            return function.lower(*arguments, batch, **static[function])
+
+    buckets = dict.fromkeys(bucket for bucket, _ in batches)
+    programs = [(function, bucket) for bucket in buckets for function in static]
+    with (
+        compiled_ahead(lower, programs) as compiled,
+        Progress(f"answering with {method.name}", len(tokenized), "examples") as progress,
+    ):
+        llm = llm if method.user_lora else models.llm
+        for bucket, indices in batches:
+            answer_with = compiled((answer_tokens, bucket))
+            start = time.monotonic()
+            if method.user_lora:
+                mine = [users[i] for i in indices] + [range(0)] * (size - len(indices))
+                weights = fit_user_loras(models, llm, config, items, mine)
+            batch = place_batch(assemble((0, bucket, indices)), models.mesh)
+            tokens = answer_with(weights, llm, batch)
+            for index, row in zip(indices, fetch(tokens), strict=False):
+                answers[index] = tokenizer.decode(row)
+            times.append(1000 * (time.monotonic() - start) / len(indices))
+            found = compiled((gold_losses, bucket))(weights, llm, batch)
+            losses[indices] = fetch(found)[: len(indices)]
+            progress.advance(len(indices))
+    return answers, losses, float(np.median(times))
+
+
+def answer(
+    models: Models,
+    method: Method,
+    config: ml_collections.ConfigDict,
+    examples: Sequence[Example],
+    tokenized: Callable[[], Sequence[Tokenized]],
+    directory: Path,
+    weights: Callable[[], Weights],
+) -> Answers:
+    """Runs a method on the held-out examples, unless its answers by the same weights are there.
+
+    config: `methods.configured`. tokenized: makes the examples' tokens, where they are needed.
+    weights: gives the method's trained ones, where they are needed.
+
+    Writes predictions/ and, of a plug that reads the user, personas/ in `directory`.
+    """
+    task, split = models.task, config.data.eval_split
+    path = predictions_path(directory, split, method.name)
+    about = path.with_suffix(".about.json")
+    step = None
+    if method.weights:
+        with contextlib.closing(Checkpoints(checkpoints_path(directory, method.weights))) as found:
+            step = found.best
+    if path.is_file() and about.is_file():
+        facts = json.loads(read_text(about))
+        texts = submission.read(path, task)
+        if facts["step"] == step and list(texts) == [example.id for example in examples]:
+            return Answers(texts, **facts)
+    trained = weights() if method.weights else None
+    start = time.monotonic()
+    show = functools.partial(shown, models.task, models.tokenizer, models.store, method, config)
+    inputs = show(examples, tokenized())
+    preparing = 1000 * (time.monotonic() - start) / len(inputs) if method.retrieval else 0.0
+    own = []
+    if method.user_lora:
+        own = [show((), models.tokenize(own_items(task, example))) for example in examples]
+    texts, losses, milliseconds = predict(models, method, config, trained, inputs, own)
+    answers = Answers(
+        {example.id: text for example, text in zip(examples, texts, strict=True)},
+        losses.tolist(),
+        step,
+        trained_count(method, trained) if trained is not None else 0,
+        _bytes_per_user(models, method, config, examples, inputs),
+        preparing + milliseconds,
+    )
+    submission.write(path, task, answers.texts)
+    if task.judged:
+        submission.write_judged(path.with_suffix(".judge.jsonl"), task, examples, answers.texts)
+    if method.plug and method.history == "own":
+        write_personas(models, method, config, trained, examples, inputs, directory)
+    write_json(about, {k: v for k, v in answers._asdict().items() if k != "texts"})
+    wait_for_all(f"answers of {method.name}")
+    return answers
+
+
+def _bytes_per_user(
+    models: Models,
+    method: Method,
+    config: ml_collections.ConfigDict,
+    examples: Iterable[Example],
+    inputs: Sequence[Tokenized],
+) -> float:
+    """Texts as UTF-8, vectors as the store's float16, a LoRA as float16."""
+    total = 0.0
+    if method.retrieval:
+        total += np.mean(
+            [
+                sum(len(models.item_text(item).encode()) for item in example.profile)
+                for example in examples
+            ]
+        )
+    if method.plug:
+        total += np.mean([len(each.rows) for each in inputs]) * models.encoder.size * 2
+    if method.user_lora:
+        total += parameter_count(models.abstract_weights(method, config)) * 2
+    return float(total)
+
+
+@functools.partial(jax.jit, static_argnames="reading")
+def _personas(plug: UserEmbedder, batch: Batch, reading: Reading) -> tuple[jax.Array, jax.Array]:
+    _, soft = adapt(plug, None, batch, reading)
+    return plug.attention(*batch.plug_inputs, reading=reading), jnp.mean(
+        soft[:, reading.instruction :], axis=1
+    )
+
+
+def write_personas(
+    models: Models,
+    method: Method,
+    config: ml_collections.ConfigDict,
+    plug: UserEmbedder,
+    examples: Iterable[Example],
+    inputs: Sequence[Tokenized],
+    directory: Path,
+) -> None:
+    """Writes what the plug made of each user, for people to look at, as an npz of arrays.
+
+    lengths: (n,) items of each history. weights, other: (sum of lengths,) float32, the items'
+    attention weights for the example's input, and for the text of the user's newest item as an
+    input. other_item: (n,) that item's place, -1 for none. persona: (n, D) float32, the mean of
+    the persona tokens.
+    """
+    others = []
+    for example, each in zip(examples, inputs, strict=True):
+        text = example.profile[-1][models.task.cut] if len(each.rows) else ""
+        others.append(each._replace(query=np.array(models.encoder.queries([text])[0], np.int32)))
+    found = []
+    for tokenized in (inputs, others):
+        assemble = models.assemble(config, tokenized, config.eval.batch_size)
+        weights = [np.zeros(0)] * len(tokenized)
+        personas = np.zeros((len(tokenized), models.abstract_llm.config.hidden_size), np.float32)
+        for bucket, indices in plan_batches(
+            np.arange(len(tokenized)), assemble.buckets.of, config.eval.batch_size
+        ):
+            with jax.set_mesh(models.mesh):
+                batch = place_batch(assemble((0, bucket, indices)), models.mesh)
+                items, persona = _personas(plug, batch, method.reading)
+            for i, row in zip(indices, fetch(items), strict=False):
+                weights[i] = row[: len(tokenized[i].rows)]
+            personas[indices] = fetch(persona)[: len(indices)]
+        found.append((np.concatenate(weights), personas))
+    if not is_primary():
+        return
+    lengths = np.array([len(each.rows) for each in inputs])
+    path = personas_path(directory, config.data.eval_split, method.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        np.savez(
+            file,
+            lengths=lengths,
+            weights=found[0][0],
+            other=found[1][0],
+            other_item=lengths - 1,
+            persona=found[0][1],
+        )

@@ -1,0 +1,151 @@
+"""Every method on the held-out users: predictions, scores, intervals, and the table."""
+
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from pplug_jax.data.lamp import Example
+from pplug_jax.data.sources import data_name
+from pplug_jax.evaluate.predict import Answers, answer
+from pplug_jax.methods.table import METHODS, configured
+from pplug_jax.plugs.forward import Weights
+from pplug_jax.runtime.console import say
+from pplug_jax.scoring.metrics import example_statistics
+from pplug_jax.scoring.plots import plot_results
+from pplug_jax.scoring.style import distances
+from pplug_jax.scoring.summary import metric_columns, scores, title_of, verdicts
+from pplug_jax.scoring.tables import markdown, show_table
+from pplug_jax.session import Models
+from pplug_jax.storage.files import read_text, write_json, write_text
+from pplug_jax.storage.workdir import CONFIG, RESULTS, plot_path
+
+
+def statistics_of(
+    models: Models, examples: Sequence[Example], answers: Answers
+) -> dict[str, np.ndarray]:
+    """Each example's statistics for the task's metrics, `loss`, and `style` where users have one.
+
+    Nothing where the outputs are withheld or only a judge can score.
+    """
+    task = models.task
+    golds = [example.target for example in examples]
+    if not task.metrics or None in golds:
+        return {}
+    texts = list(answers.texts.values())
+    statistics = example_statistics(task.name, texts, golds)
+    statistics["loss"] = np.array(answers.losses)
+    if "rouge1" in task.metrics and task.question and any(each.profile for each in examples):
+        statistics["style"] = distances(task, examples, texts)
+    return statistics
+
+
+def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
+    """Runs every method of the config and prints the table.
+
+    Writes predictions/, personas/, results.json and results.md.
+    """
+    config, task, workdir = models.config, models.task, models.workdir
+    tokenized = functools.cache(lambda: models.tokenize(examples))
+    # Another split than the workdir's own leaves that one's results as they are.
+    own = json.loads(read_text(workdir / CONFIG))["data"]["eval_split"]
+    stem = RESULTS if config.data.eval_split == own else f"{RESULTS}.{config.data.eval_split}"
+    results = empty_results(config, examples)
+
+    @functools.cache
+    def restored(name: str) -> Weights:  # several methods may use the same
+        method = METHODS[name]
+        return models.restore_weights(method, configured(config, method, config.seed), workdir)
+
+    users = [example.user for example in examples]
+    texts: dict[str, dict[str, str]] = {}
+    statistics: dict[str, dict[str, np.ndarray]] = {}
+    for name in config.methods:
+        method = METHODS[name]
+        settings = configured(config, method, config.seed)
+        answers = answer(
+            models,
+            method,
+            settings,
+            examples,
+            tokenized,
+            workdir,
+            functools.partial(restored, method.weights),
+        )
+        texts[name] = answers.texts
+        statistics[name] = statistics_of(models, examples, answers)
+        facts = answers._asdict()
+        del facts["texts"], facts["losses"]
+        results["methods"][name] = {"about": method.about} | facts
+        results["methods"][name] |= scores(statistics[name], config.eval.bootstrap_samples, users)
+        write_json(workdir / f"{stem}.json", results)
+
+    if any(statistics.values()):
+        said = verdicts(statistics, task.metrics[0], config.eval.bootstrap_samples, users)
+        header, rows = _cells(results)
+        lines = [markdown(header, rows), "", *(f"- {line}" for line in said)]
+        show_table(title_of(results), header, rows)
+        plot_results(results, task.metrics[0], plot_path(workdir, stem))
+    else:
+        why = (
+            "The split's outputs are withheld"
+            if task.metrics
+            else "Only a judge can score these answers (*.judge.jsonl holds what one needs)"
+        )
+        lines = said = [f"{why}: predictions are written, nothing is scored."]
+    title = f"# {title_of(results)}"
+    write_text(workdir / f"{stem}.md", "\n".join([title, "", *lines, ""]))
+    for line in said:
+        say(line)
+    show_examples(models, examples, texts)
+    return results
+
+
+def empty_results(config: ml_collections.ConfigDict, examples: Sequence[Example]) -> dict[str, Any]:
+    """What results are about, before there are any."""
+    return {
+        "task": config.task,
+        "data": data_name(config),
+        "llm": config.llm.path,
+        "split": config.data.eval_split,
+        "n": len(examples),
+        "methods": {},
+    }
+
+
+def _cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    header, columns = metric_columns(results)
+    rows = [
+        [name, *cells, str(results["n"]), f"{entry['milliseconds']:.0f}"]
+        for (name, entry), cells in zip(results["methods"].items(), columns, strict=True)
+    ]
+    return ["method", *header, "n", "ms/example"], rows
+
+
+def show_examples(
+    models: Models,
+    examples: Sequence[Example],
+    answers: dict[str, dict[str, str]],
+    count: int = 3,
+) -> None:
+    """A few users, spread evenly over the split: what the LLM says without and with the persona."""
+    for i in sorted({len(examples) * (2 * n + 1) // (2 * count) for n in range(count)}):
+        example = examples[i]
+        say(f"\nuser {example.id}, {len(example.profile)} items of history, such as")
+        for item in example.profile[:3]:
+            say(f"  - {shorten(models.item_text(item))}")
+        rows = {
+            "input": models.task.query_text(example.input),
+            "gold": example.target or "(withheld)",
+        }
+        rows |= {name: answers[name][example.id] for name in ("none", "pplug") if name in answers}
+        for name, text in rows.items():
+            say(f"  {name + ':':7}{shorten(text)}")
+
+
+def shorten(text: str, width: int = 100) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 3] + "..."

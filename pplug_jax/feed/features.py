@@ -1,0 +1,89 @@
+"""What is told of a history item beside its vector; a new feature is an entry of FEATURES.
+
+Everything that carries features (batches, serving, planning) asks this table and knows none by
+name. Which of them a plug reads is `plugs.reading.features_of`.
+"""
+
+import bisect
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from pplug_jax.data.lamp import Item, date_order
+from pplug_jax.data.tasks import Task
+from pplug_jax.feed.form import SIZE as FORM_SIZE
+from pplug_jax.feed.form import form
+
+
+class Feature(NamedTuple):
+    """A row of numbers for each item of a history.
+
+    width: the row's length, given the encoder's width E.
+    of_items: made of a whole history as the task's files have it, (n, width) float32.
+    of_peers: made of its vectors (n, E) and their peers' means (n, E) instead.
+    """
+
+    width: Callable[[int], int]
+    of_items: Callable[[Task, Sequence[Item]], np.ndarray] | None = None
+    of_peers: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+
+
+def item_ages(task: Task, profile: Sequence[Item]) -> np.ndarray:
+    """How many items of the profile are newer than each, (n, 1) float32.
+
+    0 for all where one has no date: the order of LaMP's lists alone tells too little of time.
+    """
+    if not all("date" in item for item in profile):
+        return np.zeros((len(profile), 1), np.float32)
+    dates = [date_order(item) for item in profile]
+    order = sorted(dates)
+    newer = [len(order) - bisect.bisect_right(order, date) for date in dates]
+    return np.array(newer, np.float32)[:, None]
+
+
+def item_forms(task: Task, profile: Sequence[Item]) -> np.ndarray:
+    """The form of what the user wrote, (n, F) float32: each item's answer, or else its text."""
+    forms = [form(str(item.get(task.answer, item.get(task.cut, "")))) for item in profile]
+    return np.array(forms, np.float32).reshape(len(forms), FORM_SIZE)
+
+
+FEATURES = {
+    "age": Feature(lambda size: 1, of_items=item_ages),
+    "difference": Feature(lambda size: size, of_peers=np.subtract),
+    "form": Feature(lambda size: FORM_SIZE, of_items=item_forms),
+}
+
+
+def of_items(task: Task, profile: Sequence[Item]) -> dict[str, np.ndarray]:
+    """The features that a history alone tells: {name: (n, width)}."""
+    return {
+        name: feature.of_items(task, profile)
+        for name, feature in FEATURES.items()
+        if feature.of_items
+    }
+
+
+def compare_with_peers(names: Sequence[str]) -> bool:
+    """Whether one of these features wants the peers."""
+    return any(FEATURES[name].of_peers for name in names)
+
+
+def of_history(
+    names: Sequence[str],
+    told: Mapping[str, np.ndarray],
+    vectors: np.ndarray,
+    means: Callable[[], np.ndarray],
+) -> dict[str, np.ndarray]:
+    """These features of a whole history: {name: (n, width)}.
+
+    Args:
+        told: `of_items` of it.
+        vectors: (n, E) float32.
+        means: gives the means of the items' peers, (n, E); called once, if at all.
+    """
+    peers = means() if compare_with_peers(names) else vectors
+    return {
+        name: told[name] if FEATURES[name].of_items else FEATURES[name].of_peers(vectors, peers)
+        for name in names
+    }

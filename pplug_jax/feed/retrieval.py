@@ -1,0 +1,128 @@
+"""Which profile items a prompt shows, and how: LaMP's retrieval and demonstration form."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import transformers
+
+from pplug_jax.data.keys import text_key
+from pplug_jax.data.lamp import Item, by_date
+from pplug_jax.data.tasks import Task
+from pplug_jax.feed.store import HistoryStore
+
+
+def bm25(task: Task, input: str, profile: Sequence[Item], top_k: int) -> list[Item]:
+    """The items nearest to the input by BM25, best first; of equals, the first in the profile.
+
+    k1 1.5, b 0.75 and words split at white space are LaMP's; the idf is bm25s' (Lucene's), which
+    never falls below 0, where LaMP's rank_bm25 floors the idf of words that most items have.
+    """
+    import bm25s  # importing it takes hold of the devices, before several processes could meet
+
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it reports every index it builds
+    corpus = [task.document_text(item).split() for item in profile]
+    query = task.retrieval_text(input).split()
+    if not any(corpus) or not query:
+        return list(profile[:top_k])
+    index = bm25s.BM25(k1=1.5, b=0.75)
+    index.index(corpus, show_progress=False)
+    best = np.argsort(-index.get_scores(query), kind="stable")
+    return [profile[i] for i in best[:top_k]]
+
+
+def recency(task: Task, input: str, profile: Sequence[Item], top_k: int) -> list[Item]:
+    """The newest items, newest first.
+
+    By `date` where every item has one, else by place (LaMP's lists end with the newest).
+    """
+    del task, input
+    return list(by_date(profile))[::-1][:top_k]
+
+
+def random(task: Task, input: str, profile: Sequence[Item], top_k: int) -> list[Item]:
+    """Any items, each at most once; the same ones for the same input."""
+    del task
+    rng = np.random.default_rng(list(text_key(input)))
+    return [profile[i] for i in rng.permutation(len(profile))[:top_k]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """The items nearest to the input by the cosine of the history encoder's vectors, best first.
+
+    labels: whether items are encoded with their labels, and so whether those texts are in the
+    store. LaMP's Contriever compares un-normalised vectors of texts without labels.
+    """
+
+    store: HistoryStore
+    labels: bool
+
+    def __call__(self, task: Task, input: str, profile: Sequence[Item], top_k: int) -> list[Item]:
+        rows = self.store.rows([task.item_text(item, self.labels) for item in profile])
+        query = self.store.encoder.encode([task.retrieval_text(input)], 1, queries=True)[0]
+        best = np.argsort(-(self.store.vectors(rows) @ query), kind="stable")
+        return [profile[i] for i in best[:top_k]]
+
+
+Retriever = Callable[[Task, str, Sequence[Item], int], list[Item]]
+
+
+def retrievers(store: HistoryStore, labels: bool) -> dict[str, Retriever]:
+    """All of them by name; each gives up to `top_k` items of a profile, best first."""
+    return {"bm25": bm25, "recency": recency, "random": random, "dense": Dense(store, labels)}
+
+
+def demonstration_prompt(
+    task: Task,
+    input: str,
+    items: Sequence[Item],
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    max_length: int,
+) -> str:
+    """The input behind `items` as demonstrations, in LaMP's form and by its token budget.
+
+    The input may take up to 60% of `max_length` tokens. Each demonstration gets an equal share of
+    the rest; what one leaves unused, the next may use. Where one cannot have what it needs besides
+    the text that gives way, the input's part shrinks by another 10%, which its end is then cut by;
+    where nothing is left of it, the bare input is returned.
+    """
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(
+            text, add_special_tokens=False, split_special_tokens=True, verbose=False
+        )
+
+    if not items:
+        return input
+    frame = task.prompt.format(demonstrations="", input="", before="", after="")
+    fixed = len(encode(frame)) + len(encode(task.joint)) * (len(items) - 1)
+    costs = [len(encode(task.demonstration(item | {task.cut: ""}))) for item in items]
+    texts = [encode(item[task.cut]) for item in items]
+    input_length = len(encode(input))
+
+    def fit(share: int) -> list[int] | None:
+        """How many tokens of each text there is room for."""
+        lengths, room = [], 0
+        for cost, text in zip(costs, texts, strict=True):
+            room += share - cost
+            if room < 0:
+                return None
+            lengths.append(min(len(text), room))
+            room -= lengths[-1]
+        return lengths
+
+    for tenths in range(6, -1, -1):
+        left = max_length - min(input_length, int(tenths / 10 * max_length)) - fixed
+        if lengths := fit(left // len(items)):
+            break
+    else:
+        return input
+    shown = []
+    for item, text, length in zip(items, texts, lengths, strict=True):
+        if length < len(text):
+            # A character cut in two would be read as several tokens again.
+            item = item | {task.cut: tokenizer.decode(text[:length]).rstrip("\ufffd")}
+        shown.append(task.demonstration(item))
+    return task.demonstration_prompt(shown, input)

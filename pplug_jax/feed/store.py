@@ -1,0 +1,174 @@
+"""The history store: every unique text's vector on disk, computed once per encoder.
+
+A store is a directory named after the encoder's fingerprint, so that no other encoder's vectors
+are ever read, with two append-only files: `keys` (16-byte digests of texts) and `vectors` (float16
+rows in the same order). A row counts when both files hold all of it, so a process may be killed at
+any moment and the next one goes on from there. Whoever reads or changes the files' ends holds
+their lock, so several runs may fill one store at once.
+
+Of several processes of a run each has a store on its own disk, or all share one, which the first
+writes.
+"""
+
+import itertools
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from filelock import FileLock
+
+from pplug_jax.data.keys import KEY_BYTES, text_key
+from pplug_jax.encoder import Encoder
+from pplug_jax.runtime.console import Progress
+from pplug_jax.runtime.distributed import from_primary, on_any, wait_for_all
+from pplug_jax.runtime.primary import is_primary
+
+CHUNK = 4096  # texts encoded between two writes
+WINDOW = 1 << 26  # characters sorted by length at a time; all texts may be more than the memory
+
+
+def _chunks(texts: Iterable[str], wanted: set[bytes]) -> Iterator[list[str]]:
+    """The texts whose keys are wanted, each once, sorted by length within windows."""
+    window: list[str] = []
+    size = 0
+    for text in itertools.chain(texts, [None]):
+        if text is not None and (key := text_key(text)) in wanted:
+            wanted.remove(key)
+            window.append(text)
+            size += len(text)
+        if size >= WINDOW or text is None:
+            window.sort(key=len)
+            yield from (window[i : i + CHUNK] for i in range(0, len(window), CHUNK))
+            window, size = [], 0
+
+
+class HistoryStore:
+    """Vectors (N, E) float16 of unique texts, memory-mapped."""
+
+    def __init__(self, directory: str | Path, encoder: Encoder):
+        self.directory = Path(directory) / encoder.fingerprint
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.encoder = encoder
+        self._lock = FileLock(self.directory / "lock")
+        self._rows: dict[bytes, int] = {}
+        shared = jax.process_count() > 1 and self._is_shared()
+        self._writes = is_primary() or not shared
+        self._open()
+
+    def _is_shared(self) -> bool:
+        """Whether it is the first process' directory too, who leaves a mark for all to look for."""
+        mark = self.directory / f"shared-{int(from_primary(np.int32(secrets.randbits(31))))}"
+        if is_primary():
+            mark.touch()
+        wait_for_all("the history store is marked")
+        found = mark.is_file()
+        wait_for_all("all have looked for the mark")
+        if is_primary():
+            mark.unlink()
+        return found
+
+    def _files(self) -> dict[Path, int]:
+        """The files, and the bytes of a row in each."""
+        keys, vectors = self.directory / "keys", self.directory / "vectors"
+        return {keys: KEY_BYTES, vectors: 2 * self.encoder.size}
+
+    def _cut(self) -> None:
+        """Takes away what a killed process left unfinished; under the lock, so by none alive."""
+        files = self._files()
+        for path in files:
+            path.touch()
+        rows = min(path.stat().st_size // size for path, size in files.items())
+        for path, size in files.items():
+            if path.stat().st_size != rows * size:
+                with open(path, "r+b") as file:
+                    file.truncate(rows * size)
+
+    def _read_keys(self) -> None:
+        """Learns of the rows that were added since, by this run or another."""
+        keys = next(iter(self._files()))
+        with open(keys, "rb") as file:
+            file.seek(len(self._rows) * KEY_BYTES)
+            added = file.read()
+        for start in range(0, len(added), KEY_BYTES):
+            self._rows[added[start : start + KEY_BYTES]] = len(self._rows)
+
+    def _open(self) -> None:
+        with self._lock:
+            self._cut()
+            self._read_keys()
+        _, vectors = self._files()
+        shape = (len(self._rows), self.encoder.size)
+        self._vectors = (
+            np.memmap(vectors, np.float16, "r", shape=shape)
+            if len(self._rows)
+            else np.zeros(shape, np.float16)
+        )
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, text: str) -> bool:
+        return text_key(text) in self._rows
+
+    def add(self, texts: Iterable[str], batch_size: int = 64) -> int:
+        """Encodes the texts that the store lacks, with a progress bar; returns how many.
+
+        Goes through the texts twice; only an iterator's are held in memory. All processes bring
+        the same texts, and encode together what one of them lacks.
+        """
+        if isinstance(texts, Iterator):
+            texts = list(texts)
+        unique = list(dict.fromkeys(map(text_key, texts)))
+        lacking = on_any(np.array([key not in self._rows for key in unique], bool))
+        new = set(itertools.compress(unique, lacking))
+        count = len(new)
+        if not new:
+            return 0
+        try:
+            with Progress("encoding histories", count, "texts") as progress:
+                # Like lengths together, so that little is padded; chunk by chunk, so that a killed
+                # run keeps what it had.
+                for chunk in _chunks(texts, new):
+                    vectors = self.encoder.encode(chunk, batch_size, progress.advance)
+                    if self._writes:
+                        self._append(list(map(text_key, chunk)), vectors)
+            wait_for_all("the histories are encoded")
+        finally:
+            self._open()
+        return count
+
+    def _append(self, keys: Sequence[bytes], vectors: np.ndarray) -> None:
+        with self._lock:
+            self._cut()
+            self._read_keys()
+            # The other processes of this run may lack the rest, or another run has added it.
+            new = np.array([key not in self._rows for key in keys], bool)
+            contents = (
+                b"".join(itertools.compress(keys, new)),
+                vectors[new].astype(np.float16).tobytes(),
+            )
+            for path, content in zip(self._files(), contents, strict=True):
+                with path.open("ab") as file:
+                    file.write(content)
+
+    def rows(self, texts: Sequence[str]) -> np.ndarray:
+        """The texts' row numbers, (n,) int64.
+
+        Raises:
+            KeyError: a text that was never added.
+        """
+        return np.array([self._rows[text_key(text)] for text in texts], np.int64)
+
+    def keys(self, rows: np.ndarray) -> np.ndarray:
+        """What the texts in these rows are known by in every store: (n,) -> (n, 16) uint8."""
+        return np.fromfile(next(iter(self._files())), np.uint8).reshape(-1, KEY_BYTES)[rows]
+
+    def rows_of(self, keys: np.ndarray) -> np.ndarray:
+        """The reverse, (n, 16) -> (n,) int64; raises as `rows`."""
+        return np.array([self._rows[key.tobytes()] for key in keys], np.int64)
+
+    def vectors(self, rows: np.ndarray) -> np.ndarray:
+        """(n,) -> (n, E) float32."""
+        return np.asarray(self._vectors[rows], np.float32)

@@ -1,0 +1,54 @@
+"""What a method's examples show of the user."""
+
+from collections.abc import Iterable, Sequence
+
+import ml_collections
+
+from pplug_jax.data.lamp import Example
+from pplug_jax.data.tasks import Task
+from pplug_jax.feed.batches import Tokenized
+from pplug_jax.feed.retrieval import demonstration_prompt, retrievers
+from pplug_jax.feed.store import HistoryStore
+from pplug_jax.llm.prompts import Tokenizer
+from pplug_jax.methods.table import Method
+from pplug_jax.methods.users import strangers
+
+
+def shown(
+    task: Task,
+    tokenizer: Tokenizer,
+    store: HistoryStore,
+    method: Method,
+    config: ml_collections.ConfigDict,
+    examples: Iterable[Example],
+    tokenized: Sequence[Tokenized],
+) -> list[Tokenized]:
+    """The examples with what the method shows of the user: demonstrations, a history, or none."""
+    length = config.data.max_input_length
+    if method.retrieval:
+        retrieve = retrievers(store, config.data.history_labels)[method.retrieval]
+        top_k = method.top_k or config.eval.top_k
+        prompts = (
+            demonstration_prompt(
+                task,
+                example.input,
+                retrieve(task, example.input, example.profile, top_k),
+                tokenizer.tokenizer,
+                length,
+            )
+            for example in examples
+        )
+        tokenized = [
+            each._replace(prompt=tokenizer.prompt(prompt, length))
+            for each, prompt in zip(tokenized, prompts, strict=True)
+        ]
+    if not method.plug or method.history == "none":
+        readers = [None] * len(tokenized)
+    elif method.history == "another":
+        readers = strangers([each.rows for each in tokenized], config.seed)
+    else:
+        readers = range(len(tokenized))
+    return [
+        each.with_history_of(None if i is None else tokenized[i])
+        for each, i in zip(tokenized, readers, strict=True)
+    ]

@@ -1,0 +1,56 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): trained low-rank updates of a frozen LLM's kernels."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pplug_jax.llm import LLM
+from pplug_jax.nn.linear import Adapted
+
+
+class Lora(nnx.Module):
+    """An update of every kernel of every layer; nothing at initialisation.
+
+    Args of the constructor:
+        llm: the frozen LLM, of which only shapes are used.
+        rank: r. alpha: the update is alpha / r * A B.
+        users: with a number, so many updates, one for each row of a batch.
+    """
+
+    def __init__(
+        self, llm: LLM, rank: int, alpha: float, users: int | None = None, *, rngs: nnx.Rngs
+    ):
+        def param(shape: tuple[int, ...], axes: tuple[str | None, ...], std: float) -> nnx.Param:
+            value = jax.random.normal(rngs.params(), shape) * std if std else jnp.zeros(shape)
+            if users is not None:
+                # All begin alike: what a user gets does not depend on who else is in the batch.
+                value = jnp.tile(value[:, None], (1, users, 1, 1))
+                axes = axes[0], "batch", None, None
+            return nnx.Param(value, axes=axes)
+
+        down, up = {}, {}
+        for path, variable in nnx.to_flat_state(nnx.state(llm)):
+            kernel = variable.get_value()
+            while isinstance(kernel, Adapted):
+                kernel = kernel.base
+            if len(kernel.shape) == 3:  # only the layers' kernels are stacks of matrices
+                layers, inputs, outputs = kernel.shape
+                _, *axes = variable.get_metadata("axes")
+                name = ".".join(path)
+                down[name] = param(
+                    (layers, inputs, rank), ("layers", axes[0], "rank"), inputs**-0.5
+                )
+                up[name] = param((layers, rank, outputs), ("layers", "rank", axes[1]), 0)
+        self.down, self.up = nnx.Dict(down), nnx.Dict(up)
+        self.scale = alpha / rank
+
+    def on(self, llm: LLM) -> LLM:
+        """The LLM with these updates."""
+        graph, state = nnx.split(llm)
+        flat = []
+        for path, variable in nnx.to_flat_state(state):
+            if (name := ".".join(path)) in self.down:
+                update = self.down[name][...], self.up[name][...] * self.scale
+                variable = variable.replace(Adapted(variable.get_value(), *update))
+            flat.append((path, variable))
+        return nnx.merge(graph, nnx.from_flat_state(flat))

@@ -1,0 +1,253 @@
+"""The paper: a user's history and the input at hand become soft prompt tokens.
+
+PPlug, arXiv 2409.11901, section 3:
+
+q = Enc_inp(x)                              trained
+w = softmax_i(q . H_i / temperature)        H_i = Enc_his(h_i), frozen, from the history store
+P = W2 (sum_i w_i GELU(W1 H_i + b1)) + b2   the paper's sum_i w_i Proj(H_i): exact, as sum_i w_i = 1
+I = MLP(v)
+soft prompt = scale * [I ; P]               scale = mean norm of the LLM's embedding rows
+
+Two extensions, each off in the paper:
+
+recency     w_i ~ exp(q . H_i / temperature) * (1 + age_i)^-softplus(rate), age_i the number of
+            newer items
+features    soft prompt = scale * [I ; P ; F ..], F as P by a projector of its own from a feature
+            of the items (feed/features.py) that H_i may not tell: `form`, how the user writes, or
+            `difference`, H_i - mean of what other users wrote on similar things (DEP, arXiv
+            2507.20849)
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pplug_jax.encoder.bert import Bert, gelu
+from pplug_jax.feed.features import FEATURES
+from pplug_jax.nn.variables import Frozen
+from pplug_jax.plugs.reading import PAPER, Reading
+from pplug_jax.runtime.mesh import rows
+
+# E[GELU(z)^2] for z ~ N(0, 1): what the first layer hands to the second at initialisation.
+GELU_POWER = 0.4252
+NONE: Mapping[str, jax.Array] = MappingProxyType({})
+FIRST_RECENCY = 0.01  # softplus(rate) at initialisation: the oldest of 512 items loses 6%
+
+
+class Projector(nnx.Module):
+    """Linear - GELU (exact) - Linear from unit vectors (..., E) to (..., out).
+
+    The outputs are of about unit norm at initialisation. The layers are called one by one, since
+    the pooler sums between them.
+    """
+
+    def __init__(self, size: int, hidden: int, out: int, tokens: int, rngs: nnx.Rngs):
+        def normal(shape: tuple[int, ...], std: float, *axes: str) -> nnx.Param:
+            return nnx.Param(jax.random.normal(rngs.params(), shape) * std, axes=axes)
+
+        self.up = normal((size, hidden), 1.0, "encoder", "embed")
+        self.up_bias = nnx.Param(jnp.zeros(hidden), axes=("bias",))
+        # A matrix, not (hidden, tokens, out): so XLA's CPU backend makes its gradient in the
+        # parameter's own layout (the layer alone 23 ms instead of 104 at 2048 x 16 x 128).
+        self.down = normal(
+            (hidden, tokens * out), (GELU_POWER * hidden * out) ** -0.5, "embed", "llm"
+        )
+        self.down_bias = nnx.Param(jnp.zeros(tokens * out), axes=("bias",))
+        self.tokens = tokens
+
+    def first(self, x: jax.Array) -> jax.Array:
+        """(..., E) -> (..., hidden)."""
+        return gelu(x @ self.up[...].astype(x.dtype) + self.up_bias[...].astype(x.dtype))
+
+    def second(self, h: jax.Array) -> jax.Array:
+        """(..., hidden) -> (..., tokens, out)."""
+        out = h @ self.down[...].astype(h.dtype) + self.down_bias[...].astype(h.dtype)
+        return out.reshape(*h.shape[:-1], self.tokens, -1)
+
+
+def attention_weights(
+    query: jax.Array,
+    history: jax.Array,
+    mask: jax.Array,
+    temperature: jax.Array | float,
+    nearest: int = 0,
+    penalty: jax.Array | None = None,
+) -> jax.Array:
+    """softmax_i(q . H_i / temperature - penalty_i) over the unmasked items.
+
+    All zero for an empty history.
+
+    Args:
+        query: (B, E), unit norm. history: (B, H, E), unit norm. mask: (B, H) bool.
+        nearest: only so many items, those of the highest score; 0 is all.
+        penalty: (B, H), finite; None is none.
+
+    Returns:
+        (B, H) float32.
+    """
+    scores = (
+        jnp.einsum("be,bhe->bh", query, history, preferred_element_type=jnp.float32) / temperature
+    )
+    if penalty is not None:
+        scores -= penalty
+    scores = jnp.where(mask, scores, -jnp.inf)
+    if 0 < nearest < scores.shape[1]:
+        mask &= scores >= jax.lax.top_k(scores, nearest)[0][:, -1:]
+        scores = jnp.where(mask, scores, -jnp.inf)
+    # The weights do not depend on `top`. Through the maximum a gradient would be 0 / 0 where XLA
+    # makes the scores twice, rounded otherwise, and finds none of them equal to it.
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=1, keepdims=True))
+    weights = jnp.where(mask, jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0)), 0)
+    return weights / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1e-30)
+
+
+def pool(weights: jax.Array, units: jax.Array) -> jax.Array:
+    """sum_i w_i units_i, (B, H), (B, H, U) -> (B, U)."""
+    return jnp.einsum("bh,bhd->bd", weights.astype(units.dtype), units)
+
+
+class UserEmbedder(nnx.Module):
+    """The plug: all that is trained.
+
+    Args of the constructor:
+        input_encoder: Enc_inp, its weights `nnx.Param`.
+        llm_size: D. scale: the soft tokens' norm at initialisation, kept with the weights.
+        num_persona_tokens: k; 1 is the paper. projector_size: the persona projector's
+            hidden units; 0 is D, the paper.
+        temperature: of the attention; 1.0 is the paper. learned_temperature: train it from there.
+        recency: learn how much less an older item weighs.
+        features: k tokens more from each of these features of the items.
+        frozen_encoder: Enc_inp gets no gradient; in the paper it does.
+        dtype: of the computation; parameters stay float32.
+    """
+
+    def __init__(
+        self,
+        input_encoder: Bert,
+        llm_size: int,
+        scale: jax.Array | float,
+        *,
+        num_persona_tokens: int = 1,
+        projector_size: int = 0,
+        temperature: float = 1.0,
+        learned_temperature: bool = False,
+        recency: bool = False,
+        features: Sequence[str] = (),
+        frozen_encoder: bool = False,
+        dtype: str = "float32",
+        rngs: nnx.Rngs,
+    ):
+        size = input_encoder.config.hidden_size
+        self.input_encoder = input_encoder
+        hidden = projector_size or llm_size
+        self.projector = Projector(size, hidden, llm_size, num_persona_tokens, rngs)
+        self.instruction_projector = Projector(size, llm_size, llm_size, 1, rngs)
+        v = jax.random.normal(rngs.params(), (size,))
+        self.instruction = nnx.Param(v / jnp.linalg.norm(v), axes=("encoder",))
+
+        def null_tokens() -> nnx.Param:
+            shape = (num_persona_tokens, llm_size)
+            null = jax.random.normal(rngs.params(), shape) / math.sqrt(llm_size)
+            return nnx.Param(null, axes=("tokens", "llm"))
+
+        self.null_persona = null_tokens()
+        self.log_temperature = (
+            nnx.Param(jnp.float32(math.log(temperature)), axes=()) if learned_temperature else None
+        )
+
+        rate = jnp.float32(math.log(math.expm1(FIRST_RECENCY)))
+        self.recency_rate = nnx.Param(rate, axes=()) if recency else None
+        # Drawn last, so that no other parameter depends on whether they are there. Attributes of
+        # their own name each, under which checkpoints have them.
+        self.features = tuple(sorted(features))
+        for name in self.features:
+            width = FEATURES[name].width(size)
+            made = Projector(width, hidden, llm_size, num_persona_tokens, rngs)
+            setattr(self, f"{name}_projector", made)
+            setattr(self, f"null_{name}", null_tokens())
+        self.frozen_encoder = frozen_encoder
+        self.temperature = temperature
+        self.scale = Frozen(jnp.float32(scale), axes=())
+        self.dtype = dtype
+
+    def __call__(
+        self,
+        query: jax.Array,
+        query_mask: jax.Array,
+        history: jax.Array,
+        history_mask: jax.Array,
+        features: Mapping[str, jax.Array] = NONE,
+        *,
+        reading: Reading = PAPER,
+        remat: bool = False,
+    ) -> jax.Array:
+        """The soft prompt [I ; P], and behind it the features' tokens.
+
+        Args:
+            query, query_mask: (B, Q) int32 and bool, the input as Enc_inp's tokens.
+            history, history_mask: (B, H, E) and (B, H) bool, the encoded history; a row without
+                items gets the null persona.
+            features: {name: (B, H, width) float32}, what else is told of the items; those of
+                `reading.features_of` must be there.
+            reading: static; one of the paper's ablations.
+            remat: recompute the input encoder's activations in the backward pass.
+
+        Returns:
+            (B, 1 + k, D) in the computation's dtype; k more for each feature, and 1 less without
+            the instruction.
+        """
+        weights = self.attention(
+            query, query_mask, history, history_mask, features, reading=reading, remat=remat
+        )
+
+        def tokens(projector: Projector, vectors: jax.Array, null: nnx.Param) -> jax.Array:
+            # A masked item may hold anything, and 0 * NaN is NaN: hence the `where`.
+            vectors = jnp.where(history_mask[..., None], vectors, 0).astype(self.dtype)
+            made = projector.second(pool(weights, rows(projector.first(vectors))))
+            empty = ~jnp.any(history_mask, axis=1)
+            return jnp.where(empty[:, None, None], null[...].astype(self.dtype), made)
+
+        parts = [tokens(self.projector, history, self.null_persona)]
+        for name in self.features:
+            own = getattr(self, f"{name}_projector"), features[name], getattr(self, f"null_{name}")
+            parts.append(tokens(*own))
+        if reading.instruction:
+            vector = self.instruction[...].astype(self.dtype)
+            made = self.instruction_projector.second(self.instruction_projector.first(vector))
+            parts.insert(0, jnp.broadcast_to(made, (history.shape[0], *made.shape)))
+        scale = jax.lax.stop_gradient(self.scale[...]).astype(self.dtype)
+        return jnp.concatenate(parts, axis=1) * scale
+
+    def attention(
+        self,
+        query: jax.Array,
+        query_mask: jax.Array,
+        history: jax.Array,
+        history_mask: jax.Array,
+        features: Mapping[str, jax.Array] = NONE,
+        *,
+        reading: Reading = PAPER,
+        remat: bool = False,
+    ) -> jax.Array:
+        """The items' weights, (B, H) float32; arguments as `__call__`'s."""
+        if reading.uniform:
+            return history_mask / jnp.maximum(
+                jnp.sum(history_mask, axis=1, keepdims=True), 1
+            ).astype(jnp.float32)
+        temperature: Any = (
+            self.temperature if self.log_temperature is None else jnp.exp(self.log_temperature[...])
+        )
+        vectors = self.input_encoder(query, query_mask, remat)
+        if self.frozen_encoder:
+            vectors = jax.lax.stop_gradient(vectors)
+        history = jnp.where(history_mask[..., None], history, 0).astype(jnp.float32)
+        penalty = None
+        if self.recency_rate is not None:
+            age = jnp.where(history_mask, features["age"][..., 0], 0)
+            penalty = jax.nn.softplus(self.recency_rate[...]) * jnp.log1p(age)
+        return attention_weights(vectors, history, history_mask, temperature, reading.top, penalty)

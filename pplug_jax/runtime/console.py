@@ -1,0 +1,71 @@
+"""Progress of long work: a bar on a terminal, a line now and then elsewhere."""
+
+import time
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from pplug_jax.runtime.primary import is_primary
+
+console = Console()
+if not console.is_terminal:
+    console = Console(width=120)  # a file or a pipe has no width of its own
+SECONDS_BETWEEN_LINES = 15
+
+
+def say(text: str) -> None:
+    """Prints a line as it is, once for all processes: no markup, no wrapping."""
+    if is_primary():
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class Progress:
+    """`with Progress("training", 100, "steps") as progress: progress.advance(1, loss=...)`."""
+
+    def __init__(self, title: str, total: int, unit: str, done: int = 0):
+        self.title, self.total, self.unit = title, total, unit
+        self.done = self.before = done  # what an earlier run did says nothing about the time left
+        self.start = self.said = time.monotonic()
+        self.bar: Bar | None = None
+        if console.is_terminal and is_primary():
+            columns = (
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[info]}"),
+                TimeRemainingColumn(),
+            )
+            self.bar = Bar(TextColumn("{task.description}"), *columns, console=console)
+            self.task = self.bar.add_task(title, total=total, completed=done, info=unit)
+
+    def __enter__(self) -> Self:
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.bar:
+            self.bar.stop()
+        elif exception[0] is None:
+            self._report("")
+
+    def advance(self, count: int, info: str = "") -> None:
+        """`count` more are done; `info` is shown beside the bar."""
+        self.done += count
+        if self.bar:
+            self.bar.update(self.task, advance=count, info=info or self.unit)
+        elif time.monotonic() - self.said > SECONDS_BETWEEN_LINES:
+            self._report(info)
+
+    def _report(self, info: str) -> None:
+        self.said = time.monotonic()
+        took = self.said - self.start
+        left = took / max(1, self.done - self.before) * (self.total - self.done)
+        times = (
+            f"{took:.0f} s, {left:.0f} s left"
+            if self.done < self.total
+            else f"done in {took:.1f} s"
+        )
+        text = f"{self.title}: {self.done}/{self.total} {self.unit}, {times}"
+        say(f"{text}, {info}" if info else text)

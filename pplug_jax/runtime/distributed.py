@@ -1,0 +1,93 @@
+"""Several processes, one a host, as one job: how they meet, agree, and see each other's arrays.
+
+All of them run the same program on the same data; what they do at the same time they do together.
+A workdir is one directory that all see, in which the first process alone writes files of its own
+(Orbax has every process write its arrays).
+"""
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from pplug_jax.errors import InputError
+
+HEARTBEAT_SECONDS = 30  # silence after which a process counts as lost, and the job ends
+SHUTDOWN_SECONDS = 30  # how long a process that is done waits for the others
+
+
+def start() -> None:
+    """Joins the job that the environment speaks of; without one the process is alone.
+
+    A job is a Cloud TPU slice or several, a SLURM step, Open MPI or an indexed Kubernetes job (all
+    found by JAX), or what JAX_COORDINATOR_ADDRESS (HOST:PORT), JAX_NUM_PROCESSES and JAX_PROCESS_ID
+    say. To be called before JAX is used.
+
+    Raises:
+        InputError: variables that make no sense, or the others do not answer.
+    """
+    given = {
+        name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")
+    }
+    # JAX takes every pod for a member of a job, also one that somebody's notebook runs in.
+    lone_pod = "KUBERNETES_SERVICE_HOST" in os.environ and not (
+        {"JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES"} & os.environ.keys()
+    )
+    try:
+        jax.distributed.initialize(
+            **{name: int(value) for name, value in given.items() if value is not None},
+            cluster_detection_method="deactivate" if lone_pod else None,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
+    except (ValueError, RuntimeError) as error:
+        alone = not any(given.values()) and "coordinator_address should be defined" in str(error)
+        if not alone:
+            raise InputError(
+                f"this process could not join the others: {error}. JAX_COORDINATOR_ADDRESS, "
+                "JAX_NUM_PROCESSES and JAX_PROCESS_ID must be set on every host, or none of them"
+            ) from error
+
+
+def wait_for_all(reason: str) -> None:
+    """Returns when every process is here: what the first has written is there for all."""
+    if jax.distributed.is_initialized():
+        multihost_utils.sync_global_devices(reason)
+
+
+def from_primary(value: Any) -> Any:
+    """The first process' value, a number or an array, on every process."""
+    if not jax.distributed.is_initialized():
+        return value
+    return multihost_utils.broadcast_one_to_all(value)
+
+
+def on_any(values: np.ndarray) -> np.ndarray:
+    """Where one process or more has true, of bools of the same shape on each."""
+    if not jax.distributed.is_initialized():
+        return values
+    return multihost_utils.process_allgather(values, tiled=False).any(axis=0)
+
+
+def worst_of_all(value: int) -> int:
+    """The largest of all processes' values, on every process."""
+    if not jax.distributed.is_initialized():
+        return value
+    return int(multihost_utils.process_allgather(np.int32(value)).max())
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """The whole array on every process, wherever its shards lie."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+
+def is_preempted(step: int) -> bool:
+    """Whether all processes stop before the next step, as one of them got SIGTERM.
+
+    To be asked by every process at every step. JAX has them agree on a step that none is beyond.
+    """
+    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)

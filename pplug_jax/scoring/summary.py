@@ -1,0 +1,77 @@
+"""What examples' statistics say of methods: scores, tables' columns, and differences in words."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pplug_jax.data.tasks import TASKS
+from pplug_jax.scoring.metrics import METRICS, compare, interval, value_of
+
+
+def scores(
+    statistics: dict[str, np.ndarray], samples: int, users: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """{metric: {value, low, high}}."""
+    found = {}
+    for metric, rows in statistics.items():
+        low, high = interval(metric, rows, samples, users=users)
+        found[metric] = {"value": value_of(metric, rows), "low": low, "high": high}
+    return found
+
+
+def mean_statistics(seeds: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """{metric: each example's statistics, averaged over the seeds}."""
+    return {metric: np.mean([each[metric] for each in seeds], axis=0) for metric in seeds[0]}
+
+
+def title_of(results: dict[str, Any]) -> str:
+    return f"{results['task']}: {results['data']}, split {results['split']}, {results['llm']}"
+
+
+def metric_columns(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The metrics that all methods have, as a header and a list of cells for each method.
+
+    The task's own metrics are told with their intervals.
+    """
+    entries = list(results["methods"].values())
+    metrics = [metric for metric in METRICS if all(metric in entry for entry in entries)]
+    own = TASKS[results["task"]].metrics
+    header = [f"{metric} (95% interval)" if metric in own else metric for metric in metrics]
+    forms = [
+        "{value:.3f} [{low:.3f}, {high:.3f}]" if metric in own else "{value:.3f}"
+        for metric in metrics
+    ]
+    cells = [
+        [form.format(**entry[metric]) for metric, form in zip(metrics, forms, strict=True)]
+        for entry in entries
+    ]
+    return header, cells
+
+
+def verdicts(
+    statistics: dict[str, dict[str, np.ndarray]],
+    metric: str,
+    samples: int,
+    users: Sequence[str] = (),
+) -> list[str]:
+    """What the paired differences between pplug and every other method say, in words."""
+    if "pplug" not in statistics:
+        return []
+    said = []
+    for name in statistics:
+        if name == "pplug":
+            continue
+        both = statistics["pplug"][metric], statistics[name][metric]
+        found = compare(metric, *both, samples, users=users)
+        better = (found.difference > 0) != METRICS[metric].lower_is_better
+        word = "better than" if better else "worse than"
+        if found.p_value >= 0.05:
+            word = "not significantly different from"
+        said.append(
+            f"pplug is {word} {name}: {metric} {found.difference:+.3f} "
+            f"[{found.low:+.3f}, {found.high:+.3f}], p = {found.p_value:.4f}"
+        )
+        if name == "shuffled_user" and word != "better than":
+            said.append("So nothing here shows that the plug learnt the user rather than the task.")
+    return said

@@ -1,0 +1,288 @@
+"""The parts that training, evaluation and serving share: mesh, LLM, encoder, store."""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from pplug_jax.config import check_batches
+from pplug_jax.data.lamp import Example, Item
+from pplug_jax.data.tasks import TASKS
+from pplug_jax.encoder import load_encoder
+from pplug_jax.encoder.bert import Bert
+from pplug_jax.encoder.encode import abstract_bert, load_bert
+from pplug_jax.errors import ConfigError, InputError
+from pplug_jax.feed.batches import Assemble, Buckets, Tokenized, history_rows, tokenize
+from pplug_jax.feed.features import compare_with_peers
+from pplug_jax.feed.peers import Peers
+from pplug_jax.feed.store import HistoryStore
+from pplug_jax.llm import LLM, abstract_llm, llm_loader
+from pplug_jax.llm.prompts import Tokenizer
+from pplug_jax.methods.table import METHODS, Method, configured
+from pplug_jax.plugs.forward import Weights
+from pplug_jax.plugs.lora import Lora
+from pplug_jax.plugs.persona import UserEmbedder
+from pplug_jax.plugs.reading import features_of, soft_tokens
+from pplug_jax.runtime.mesh import local_rows, make_mesh, parts, place, place_abstract
+from pplug_jax.storage import hf
+from pplug_jax.storage.checkpoint import Checkpoints, is_saved, module_loader, save_module
+from pplug_jax.storage.files import absolute, is_remote
+from pplug_jax.storage.hub import local_directory
+from pplug_jax.storage.workdir import CONVERTED, HISTORY, checkpoints_path
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def model_path(path: str, field: str) -> Path:
+    """A model's directory: `assets/NAME` is one bundled with the package, others as `hub` has it.
+
+    Raises:
+        ConfigError: nothing is there; the message says what belongs there.
+    """
+    if path.startswith("assets/"):
+        path = str(ASSETS / path.removeprefix("assets/"))
+    try:
+        return local_directory(path)
+    except InputError as error:
+        raise ConfigError(f"config.{field}.path: {error}") from error
+
+
+class Models:
+    """What a config names, on its mesh.
+
+    abstract_llm: the LLM's shapes, dtypes and places, which is all that compiling needs.
+
+    Raises:
+        ConfigError, FileNotFoundError, ValueError: a path, checkpoint or setting that cannot work.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, workdir: Path):
+        self.config = config
+        self.workdir = workdir
+        self.task = TASKS[config.task]
+        self.mesh = make_mesh(**config.mesh)
+        check_batches(config, parts(self.mesh, "batch"))
+        llm_path = model_path(config.llm.path, "llm")
+        self.encoder_path = model_path(config.encoder.path, "encoder")
+        llm = abstract_llm(llm_path, **self._llm_settings)
+        self.abstract_llm = place_abstract(llm, self.mesh)
+        self._load_llm = self._llm_loader(llm_path)
+        tokenizer = hf.load_tokenizer(llm_path, llm.config.vocab_size)
+        self.tokenizer = Tokenizer(
+            tokenizer,
+            llm.config.eos_ids,
+            vocab_size=llm.config.vocab_size,
+            separator=config.llm.separator,
+            prompt_end=llm.prompt_end,
+            chat=config.llm.chat,
+        )
+        self._check_length()
+        self.encoder = load_encoder(
+            self.encoder_path,
+            mesh=self.mesh,
+            dtype=config.encoder.dtype,
+            pooling=config.encoder.pooling or None,
+            max_length=config.encoder.max_length,
+            query_prefix=config.encoder.query_prefix,
+            item_prefix=config.encoder.item_prefix,
+        )
+        local = HISTORY if is_remote(workdir) else workdir / HISTORY
+        self.store = HistoryStore(config.data.history_store or local, self.encoder)
+
+    def _llm_loader(self, path: Path) -> Callable[[], LLM]:
+        if is_saved(self.converted):
+            return module_loader(self.converted, self.abstract_llm, self._llm_origin)
+        return llm_loader(path, mesh=self.mesh, **self._llm_settings)
+
+    @functools.cached_property
+    def llm(self) -> LLM:
+        """The frozen LLM, loaded when it is first asked for."""
+        load = vars(self).pop("_load_llm")  # and with it the open files
+        return load()
+
+    def convert_llm(self) -> bool:
+        """Writes the loaded LLM for later starts to restore; returns whether it was not there."""
+        if is_saved(self.converted):
+            return False
+        save_module(self.converted, self.llm, self._llm_origin)
+        return True
+
+    @property
+    def converted(self) -> epath.Path:
+        """Where the converted LLM lies, if it was converted."""
+        return absolute(self.config.llm.converted or self.workdir / CONVERTED)
+
+    @property
+    def _llm_settings(self) -> dict[str, Any]:
+        return {"dtype": self.config.llm.dtype, "quantize": self.config.llm.quantize or None}
+
+    @property
+    def _llm_origin(self) -> dict[str, Any]:
+        return {"path": self.config.llm.path, **self._llm_settings}
+
+    def item_text(self, item: Item) -> str:
+        """A history item as the encoder reads it."""
+        return self.task.item_text(item, self.config.data.history_labels)
+
+    def history_rows(self, examples: Iterable[Example]) -> list[np.ndarray]:
+        """Each example's history as rows of the store, without tokenising anything."""
+        data = self.config.data
+        return [
+            history_rows(self.task, each, self.store, data.max_history, data.history_labels)
+            for each in examples
+        ]
+
+    def tokenize(self, examples: Iterable[Example]) -> list[Tokenized]:
+        """`data.batches.tokenize` with this task, tokenizer, store and the config's lengths."""
+        data = self.config.data
+        return tokenize(
+            self.task,
+            examples,
+            self.tokenizer,
+            self.store,
+            max_input_length=data.max_input_length,
+            max_target_length=data.max_target_length,
+            max_history=data.max_history,
+            history_labels=data.history_labels,
+        )
+
+    @functools.cached_property
+    def peers(self) -> Peers:
+        """The items of the training split's histories, as `inputs.save_peers` left them."""
+        return Peers.load(self.store, self.workdir)
+
+    def buckets(self, examples: Sequence[Tokenized], count: int) -> Buckets:
+        longest_query = self.encoder.model.config.max_length
+        return Buckets(examples, count, longest_query, self.abstract_llm.decoder_only)
+
+    def assemble(
+        self,
+        config: ml_collections.ConfigDict,
+        examples: Sequence[Tokenized],
+        batch_size: int,
+        **training: Any,
+    ) -> Assemble:
+        """What makes batches of the examples, as the plug of `config` reads them.
+
+        training: the seed and shares of `Assemble`'s dropout.
+        """
+        features = features_of(config.plug)
+        return Assemble(
+            examples,
+            self.buckets(examples, config.data.buckets),
+            self.store,
+            local_rows(self.mesh, batch_size),
+            features=features,
+            peers=self.peers if compare_with_peers(features) else None,
+            **training,
+        )
+
+    def _check_length(self) -> None:
+        data = self.config.data
+        methods = [METHODS[name] for name in self.config.methods]
+        plugs = [configured(self.config, method, 0).plug for method in methods if method.plug]
+        soft = max(map(soft_tokens, plugs), default=0)
+        prompt = self.tokenizer.prefix_length + data.max_input_length + len(self.tokenizer.suffix)
+        answer = max(data.max_target_length, self.config.eval.max_new_tokens)
+        longest = self.abstract_llm.config.max_length
+        if prompt + soft + answer > longest:
+            raise ConfigError(
+                f"config.data.max_input_length: prompt, soft tokens and answer may reach "
+                f"{prompt + soft + answer} tokens, "
+                f"but the LLM was made for {longest}"
+            )
+
+    @functools.cached_property
+    def _soft_norm(self) -> jax.Array:
+        return jax.jit(lambda llm: llm.embedding_norm())(self.llm)
+
+    def _build_plug(
+        self, config: ml_collections.ConfigDict, encoder: Bert, scale: jax.Array, key: jax.Array
+    ) -> UserEmbedder:
+        """A plug with `encoder` for Enc_inp, whose other parts are drawn from the key."""
+        return UserEmbedder(
+            encoder,
+            self.abstract_llm.config.hidden_size,
+            scale,
+            num_persona_tokens=config.num_persona_tokens,
+            projector_size=config.projector_size,
+            temperature=config.temperature,
+            learned_temperature=config.learned_temperature,
+            recency=config.recency,
+            features=config.features,
+            frozen_encoder=config.encoder_rate == 0,
+            dtype=config.dtype,
+            rngs=nnx.Rngs(key),
+        )
+
+    def _build_lora(self, config: ml_collections.ConfigDict, key: jax.Array) -> Lora:
+        return Lora(self.abstract_llm, config.rank, config.alpha, rngs=nnx.Rngs(key))
+
+    def _input_encoder(self, config: ml_collections.ConfigDict) -> dict[str, Any]:
+        return {
+            "pooling": self.config.encoder.pooling or None,
+            "variable": nnx.Param,
+            "dtype": config.dtype,
+        }
+
+    def abstract_weights(self, method: Method, config: ml_collections.ConfigDict) -> Weights:
+        """What the method trains: shapes, dtypes and places on the mesh, to restore into.
+
+        config: `methods.configured`.
+        """
+        key = jax.random.key(0)
+        if method.lora:
+            build = functools.partial(self._build_lora, config.lora)
+            return place_abstract(jax.eval_shape(build, key), self.mesh)
+        build = functools.partial(self._build_plug, config.plug)
+        encoder = abstract_bert(self.encoder_path, **self._input_encoder(config.plug))
+        scale = jax.ShapeDtypeStruct((), jnp.float32)
+        return place_abstract(jax.eval_shape(build, encoder, scale, key), self.mesh)
+
+    def restore_weights(
+        self, method: Method, config: ml_collections.ConfigDict, directory: Path
+    ) -> Weights:
+        """The trained weights that the method uses, of the newest checkpoint in `directory`.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        with contextlib.closing(Checkpoints(checkpoints_path(directory, method.weights))) as found:
+            return found.restore_weights(self.abstract_weights(method, config))
+
+    def new_weights(self, method: Method, config: ml_collections.ConfigDict) -> Weights:
+        """The method's weights before training, on the mesh, drawn from the config's seed.
+
+        A plug's Enc_inp has the encoder's weights, a LoRA changes nothing yet.
+        """
+        key = jax.random.key(config.seed)
+        if method.lora:
+            build = jax.jit(functools.partial(self._build_lora, config.lora))
+            return place(build(key), self.mesh)
+        build = jax.jit(functools.partial(self._build_plug, config.plug))
+        encoder = load_bert(self.encoder_path, self.mesh, **self._input_encoder(config.plug))
+        return place(build(encoder, self._soft_norm, key), self.mesh)
+
+
+def parameter_count(module: nnx.Module, *filters: type[nnx.Variable]) -> int:
+    variables = nnx.to_flat_state(nnx.state(module, *filters))
+    return sum(math.prod(variable.get_value().shape) for _, variable in variables)
+
+
+def trained_count(method: Method, weights: Weights) -> int:
+    """How many of the method's parameters its training changes."""
+    # Enc_inp is there too where it is frozen, or where no query is asked for.
+    idle = isinstance(weights, UserEmbedder) and (
+        weights.frozen_encoder or METHODS[method.weights].reading.uniform
+    )
+    count = parameter_count(weights, nnx.Param)
+    return count - parameter_count(weights.input_encoder) if idle else count

@@ -1,0 +1,347 @@
+"""Orbax checkpoints: of a training run, and of a module that is only restored.
+
+A training run's hold what is trained, the optimiser and the step, which is also the place in the
+data; never the LLM.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
+
+from pplug_jax.errors import CheckpointError
+from pplug_jax.runtime.console import say
+from pplug_jax.runtime.distributed import from_primary, wait_for_all, worst_of_all
+from pplug_jax.runtime.primary import is_primary
+from pplug_jax.runtime.retry import may_pass, retrying
+from pplug_jax.storage.files import absolute, is_remote
+
+# What TensorStore says of files that are shorter than they should be, gone, or no longer theirs.
+CUT_OR_MISSING = ("DATA_LOSS:", "NOT_FOUND:", "OUT_OF_RANGE:")
+MARK = "commit_success.txt"  # by which Orbax knows a whole checkpoint in a bucket
+READ, CUT, FAILED = range(3)  # how reading a checkpoint ended, the worst last
+
+
+def _validation_loss(metrics: dict[str, float]) -> float:
+    return metrics["validation_loss"]
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """A tree's arrays under their paths: what is stored does not depend on our classes."""
+    return {
+        jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _restored_like(tree: Any, arrays: dict[str, Any]) -> Any:
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    return jax.tree_util.tree_unflatten(
+        structure, [arrays[jax.tree_util.keystr(path)] for path, _ in leaves]
+    )
+
+
+class Checkpoints:
+    """Those of one method: the newest `keep`, and the one with the lowest validation loss.
+
+    Saving goes on in the background.
+    """
+
+    def __init__(self, directory: epath.PathLike, keep: int = 2):
+        self.directory = absolute(directory)
+        self.manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                create=True,
+                best_fn=_validation_loss,
+                best_mode="min",
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [
+                        policies.LatestN(keep),
+                        policies.BestN(
+                            get_metric_fn=_validation_loss,
+                            reverse=True,
+                            n=1,
+                            keep_checkpoints_without_metrics=False,
+                        ),
+                    ]
+                ),
+            ),
+            item_handlers=_training_items(),
+        )
+        self._tell_of_unmarked()
+        # The manager's own `restore` waits for all processes, also for one that failed.
+        self.reader = ocp.CompositeCheckpointHandler(**_training_items())
+        self.last: dict[str, Any] | None = None  # the arguments of the newest `save`
+
+    def _tell_of_unmarked(self) -> None:
+        """Names what Orbax takes for unfinished in a bucket, where no renaming shows what is whole.
+
+        A copy from a disk that an Orbax before 0.12.4 wrote on is such.
+        """
+        for path in self.directory.iterdir() if is_remote(self.directory) else ():
+            if path.name.isdigit() and not (path / MARK).exists():
+                say(
+                    f"warning: {path} is passed over as unfinished: it has no {MARK}. If it was "
+                    "copied whole from a disk, put an empty file of that name into it and into "
+                    "each folder in it"
+                )
+
+    @property
+    def latest(self) -> int | None:
+        """The newest whole checkpoint's step."""
+        return self.manager.latest_step()
+
+    def latest_for_all(self) -> int | None:
+        """The same as the first process sees it; all processes ask at once."""
+        step = int(from_primary(np.int32(-1 if self.latest is None else self.latest)))
+        return None if step < 0 else step
+
+    @property
+    def best(self) -> int | None:
+        """The step with the lowest validation loss; the newest where none was validated."""
+        return self.manager.best_step() or self.latest
+
+    def save(
+        self, step: int, weights: Any, opt_state: Any, validation_loss: float | None = None
+    ) -> None:
+        """Begins to write a checkpoint.
+
+        Where the one before failed for a moment only, this one takes its place.
+
+        Raises:
+            CheckpointError: this one or the one before could not be written, for instance to a
+                full disk.
+        """
+        if step == self.latest:
+            return
+        try:
+            self._settle()
+        except Exception as error:
+            if not self._is_forgiven(error):
+                raise self._failed(error) from error
+            say(f"warning: {self.directory}: step {self.last['step']} was not written: {error}")
+        self.last = {
+            "step": step,
+            "args": ocp.args.Composite(
+                weights=ocp.args.PyTreeSave(_named(weights)),
+                optimizer=ocp.args.PyTreeSave(_named(opt_state)),
+            ),
+            "metrics": None if validation_loss is None else {"validation_loss": validation_loss},
+        }
+        self._begin()
+
+    def wait(self) -> None:
+        """Returns when everything is on disk; raises as `save`.
+
+        What failed for a moment only is written again, so the arrays of the newest `save` must
+        still be there.
+        """
+        try:
+            self._settle()
+        except Exception as error:
+            if not self._is_forgiven(error):
+                raise self._failed(error) from error
+            say(f"warning: {self.directory}: step {self.last['step']}: {error}; written again")
+            self._begin(waiting=True)
+
+    def _settle(self) -> None:
+        self.manager.wait_until_finished()
+        self.manager.check_for_errors()
+
+    def _is_forgiven(self, error: Exception) -> bool:
+        """Whether writing goes on: several processes cannot, who wait for one another in Orbax."""
+        return jax.process_count() == 1 and self.last is not None and may_pass(error)
+
+    def _begin(self, *, waiting: bool = False) -> None:
+        """Writes `last`, in the background or until it is there."""
+
+        def write() -> None:
+            self.manager.save(**self.last, force=True)
+            if waiting:
+                self._settle()
+
+        try:
+            if jax.process_count() == 1:
+                retrying(f"writing step {self.last['step']} to {self.directory}", write)
+            else:
+                write()
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def restore(self, weights: Any, opt_state: Any) -> tuple[Any, Any, int]:
+        """The newest one, laid out as `weights` and `opt_state`, and its step.
+
+        One that is cut or lacks files is told of and set aside, and the one before is taken.
+
+        Raises:
+            CheckpointError: none is whole, or one could not be read for another reason, which
+                leaves all as they are.
+        """
+        args = {"weights": _restore_args(weights), "optimizer": _restore_args(opt_state)}
+        cut: list[int] = []
+        restored, step = self._first_whole(self._newest_first(), cut, **args)
+        for torn in cut:
+            self._set_aside(torn)
+        return (
+            _restored_like(weights, restored["weights"]),
+            _restored_like(opt_state, restored["optimizer"]),
+            step,
+        )
+
+    def restore_weights(self, weights: Any) -> Any:
+        """The best one's weights alone, laid out as `weights`; if cut, the newest of the others'.
+
+        Raises:
+            CheckpointError: there is none, or as `restore`.
+        """
+        best = self.best
+        if best is None:
+            raise CheckpointError(f"{self.directory}: no checkpoint; train first (--mode=train)")
+        steps = [best, *(step for step in self._newest_first() if step != best)]
+        restored, _ = self._first_whole(steps, [], weights=_restore_args(weights))
+        return _restored_like(weights, restored["weights"])
+
+    def _newest_first(self) -> list[int]:
+        return sorted(self.manager.all_steps(), reverse=True)
+
+    def _first_whole(self, steps: Sequence[int], cut: list[int], **args: Any) -> tuple[Any, int]:
+        """The first of the steps that is whole for every process, and which; `cut` gets the others.
+
+        All processes take the first one's steps, and the worst of their findings counts.
+        """
+        problems = []
+        for step in self._agreed(steps):
+            found, restored, problem = self._read(step, ocp.args.Composite(**args))
+            worst = worst_of_all(found)
+            problem = problem or "another process could not read it, and says why"
+            if worst == READ:
+                return restored, step
+            if worst == FAILED:
+                raise CheckpointError(
+                    f"{self.directory}: step {step} could not be read: {problem}. Nothing was "
+                    "changed there; once it can be read, run the same command again"
+                )
+            cut.append(step)
+            problems.append(f"step {step}: {problem}")
+            say(f"warning: {self.directory}: step {step} is cut or lacks files, and is passed over")
+        raise CheckpointError(
+            f"{self.directory}: no checkpoint is whole ({'; '.join(problems)}); delete the "
+            "directory to train anew"
+        )
+
+    @staticmethod
+    def _agreed(steps: Sequence[int]) -> Iterator[int]:
+        """The first process's steps: directories on a network may show later to some."""
+        count = int(from_primary(np.int32(len(steps))))
+        mine = np.resize(np.array([*steps, -1], np.int64), count)
+        yield from np.asarray(from_primary(mine)).tolist()
+
+    def _read(self, step: int, args: ocp.args.Composite) -> tuple[int, Any, str]:
+        """READ, CUT or FAILED, the arrays of this process, and what went wrong."""
+        path = self.directory / str(step)
+        try:
+            return READ, retrying(f"reading {path}", lambda: self._complete(path, args)), ""
+        # Orbax and TensorStore raise many kinds for a file that is cut or gone.
+        except Exception as error:  # noqa: BLE001
+            return (CUT if _is_cut(error) else FAILED), None, str(error)
+
+    def _complete(self, path: epath.Path, args: ocp.args.Composite) -> dict[str, Any]:
+        if lacking := [item for item, _ in args.items() if not (path / item).is_dir()]:
+            raise FileNotFoundError(f"{path / lacking[0]}: no such directory")
+        return jax.block_until_ready(dict(self.reader.restore(path, args).items()))
+
+    def _set_aside(self, step: int) -> None:
+        """Renames a torn checkpoint, so that the step can be saved again."""
+        path = self.directory / str(step)
+        if is_primary():
+            path.rename(path.with_name(f"{step}.torn"))
+        wait_for_all(f"step {step} is set aside")
+        self.manager.reload()
+
+    def close(self) -> None:
+        self.manager.close()
+
+    def _failed(self, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"{self.directory}: a checkpoint could not be written: {error}. "
+            f"The last whole one is step {self.latest}. "
+            "If the disk is full, make room; then run the same command again to go on from there"
+        )
+
+
+def _is_cut(error: Exception) -> bool:
+    """Whether the error proves that files of a checkpoint are gone or not whole."""
+    if isinstance(error, ValueError) and str(error).startswith(CUT_OR_MISSING):
+        return True
+    return isinstance(error, (FileNotFoundError, json.JSONDecodeError)) and not may_pass(error)
+
+
+def is_saved(directory: epath.Path) -> bool:
+    """Whether `save_module` has written all of it."""
+    return directory.exists() and ocp.utils.is_checkpoint_finalized(directory)
+
+
+def save_module(directory: epath.Path, module: Any, origin: dict[str, Any]) -> None:
+    """Writes a module's arrays, each device its own, and what they were made from."""
+    with ocp.Checkpointer(_module_handler()) as checkpointer:
+        arrays = ocp.args.PyTreeSave(_named(module))
+        items = ocp.args.Composite(arrays=arrays, origin=ocp.args.JsonSave(origin))
+        checkpointer.save(directory, items, force=True)
+
+
+def module_loader(directory: epath.Path, module: Any, origin: dict[str, Any]) -> Callable[[], Any]:
+    """What restores what `save_module` wrote, laid out as the abstract `module`.
+
+    Raises:
+        CheckpointError: it was made from something else than `origin`.
+    """
+
+    def restore(**items: Any) -> Any:
+        with ocp.Checkpointer(_module_handler()) as checkpointer:
+            return retrying(
+                f"reading {directory}",
+                lambda: checkpointer.restore(directory, ocp.args.Composite(**items)),
+            )
+
+    found = restore(origin=ocp.args.JsonRestore())["origin"]
+    if found != origin:
+        raise CheckpointError(
+            f"{directory} was converted from {found}, not from {origin}: "
+            "delete it, or name another place with --config.llm.converted"
+        )
+    return lambda: _restored_like(module, restore(arrays=_restore_args(module))["arrays"])
+
+
+def _module_handler() -> ocp.CompositeCheckpointHandler:
+    return ocp.CompositeCheckpointHandler(
+        arrays=_array_handler(), origin=ocp.JsonCheckpointHandler()
+    )
+
+
+def _training_items() -> dict[str, ocp.PyTreeCheckpointHandler]:
+    return {"weights": _array_handler(), "optimizer": _array_handler()}
+
+
+def _array_handler() -> ocp.PyTreeCheckpointHandler:
+    """Lets one device write what all devices hold.
+
+    It would otherwise be cut into a slice for each, and a plug of 45 arrays on 8 devices compiles
+    136 slicings at its first checkpoint.
+    """
+    array = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, array))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
+def _restore_args(tree: Any) -> ocp.args.PyTreeRestore:
+    """Restores to the shapes, dtypes and places of `tree`, which may be abstract."""
+    wanted = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        for name, x in _named(tree).items()
+    }
+    return ocp.args.PyTreeRestore(wanted, ocp.checkpoint_utils.construct_restore_args(wanted))

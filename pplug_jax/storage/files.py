@@ -1,0 +1,66 @@
+"""Files that are written whole or not at all, and once however many processes run."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+from etils.epath import PathLike
+
+from pplug_jax.errors import InputError
+from pplug_jax.runtime.primary import is_primary
+from pplug_jax.runtime.retry import retrying
+
+
+def is_remote(path: PathLike) -> bool:
+    """Whether it lies in a bucket (gs://..), where nothing can be appended to or mapped."""
+    return "://" in str(path)
+
+
+def absolute(path: PathLike) -> epath.Path:
+    """The path from the root, as Orbax wants it; epath would take gs:// for a directory here."""
+    return epath.Path(path) if is_remote(path) else epath.Path(path).absolute()
+
+
+def read_text(path: Path) -> str:
+    """The file's text in UTF-8; what fails for a moment only is tried again."""
+    return retrying(f"reading {path}", lambda: path.read_text(encoding="utf-8"))
+
+
+def read_json(path: Path) -> Any:
+    """The file's content.
+
+    Raises:
+        InputError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # editors add a byte order mark
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from error
+
+
+def write_text(path: Path, parts: Iterable[str]) -> None:
+    """Writes the parts one after the other, in UTF-8.
+
+    What fails for a moment only is tried again, unless the parts are an iterator's.
+    """
+    if not is_primary():
+        return
+
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(parts)
+        partial.replace(path)
+
+    write() if isinstance(parts, Iterator) else retrying(f"writing {path}", write)
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, [json.dumps(content, indent=1, ensure_ascii=False), "\n"])
+
+
+def write_json_lines(path: Path, records: Iterable[Any]) -> None:
+    write_text(path, (json.dumps(record, ensure_ascii=False) + "\n" for record in records))

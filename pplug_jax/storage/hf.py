@@ -1,0 +1,304 @@
+"""Directories in Hugging Face format: config, tokenizer, and weights read into their shards."""
+
+import contextlib
+import functools
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import transformers
+from flax import nnx
+from jax.sharding import Mesh
+from safetensors.numpy import save_file
+
+from pplug_jax.errors import InputError
+from pplug_jax.runtime.mesh import shardings
+from pplug_jax.storage.files import read_json
+from pplug_jax.storage.tensors import Stored
+
+TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.txt",
+)  # a directory holds one or more
+# Of a stack of layers, so many bytes are read at a time.
+PIECE_BYTES = 2**26
+
+
+class Source(NamedTuple):
+    """Where one of our variables lies in a checkpoint.
+
+    name: the tensor's name; a `{}` stands for the layer, and the layers are stacked on a new
+    axis 0.
+    transpose: PyTorch's Linear stores (out, in); ours are (in, out).
+    """
+
+    name: str
+    transpose: bool = False
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """The directory's config.json, with a clear error where there is none."""
+    directory = Path(directory)
+    path = directory / "config.json"
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"{directory}: no such directory (a model in Hugging Face format is expected there)"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file; "
+            "a model directory holds config.json, *.safetensors and a tokenizer"
+        )
+    return read_json(path)
+
+
+@contextlib.contextmanager
+def naming_missing_fields(directory: str | Path) -> Iterator[None]:
+    """Says which field config.json lacks, where the code inside asks for it.
+
+    Raises:
+        InputError: in place of a KeyError.
+    """
+    try:
+        yield
+    except KeyError as error:
+        raise InputError(f"{directory}/config.json: the field {error} is missing") from error
+
+
+def load_tokenizer(directory: str | Path, vocab_size: int) -> transformers.PreTrainedTokenizerBase:
+    """The directory's tokenizer.
+
+    Raises:
+        FileNotFoundError: there is none.
+        InputError: its files cannot be read, it loses the blanks between words, or a text can give
+            an id that an embedding table of `vocab_size` rows lacks.
+    """
+    if not any((Path(directory) / name).is_file() for name in TOKENIZERS):
+        raise FileNotFoundError(
+            f"{directory}: no tokenizer, which is one of {', '.join(TOKENIZERS)}"
+        )
+    tokenizer = _with_blanks(directory)
+    # Tokens of the template's own text are looked at where there is a template, in `prompts`.
+    added = tokenizer.added_tokens_decoder
+    framing = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.unk_token_id]
+    for token, id in tokenizer.get_vocab().items():
+        never = id in added and added[id].special and id not in framing
+        if id >= vocab_size and not never:
+            raise InputError(
+                f"{directory}: the tokenizer can give the token {token!r} with id {id}, but the "
+                f"embedding table has {vocab_size} rows: they do not belong together"
+            )
+    return tokenizer
+
+
+def _with_blanks(directory: str | Path) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer by the class that its files name, or by tokenizer.json alone.
+
+    Some files name Llama's class and are of another kind; transformers 5 then drops all blanks.
+    """
+    kinds = [transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast]
+    for kind in kinds[: 1 + (Path(directory) / "tokenizer.json").is_file()]:
+        try:
+            tokenizer = kind.from_pretrained(directory)
+        # Each kind of tokenizer has its own errors, down to the bare ones of its Rust code.
+        except Exception as error:
+            pieces = next(Path(directory).glob("*.model"), None)
+            if pieces and not find_spec("sentencepiece"):
+                raise InputError(
+                    f"{pieces}: `pip install sentencepiece` reads this file, or write a "
+                    "tokenizer.json where it is, with transformers' save_pretrained"
+                ) from error
+            raise InputError(f"{directory}: the tokenizer cannot be read: {error}") from error
+        ids = tokenizer.encode("two words", add_special_tokens=False)
+        if " " in tokenizer.decode(ids).strip():
+            return tokenizer
+    raise InputError(
+        f"{directory}: the tokenizer loses the blanks between words; is it whole, and of this LLM?"
+    )
+
+
+def weights_loader(
+    module: nnx.Module,
+    directory: str | Path,
+    stored: Mapping[str, Stored],
+    sources: Mapping[str, Source],
+    mesh: Mesh,
+    *,
+    ignore: str = "",
+    prefix: str = "",
+    store: Callable[[jax.Array], Any] = lambda array: array,
+) -> Callable[[], nnx.Module]:
+    """What fills the abstract `module` with the checkpoint's tensors, which are checked at once.
+
+    Each device reads only its slice.
+
+    Args:
+        module: its variables hold `jax.ShapeDtypeStruct`, whose shapes the checkpoint must have (or
+            their `stored_shape`, behind which zeros follow) and whose dtypes it is cast to.
+        directory: where the tensors are from, for messages.
+        stored: `tensors.read_tensors` of it.
+        sources: variable path, joined with dots -> its tensor.
+        ignore: pattern of the tensor names that the checkpoint may have besides.
+        prefix: what stands before the names of this module's tensors; the others are another
+            module's.
+        store: what a variable holds, given its array or some layers of its stack.
+
+    Raises:
+        InputError: a missing, unexpected or misshapen tensor, or a truncated file; the message
+            names it.
+    """
+    tensors = {
+        name.removeprefix(prefix): found
+        for name, found in stored.items()
+        if name.startswith(prefix)
+    }
+    graph, state = nnx.split(module)
+    places = nnx.to_flat_state(shardings(module, mesh))
+    wanted: set[str] = set()
+    fillings: list[Callable[[], Any]] = []
+    for (path, variable), (_, place) in zip(nnx.to_flat_state(state), places, strict=True):
+        abstract = variable.get_value()
+        source = sources[".".join(map(str, path))]
+        stacked = "{}" in source.name
+        names = [source.name.format(i) for i in range(abstract.shape[0] if stacked else 1)]
+        wanted.update(names)
+        if missing := [name for name in names if name not in tensors]:
+            raise InputError(
+                f"{directory}: the checkpoint lacks the tensor {missing[0]} "
+                f"({len(missing)} of its kind)"
+            )
+        stored_shape = variable.get_metadata("stored_shape", abstract.shape)
+        shape = stored_shape[1:] if stacked else stored_shape
+        for name in names:
+            file, tensor = tensors[name]
+            found = tuple(tensor.get_shape())
+            if found != (shape[::-1] if source.transpose else shape):
+                raise InputError(
+                    f"{file}: the tensor {name} has shape {found}, "
+                    f"config.json asks for {shape[::-1] if source.transpose else shape}"
+                )
+
+        def read(name: str, index: tuple[slice, ...], source=source, dtype=abstract.dtype):
+            tensor = tensors[name].tensor
+            array = tensor[index[::-1]].T if source.transpose else tensor[index]
+            return array.astype(dtype, copy=False)
+
+        where = place.get_value()
+        if stacked:
+            filling = functools.partial(_stack, read, names, abstract, where, store)
+        else:
+            read_slice = functools.partial(
+                _padded, abstract.shape, stored_shape, functools.partial(read, names[0])
+            )
+            filling = functools.partial(_single, read_slice, abstract, where, store)
+        fillings.append(filling)
+
+    unexpected = sorted(
+        name for name in tensors if name not in wanted and not re.fullmatch(ignore, name)
+    )
+    if unexpected:
+        raise InputError(
+            f"{directory}: the checkpoint has tensors that this architecture does not: "
+            f"{', '.join(unexpected[:5])}"
+        )
+
+    def load() -> nnx.Module:
+        flat = [
+            (path, variable.replace(filling()))
+            for (path, variable), filling in zip(nnx.to_flat_state(state), fillings, strict=True)
+        ]
+        return nnx.merge(graph, nnx.from_flat_state(flat))
+
+    return load
+
+
+def _single(
+    read_slice: Callable[[tuple[slice, ...]], np.ndarray],
+    abstract: jax.ShapeDtypeStruct,
+    where: jax.sharding.Sharding,
+    store: Callable[[jax.Array], Any],
+) -> Any:
+    return store(jax.make_array_from_callback(abstract.shape, where, read_slice))
+
+
+def _padded(
+    shape: tuple[int, ...],
+    stored: tuple[int, ...],
+    read: Callable[[tuple[slice, ...]], np.ndarray],
+    index: tuple[slice, ...],
+) -> np.ndarray:
+    """The part `index` of an array of `shape`: the rows that are `stored`, and zeros behind."""
+    if shape == stored:
+        return read(index)
+    start, stop, _ = index[0].indices(shape[0])
+    # A row at least is read, since safetensors refuses a slice of none.
+    inside = slice(min(start, stored[0] - 1), min(stop, stored[0]))
+    part = read((inside, *index[1:]))[: max(stored[0] - start, 0)]
+    return np.pad(part, [(0, stop - start - len(part)), *[(0, 0)] * (part.ndim - 1)])
+
+
+def _stack(
+    read: Callable[[str, tuple[slice, ...]], np.ndarray],
+    names: Sequence[str],
+    abstract: jax.ShapeDtypeStruct,
+    where: jax.sharding.Sharding,
+    store: Callable[[jax.Array], Any],
+) -> Any:
+    """The tensors `names` on a new axis 0, some at a time, so that the host never holds all."""
+    layer_bytes = abstract.dtype.itemsize * math.prod(abstract.shape[1:])
+    at_once = max(1, PIECE_BYTES // layer_bytes)
+    stack = None
+    for start in range(0, len(names), at_once):
+        piece = names[start : start + at_once]
+        array = store(
+            jax.make_array_from_callback(
+                (len(piece), *abstract.shape[1:]),
+                where,  # axis 0 is never split
+                lambda index, piece=piece: np.stack([read(name, index[1:]) for name in piece]),
+            )
+        )
+        if len(piece) == len(names):
+            return array
+        if stack is None:
+            stack = jax.tree.map(functools.partial(_zeros, len(names)), array)
+        stack = jax.tree.map(functools.partial(_put, start=start), stack, array)
+        jax.block_until_ready(stack)  # or the host would read ahead of the devices
+    return stack
+
+
+def _zeros(layers: int, like: jax.Array) -> jax.Array:
+    return jnp.zeros((layers, *like.shape[1:]), like.dtype, device=like.sharding)
+
+
+@functools.partial(jax.jit, donate_argnames="stack")
+def _put(stack: jax.Array, piece: jax.Array, start: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(stack, piece, start, axis=0)
+
+
+def save_weights(
+    module: nnx.Module, directory: str | Path, sources: Mapping[str, Source], dtype: Any
+) -> None:
+    """Writes `module` as `model.safetensors`, the inverse of what `weights_loader` gives."""
+    tensors = {}
+    for path, variable in nnx.to_flat_state(nnx.state(module)):
+        source = sources[".".join(map(str, path))]
+        array = np.asarray(variable.get_value()).astype(dtype)
+        array = array[tuple(map(slice, variable.get_metadata("stored_shape", array.shape)))]
+        for i, part in enumerate(array if "{}" in source.name else [array]):
+            tensors[source.name.format(i)] = np.ascontiguousarray(
+                part.T if source.transpose else part
+            )
+    save_file(tensors, Path(directory) / "model.safetensors", metadata={"format": "pt"})
+
+
+def common_prefix(tensors: Iterable[str], name: str) -> str:
+    """What stands before `name` in a checkpoint (`bert.` where it was saved with a head)."""
+    return next((found.removesuffix(name) for found in tensors if found.endswith(name)), "")

@@ -1,0 +1,85 @@
+"""Scalars to `metrics.jsonl` and TensorBoard events."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+from tensorboardX import SummaryWriter
+
+from pplug_jax.runtime.primary import is_primary
+from pplug_jax.storage.files import is_remote, read_text, write_text
+from pplug_jax.storage.workdir import EVENTS, METRICS
+
+
+class Writer:
+    """Writes the scalars of `name` (a trained method) to files that all methods of a workdir share.
+
+    Of several processes the first writes. In a bucket metrics.jsonl appears anew at each `flush`.
+
+    A run that goes on from step `start` takes back what a killed one had written beyond it.
+    """
+
+    def __init__(self, workdir: str | Path, name: str, start: int):
+        self.name, self.active = name, is_primary()
+        if not self.active:
+            return
+        workdir = epath.Path(workdir)
+        self.path = workdir / METRICS
+        lines = read_text(self.path).splitlines() if self.path.exists() else []
+        self.lines = [f"{line}\n" for line in lines if self._stays(line, name, start)]
+        write_text(self.path, self.lines)
+        self.file = None if is_remote(workdir) else self.path.open("a")
+        self.events = SummaryWriter(str(workdir / EVENTS / name), purge_step=start + 1)
+
+    @staticmethod
+    def _stays(line: str, name: str, start: int) -> bool:
+        record = _parsed(line)
+        if record is None:
+            return False
+        return not record["name"].startswith(f"{name}/") or record["step"] <= start
+
+    def write(self, step: int, **values: float) -> None:
+        if not self.active:
+            return
+        for key, value in values.items():
+            record = {"step": step, "name": f"{self.name}/{key}", "value": value}
+            self.lines.append(json.dumps(record) + "\n")
+            if self.file:
+                self.file.write(self.lines[-1])
+            self.events.add_scalar(key, value, step)
+        if self.file:
+            self.file.flush()
+
+    def flush(self) -> None:
+        """Makes sure that all is there; for the moments when a checkpoint is saved."""
+        if self.active and not self.file:
+            write_text(self.path, self.lines)
+
+    def close(self) -> None:
+        self.flush()
+        if self.active:
+            if self.file:
+                self.file.close()
+            self.events.close()
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """The line's record; None for one that is being written, or that a killed process began."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
+def read_scalars(path: Path, key: str) -> dict[str, dict[int, float]]:
+    """{method: {step: value}} of a `metrics.jsonl`; of a step that was taken twice, the later."""
+    found: dict[str, dict[int, float]] = defaultdict(dict)
+    for record in map(_parsed, read_text(path).splitlines()):
+        if record is None:
+            continue
+        method, _, name = record["name"].rpartition("/")
+        if name == key:
+            found[method][record["step"]] = record["value"]
+    return found

@@ -1,0 +1,78 @@
+"""Training examples as each method is trained on them."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import ml_collections
+import numpy as np
+
+from pplug_jax.data.lamp import Example, Subset
+from pplug_jax.data.tasks import Task
+from pplug_jax.feed.batches import Tokenized
+from pplug_jax.feed.features import compare_with_peers
+from pplug_jax.feed.peers import Peers
+from pplug_jax.methods.shown import shown
+from pplug_jax.methods.table import METHODS, Method, configured
+from pplug_jax.methods.users import own_items, split_users
+from pplug_jax.plugs.reading import features_of
+from pplug_jax.session import Models
+
+
+@dataclasses.dataclass(frozen=True)
+class WithOwnItems:
+    """The examples, and behind them up to `count` more from each user's items; read each time."""
+
+    task: Task
+    examples: Sequence[Example]
+    count: int
+    seed: int
+
+    def __iter__(self) -> Iterator[Example]:
+        yield from self.examples
+        for i, example in enumerate(self.examples if self.count else ()):
+            items = list(own_items(self.task, example))
+            rng = np.random.default_rng((self.seed, i))
+            yield from (items[place] for place in rng.permutation(len(items))[: self.count])
+
+
+class TrainingInputs:
+    """Training examples as each method is trained on them; tokenised once for all.
+
+    examples: without those that `config.train.validation` holds out. held_out: these, of other
+    users.
+    """
+
+    def __init__(self, models: Models, examples: Sequence[Example]):
+        self.models, self.examples = models, examples
+        self._shown = functools.partial(shown, models.task, models.tokenizer, models.store)
+        self.held_out: Sequence[Example] = ()
+        if share := models.config.train.validation:
+            rows = models.history_rows(examples)
+            kept, held_out = split_users(rows, share, models.config.seed)
+            self.examples, self.held_out = Subset(examples, kept), Subset(examples, held_out)
+        self.tokenized = functools.cache(lambda own: models.tokenize(self._with_own_items(own)))
+        self.tokenized_held_out = functools.cache(lambda: models.tokenize(self.held_out))
+
+    def _with_own_items(self, count: int) -> WithOwnItems:
+        return WithOwnItems(self.models.task, self.examples, count, self.models.config.seed)
+
+    def save_peers(self) -> None:
+        """Writes the pool of peers, where a method of the config asks for them.
+
+        It holds every training user's items, whatever a method shows of them.
+        """
+        config = self.models.config
+        methods = (METHODS[name] for name in config.methods)
+        plugs = (configured(config, method, 0).plug for method in methods if method.plug)
+        if any(compare_with_peers(features_of(plug)) for plug in plugs):
+            rows = self.models.history_rows(self.examples)
+            Peers.of(self.models.store, rows).save(self.models.workdir)
+
+    def __call__(self, method: Method, config: ml_collections.ConfigDict) -> list[Tokenized]:
+        own = config.train.own_items
+        return self._shown(method, config, self._with_own_items(own), self.tokenized(own))
+
+    def validation(self, method: Method, config: ml_collections.ConfigDict) -> list[Tokenized]:
+        """The examples that are held out, as the method shows them."""
+        return self._shown(method, config, self.held_out, self.tokenized_held_out())

@@ -1,0 +1,147 @@
+"""The loss, the optimiser, and the jit-compiled step."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from pplug_jax.feed.batches import Batch
+from pplug_jax.llm import LLM
+from pplug_jax.plugs.forward import Weights, token_losses
+from pplug_jax.plugs.reading import PAPER, Reading
+from pplug_jax.runtime.mesh import replicated
+
+
+@functools.lru_cache
+def make_optimizer(
+    steps: int,
+    learning_rate: float,
+    weight_decay: float,
+    warmup: float,
+    clip_norm: float,
+    encoder_rate: float = 1.0,
+) -> optax.GradientTransformation:
+    """AdamW behind global-norm clipping, with linear warm-up and linear decay to 0, as the paper.
+
+    encoder_rate: Enc_inp's learning rate over that of the rest; 1 is the paper.
+
+    Cached, since it is a static argument of the step: equal settings shall not compile twice.
+    """
+    rising = max(1, round(warmup * steps))
+    schedule = optax.join_schedules(
+        [
+            optax.linear_schedule(learning_rate / rising, learning_rate, rising - 1),
+            optax.linear_schedule(learning_rate, 0, max(1, steps - rising)),
+        ],
+        [rising],
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.adamw(schedule, weight_decay=weight_decay),
+        optax.masked(optax.scale(encoder_rate), _part("input_encoder")),
+        optax.masked(optax.set_to_zero(), _part("scale")),
+    )
+
+
+def _part(name: str) -> Callable[[Weights], Weights]:
+    """Tells which leaves are those of the weights' attribute."""
+    return functools.partial(
+        jax.tree_util.tree_map_with_path,
+        lambda path, _: jax.tree_util.keystr(path[:1], simple=True) == name,
+    )
+
+
+def init_optimizer(
+    optimizer: optax.GradientTransformation, weights: Weights, mesh: Mesh
+) -> optax.OptState:
+    """The first state: moments lie as the parameters do, counters on every device."""
+    return jax.tree.map(
+        lambda x: x if x.ndim else jax.device_put(x, replicated(mesh)), optimizer.init(weights)
+    )
+
+
+def abstract_optimizer(
+    optimizer: optax.GradientTransformation, weights: Weights, mesh: Mesh
+) -> optax.OptState:
+    """What `init_optimizer` gives, as shapes, dtypes and places; so may the weights be."""
+
+    def abstract(x: jax.ShapeDtypeStruct, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    return optax.tree.map_params(
+        optimizer,
+        lambda moment, weight: abstract(moment, weight.sharding),
+        jax.eval_shape(optimizer.init, weights),
+        weights,
+        transform_non_params=lambda counter: abstract(counter, replicated(mesh)),
+    )
+
+
+def loss_fn(
+    weights: Weights,
+    llm: LLM,
+    batch: Batch,
+    prefix_length: int = 0,
+    remat: bool = False,
+    reading: Reading = PAPER,
+) -> tuple[jax.Array, jax.Array]:
+    """The sum over target tokens of -log p(y_t | I, P, x, y_<t), and their number; () float32."""
+    losses = token_losses(weights, llm, batch, prefix_length, remat, reading)
+    return jnp.sum(losses), jnp.sum(batch.target_mask).astype(jnp.float32)
+
+
+def train_step(
+    weights: Weights,
+    opt_state: optax.OptState,
+    llm: LLM,
+    batch: Batch,
+    *,
+    optimizer: optax.GradientTransformation,
+    prefix_length: int,
+    accumulation: int = 1,
+    remat: bool = False,
+    reading: Reading = PAPER,
+) -> tuple[Weights, optax.OptState, dict[str, jax.Array]]:
+    """One update of the weights. The LLM is an argument of its own that nothing differentiates.
+
+    With `accumulation` > 1 the batch is worked off in as many parts, with the same result.
+    """
+
+    def part_grads(total: Any, part: Batch) -> tuple[Any, None]:
+        values, grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            weights, llm, part, prefix_length, remat, reading
+        )
+        return jax.tree.map(jnp.add, total, (values, grads)), None
+
+    zeros = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, weights))
+    if accumulation == 1:
+        ((loss, tokens), grads), _ = part_grads(zeros, batch)
+    else:
+        parts = jax.tree.map(
+            lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+        ((loss, tokens), grads), _ = jax.lax.scan(part_grads, zeros, parts)
+    tokens = jnp.maximum(tokens, 1)
+    grads = jax.tree.map(lambda g: g / tokens, grads)
+    updates, opt_state = optimizer.update(grads, opt_state, weights)
+    metrics = {"loss": loss / tokens, "grad_norm": optax.tree.norm(grads)}
+    return optax.apply_updates(weights, updates), opt_state, metrics
+
+
+def jit_step(weights: Weights, opt_state: optax.OptState) -> Callable[..., Any]:
+    """`train_step`, to be compiled once a batch shape, for arrays that lie as these do.
+
+    The updated arrays are told to lie where the given ones do. Left to itself the compiler picks
+    other places for some, and the second step would compile again.
+    """
+    layout = jax.tree.map(lambda x: x.sharding, (weights, opt_state))
+    return jax.jit(
+        train_step,
+        static_argnames=("optimizer", "prefix_length", "accumulation", "remat", "reading"),
+        donate_argnames=("weights", "opt_state"),
+        out_shardings=(*layout, None),
+    )

@@ -1,0 +1,36 @@
+"""Ctrl-C and SIGTERM, noted while a loop runs."""
+
+import signal
+from typing import Self
+
+import jax
+
+from pplug_jax.runtime.distributed import is_preempted
+
+
+class Stop:
+    """Notes SIGTERM and Ctrl-C while the loop runs, so that it can save before it ends.
+
+    Of several processes all stop where one gets SIGTERM, which JAX notes; Ctrl-C ends them at once.
+    """
+
+    def __enter__(self) -> Self:
+        self.signal: signal.Signals | None = None
+        noted = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        self.before = {s: signal.signal(s, self._note) for s in noted}
+        return self
+
+    def asked(self, step: int) -> bool:
+        """Whether to stop after `step`; to be asked at every step."""
+        if is_preempted(step):
+            self.signal = signal.SIGTERM
+        return self.signal is not None
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.signal is not None:  # a second Ctrl-C: at once
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+
+    def __exit__(self, *exception: object) -> None:
+        for s, handler in self.before.items():
+            signal.signal(s, handler)

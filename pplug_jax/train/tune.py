@@ -1,0 +1,56 @@
+"""Learning rates by the loss on training users held out, the same trials for every method."""
+
+import json
+
+from etils import epath
+
+from pplug_jax.errors import ConfigError
+from pplug_jax.methods.table import METHODS, configured
+from pplug_jax.runtime.console import say
+from pplug_jax.runtime.distributed import wait_for_all
+from pplug_jax.runtime.primary import is_primary
+from pplug_jax.session import Models
+from pplug_jax.storage.files import read_text, write_json
+from pplug_jax.storage.workdir import TRIALS, checkpoints_path, trial_path
+from pplug_jax.train.inputs import TrainingInputs
+from pplug_jax.train.loop import fit, validation_loss
+
+
+def tune(models: Models, training: TrainingInputs) -> dict[str, float]:
+    """The learning rate with the lowest loss on the users held out, for each trained method.
+
+    Every method gets the same trials. tune.json keeps the losses; a rate that diverges has none.
+    """
+    config = models.config
+    path = models.workdir / TRIALS
+    losses: dict[str, dict[str, float | None]] = (
+        json.loads(read_text(path)) if path.is_file() else {}
+    )
+    for method in (METHODS[name] for name in config.methods if METHODS[name].trained):
+        trials = losses.setdefault(method.name, {})
+        for rate in config.tune.learning_rates:
+            if str(rate) in trials:
+                continue
+            settings = configured(config, method, config.seed)
+            settings.train.learning_rate = rate
+            directory = trial_path(models.workdir, rate)
+            examples = training(method, settings)
+            try:
+                weights = fit(models, method, settings, examples, directory)
+                trials[str(rate)] = validation_loss(
+                    models, method, settings, weights, training.validation(method, settings)
+                )
+            except FloatingPointError:
+                trials[str(rate)] = None
+            if is_primary():
+                epath.Path(checkpoints_path(directory, method.name)).rmtree()
+            write_json(path, losses)
+            wait_for_all(f"a trial of {method.name}")
+    best = {}
+    for name, trials in losses.items():
+        told = {float(rate): loss for rate, loss in trials.items() if loss is not None}
+        if not told:
+            raise ConfigError(f"config.tune.learning_rates: {name} diverges at all of them")
+        best[name] = min(told, key=told.get)
+        say(f"learning rate of {name}: {best[name]:g}, validation loss {told[best[name]]:.4f}")
+    return best

@@ -1,0 +1,87 @@
+"""A LoRA for each user, trained on the user's own items (OPPU, arXiv 2402.04401)."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from flax import nnx
+
+from pplug_jax.feed.batches import Assemble, Batch, Tokenized, place_batch
+from pplug_jax.llm import LLM
+from pplug_jax.plugs.forward import token_losses
+from pplug_jax.plugs.lora import Lora
+from pplug_jax.runtime.mesh import local_rows, place
+from pplug_jax.session import Models
+
+
+@functools.partial(
+    jax.jit, static_argnames=("learning_rate", "prefix_length"), donate_argnames=("lora", "state")
+)
+def _step(
+    lora: Lora,
+    state: optax.OptState,
+    llm: LLM,
+    batch: Batch,
+    *,
+    learning_rate: float,
+    prefix_length: int,
+) -> tuple[Lora, optax.OptState]:
+    """One update of every row's LoRA on that row's example; rows of weight 0 stay as they are."""
+
+    def loss(lora: Lora) -> jax.Array:
+        # The rows' sum: each LoRA gets the gradient of its own row's mean alone.
+        tokens = jnp.maximum(jnp.sum(batch.target_mask, axis=1), 1)
+        losses = token_losses(lora, llm, batch, prefix_length)
+        return jnp.sum(jnp.sum(losses, axis=1) / tokens)
+
+    updates, state = optax.adam(learning_rate).update(jax.grad(loss)(lora), state, lora)
+    active = batch.weight[None, :, None, None]  # the parameters are (layers, users, ..)
+    return optax.apply_updates(lora, jax.tree.map(lambda u: u * active, updates)), state
+
+
+def fit_user_loras(
+    models: Models,
+    llm: LLM,
+    config: ml_collections.ConfigDict,
+    items: Sequence[Tokenized],
+    users: Sequence[Sequence[int]],
+) -> Lora:
+    """Trains a LoRA for each of `users` at once, a row of the batch each.
+
+    llm: what they stand on, the task's LoRA included. users: whose items are which of `items`;
+    each is gone through `config.lora.user_epochs` times. A user without items keeps `llm`.
+    """
+    count, settings = len(users), config.lora
+    lora = place(
+        Lora(llm, settings.rank, settings.alpha, count, rngs=nnx.Rngs(config.seed)), models.mesh
+    )
+    if not any(map(len, users)):
+        return lora
+    state = optax.adam(settings.user_learning_rate).init(lora)
+    rows = local_rows(models.mesh, count)
+    assemble = Assemble(items, models.buckets(items, 1), models.store, rows)
+    orders = []
+    for own in users:
+        rng = np.random.default_rng((config.seed, *own[:1]))
+        epochs = [rng.permutation(own) for _ in range(settings.user_epochs)]
+        orders.append(np.concatenate(epochs).astype(int))
+    for step in range(max(map(len, orders))):
+        # Who has no item left gets any one, and weight 0.
+        left = np.array([step < len(order) for order in orders])
+        indices = [order[step] if step < len(order) else 0 for order in orders]
+        batch = assemble((0, 0, np.array(indices)))
+        batch = batch._replace(weight=left.astype(np.float32)[rows])
+        with jax.set_mesh(models.mesh):
+            lora, state = _step(
+                lora,
+                state,
+                llm,
+                place_batch(batch, models.mesh),
+                learning_rate=settings.user_learning_rate,
+                prefix_length=models.tokenizer.prefix_length,
+            )
+    return place(lora, models.mesh)  # the compiler may have put some elsewhere
