@@ -11,6 +11,9 @@ def base_config() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.seed = 0
     c.seeds = (0, 1, 2)  # of --mode=compare; `seed` is that of the data then
+    # Plugs with other settings, by the names that `methods` may have besides, such as
+    # "{'k16': {'plug.num_persona_tokens': 16}}".
+    c.variants = ""
     c.task = ""
     c.parity = False  # the official code's choices where ours differ: config.PARITY
     c.methods = (

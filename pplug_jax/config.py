@@ -8,9 +8,9 @@ import ml_collections
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.errors import ConfigError
 from pplug_jax.feed.features import FEATURES
-from pplug_jax.methods.table import METHODS, PAPER_PLUG, configured
+from pplug_jax.methods.table import PAPER_PLUG, configured, methods_of, read_variants
 from pplug_jax.runtime.distributed import wait_for_all
-from pplug_jax.runtime.slips import near
+from pplug_jax.runtime.slips import names_of, near
 from pplug_jax.storage.files import read_text, write_json
 from pplug_jax.storage.workdir import CONFIG, flatten, upgraded
 
@@ -43,19 +43,30 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             f"config.task {config.task!r} is unknown{near(config.task, TASKS)}; "
             f"known: {', '.join(TASKS)}"
         )
-    if unknown := [name for name in config.methods if name not in METHODS]:
+    methods = methods_of(config)
+    for name, settings in read_variants(config.variants).items():
+        for field in (field for field, _ in settings if field not in names_of(config)):
+            raise ConfigError(
+                f"config.variants: {name!r} changes {field!r}, and there is no such setting"
+                f"{near(field, names_of(config))}"
+            )
+        try:
+            configured(config, methods[name], 0)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"config.variants: {name!r} cannot be: {error}") from error
+    if unknown := [name for name in config.methods if name not in methods]:
         raise ConfigError(
-            f"config.methods: {unknown[0]!r} is unknown{near(unknown[0], METHODS)}; "
-            f"known: {', '.join(METHODS)}"
+            f"config.methods: {unknown[0]!r} is unknown{near(unknown[0], methods)}; "
+            f"known: {', '.join(methods)}"
         )
     for name in config.methods:
-        weights = METHODS[name].weights
+        weights = methods[name].weights
         if weights is not None and weights not in config.methods:
             raise ConfigError(
                 f"config.methods: {name!r} uses what {weights!r} trains, which is missing"
             )
-        own_items = configured(config, METHODS[name], 0).train.own_items
-        if (own_items or METHODS[name].user_lora) and not TASKS[config.task].question:
+        own_items = configured(config, methods[name], 0).train.own_items
+        if (own_items or methods[name].user_lora) and not TASKS[config.task].question:
             raise ConfigError(
                 f"config.methods: {name!r} trains on the items of a history, but those of "
                 f"{config.task} are no examples of it"
@@ -101,7 +112,8 @@ def check_batches(config: ml_collections.ConfigDict, parts: int) -> None:
 def claim_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """Writes config.json, or checks that the one there says the same.
 
-    Only the mesh may differ, the split to evaluate on, and which methods and seeds are run.
+    Only the mesh may differ, the split to evaluate on, which methods and seeds are run, and which
+    variants there are.
 
     Raises:
         ConfigError: the workdir belongs to another config; the message names the fields.
@@ -114,12 +126,17 @@ def claim_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
         wait_for_all("config.json is there")
         return
     there, now = flatten(upgraded(json.loads(read_text(path)))), flatten(ours)
+    before, after = (read_variants(each.get("variants", "")) for each in (there, now))
+    if changed := [name for name in before.keys() & after.keys() if before[name] != after[name]]:
+        raise ConfigError(
+            f"{workdir} was made with another variant {min(changed)!r}: give it another name"
+        )
     different = sorted(
         field
         for field in there.keys() | now.keys()
         if there.get(field) != now.get(field)
         and not field.startswith("mesh.")
-        and field not in ("data.eval_split", "methods", "seeds")
+        and field not in ("data.eval_split", "methods", "seeds", "variants")
     )
     if different:
         told = "; ".join(

@@ -24,7 +24,7 @@ from pplug_jax.data.tasks import TASKS
 from pplug_jax.errors import ConfigError, DataError, InputError
 from pplug_jax.evaluate.compare import compare_methods
 from pplug_jax.evaluate.run import evaluate
-from pplug_jax.methods.table import METHODS, configured
+from pplug_jax.methods.table import configured, methods_of
 from pplug_jax.plugs.reading import soft_tokens
 from pplug_jax.runtime.console import say
 from pplug_jax.scoring.metrics import check_metrics
@@ -41,7 +41,7 @@ def describe(models: Models, train: Sequence[Example], held_out: Sequence[Exampl
     config = models.config
     frozen = parameter_count(models.abstract_llm)
     trainable: dict[int, list[str]] = defaultdict(list)
-    for method in (METHODS[name] for name in config.methods):
+    for method in (methods_of(config)[name] for name in config.methods):
         if method.trained:
             settings = configured(config, method, config.seed)
             count = trained_count(method, models.abstract_weights(method, settings))
@@ -133,7 +133,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
         check_metrics(config.task)
     bad: list[DataError] = []
     on_bad = bad.append if config.data.on_error == "skip" else raise_bad
-    trained = any(METHODS[name].trained for name in config.methods)
+    trained = any(methods_of(config)[name].trained for name in config.methods)
     train = read_split(config, "train", on_bad) if trained and mode != "evaluate" else []
     held_out = read_split(config, "eval", on_bad)
     if train and train[0].target is None:
@@ -176,7 +176,8 @@ def _work(
     if mode in ("train", "train_and_evaluate") and train:
         training = TrainingInputs(models, train)
         training.save_peers()
-        for method in (METHODS[name] for name in config.methods if METHODS[name].trained):
+        methods = (methods_of(config)[name] for name in config.methods)
+        for method in (method for method in methods if method.trained):
             settings = configured(config, method, config.seed)
             examples = training(method, settings)
             fit(models, method, settings, examples, workdir, training.validation(method, settings))

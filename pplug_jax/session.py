@@ -27,7 +27,7 @@ from pplug_jax.feed.peers import Peers
 from pplug_jax.feed.store import HistoryStore
 from pplug_jax.llm import LLM, abstract_llm, llm_loader
 from pplug_jax.llm.prompts import Tokenizer
-from pplug_jax.methods.table import METHODS, Method, configured
+from pplug_jax.methods.table import METHODS, Method, configured, methods_of
 from pplug_jax.plugs.forward import Weights
 from pplug_jax.plugs.lora import Lora
 from pplug_jax.plugs.persona import UserEmbedder
@@ -188,7 +188,7 @@ class Models:
 
     def _check_length(self) -> None:
         data = self.config.data
-        methods = [METHODS[name] for name in self.config.methods]
+        methods = [methods_of(self.config)[name] for name in self.config.methods]
         plugs = [configured(self.config, method, 0).plug for method in methods if method.plug]
         soft = max(map(soft_tokens, plugs), default=0)
         prompt = self.tokenizer.prefix_length + data.max_input_length + len(self.tokenizer.suffix)
@@ -282,7 +282,7 @@ def trained_count(method: Method, weights: Weights) -> int:
     """How many of the method's parameters its training changes."""
     # Enc_inp is there too where it is frozen, or where no query is asked for.
     idle = isinstance(weights, UserEmbedder) and (
-        weights.frozen_encoder or METHODS[method.weights].reading.uniform
+        weights.frozen_encoder or METHODS.get(method.weights, method).reading.uniform
     )
     count = parameter_count(weights, nnx.Param)
     return count - parameter_count(weights.input_encoder) if idle else count

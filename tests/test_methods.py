@@ -8,13 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configs import lamp5
 from configs.common import base_config
+from pplug_jax.config import check_config
+from pplug_jax.errors import ConfigError
 from pplug_jax.feed.retrieval import retrievers
-from pplug_jax.methods.table import METHODS, configured
+from pplug_jax.methods.table import METHODS, configured, methods_of
 from pplug_jax.methods.users import strangers
 from pplug_jax.plugs.forward import inputs_embeds
 from pplug_jax.plugs.reading import Reading
 from pplug_jax.storage.workdir import flatten
+
+VARIANTS = "{'k4': {'plug.num_persona_tokens': 4, 'plug.features': ('form',)}}"
 
 
 def own_rows(users: list[int]) -> list[np.ndarray]:
@@ -46,9 +51,43 @@ def test_a_methods_settings_are_fields_of_the_config():
 
 def test_a_control_is_trained_as_what_it_controls():
     config = base_config()
+    config.variants = VARIANTS
     for name in ("shuffled_user", "mean_persona"):
-        method = dataclasses.replace(METHODS[name], plug="pplug_tokens")
+        method = dataclasses.replace(METHODS[name], plug="k4")
         assert configured(config, method, 0).plug.num_persona_tokens == 4
+
+
+def test_a_variant_is_pplug_with_other_settings():
+    config = base_config()
+    config.variants = VARIANTS
+    variant = methods_of(config)["k4"]
+    plain = METHODS["pplug"]
+    about = "pplug with plug.num_persona_tokens = 4, plug.features = ('form',)"
+    settings = (("plug.num_persona_tokens", 4), ("plug.features", ("form",)))
+    assert variant == dataclasses.replace(
+        plain, name="k4", plug="k4", about=about, settings=settings
+    )
+    assert configured(config, variant, 0).plug.features == ("form",)
+    assert configured(config, plain, 0).plug.features == ()
+
+
+@pytest.mark.parametrize(
+    ("variants", "message"),
+    [
+        ("k16", "must be names with the settings that they change, as in"),
+        ("{'k16': 16}", "must be names with the settings"),
+        ("{16: {'plug.recency': True}}", "must be names with the settings"),
+        ("{'a/b': {'plug.recency': True}}", "must be names with the settings"),
+        ("{'bm25': {'plug.recency': True}}", "'bm25' is a method already"),
+        ("{'x': {'plug.recensy': True}}", r"changes 'plug.recensy', .*did you mean 'plug.recency'"),
+        ("{'x': {'plug.num_persona_tokens': 'four'}}", "'x' cannot be: .*num_persona_tokens"),
+    ],
+)
+def test_variants_that_cannot_be(variants: str, message: str):
+    config = lamp5.get_config()
+    config.variants = variants
+    with pytest.raises(ConfigError, match=message):
+        check_config(config)
 
 
 def test_a_control_differs_from_the_method_that_it_controls_in_one_thing():

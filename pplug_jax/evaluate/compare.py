@@ -19,7 +19,7 @@ from pplug_jax.errors import ConfigError
 from pplug_jax.evaluate.predict import Answers, answer
 from pplug_jax.evaluate.run import empty_results, statistics_of
 from pplug_jax.feed.batches import Tokenized
-from pplug_jax.methods.table import METHODS, Method, configured
+from pplug_jax.methods.table import Method, configured, methods_of
 from pplug_jax.methods.users import unseen
 from pplug_jax.runtime.console import say
 from pplug_jax.scoring.metrics import compare, value_of
@@ -52,7 +52,8 @@ def compare_methods(models: Models, train: Sequence[Example], held_out: Sequence
     config, workdir = models.config, models.workdir
     tokenized = functools.cache(lambda: models.tokenize(held_out))
     training = None
-    if any(METHODS[name].trained for name in config.methods):
+    methods = methods_of(config)
+    if any(methods[name].trained for name in config.methods):
         kept = unseen(models.history_rows(train), models.history_rows(held_out))
         if not kept:
             raise ConfigError(
@@ -68,7 +69,7 @@ def compare_methods(models: Models, train: Sequence[Example], held_out: Sequence
     for seed in config.seeds:
         directory = seed_path(workdir, seed)
         for name in config.methods:
-            method = METHODS[name]
+            method = methods[name]
             if method.weights or seed == config.seeds[0]:
                 settings = configured(config, method, seed)
                 if method.weights in rates:
@@ -117,7 +118,7 @@ def summary(
     for name, of_seeds in runs.items():
         each = [statistics_of(models, held_out, run.answers) for run in of_seeds]
         pooled[name] = mean_statistics(each)
-        entry = {"about": METHODS[name].about} | {
+        entry = {"about": methods_of(config)[name].about} | {
             field: statistics.mean(getattr(run.answers, field) for run in of_seeds)
             for field in ("trainable", "bytes_per_user", "milliseconds")
         }

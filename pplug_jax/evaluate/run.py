@@ -11,7 +11,7 @@ import numpy as np
 from pplug_jax.data.lamp import Example
 from pplug_jax.data.sources import data_name
 from pplug_jax.evaluate.predict import Answers, answer
-from pplug_jax.methods.table import METHODS, configured
+from pplug_jax.methods.table import configured, methods_of
 from pplug_jax.plugs.forward import Weights
 from pplug_jax.runtime.console import say
 from pplug_jax.scoring.metrics import example_statistics
@@ -49,6 +49,7 @@ def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
     Writes predictions/, personas/, results.json and results.md.
     """
     config, task, workdir = models.config, models.task, models.workdir
+    methods = methods_of(config)
     tokenized = functools.cache(lambda: models.tokenize(examples))
     # Another split than the workdir's own leaves that one's results as they are.
     own = json.loads(read_text(workdir / CONFIG))["data"]["eval_split"]
@@ -57,14 +58,14 @@ def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
 
     @functools.cache
     def restored(name: str) -> Weights:  # several methods may use the same
-        method = METHODS[name]
+        method = methods[name]
         return models.restore_weights(method, configured(config, method, config.seed), workdir)
 
     users = [example.user for example in examples]
     texts: dict[str, dict[str, str]] = {}
     statistics: dict[str, dict[str, np.ndarray]] = {}
     for name in config.methods:
-        method = METHODS[name]
+        method = methods[name]
         settings = configured(config, method, config.seed)
         answers = answer(
             models,

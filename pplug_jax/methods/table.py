@@ -1,14 +1,20 @@
 """The methods compared: what the same frozen LLM is shown of the user.
 
-A new method is one entry here.
+A new method is one entry here; a variant of `pplug` is one of `config.variants`.
 """
 
+import ast
 import dataclasses
+import functools
+import re
 from typing import Any
 
 import ml_collections
 
+from pplug_jax.errors import ConfigError
 from pplug_jax.plugs.reading import PAPER, Reading
+
+Settings = tuple[tuple[str, Any], ...]  # fields of the config and their values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Method:
     reading: Reading = PAPER
     lora: str | None = None
     user_lora: bool = False
-    settings: tuple[tuple[str, Any], ...] = ()
+    settings: Settings = ()
 
     @property
     def weights(self) -> str | None:
@@ -57,12 +63,6 @@ PAPER_PLUG = {
     "plug.features": (),
     "plug.encoder_rate": 1.0,
 }
-
-
-def _variant(name: str, about: str, **settings: Any) -> Method:
-    """pplug, trained with other settings."""
-    fields = tuple((field.replace("__", "."), value) for field, value in settings.items())
-    return Method(name, about, plug=name, settings=fields)
 
 
 _UNTRAINED = (
@@ -135,40 +135,61 @@ _LORA = (
     ),
 )
 
-# The config's plug, by default the paper's, with one thing changed each.
-_ADDED = (
-    _variant("pplug_cold", "a fixed temperature of 0.1", plug__temperature=0.1),
-    _variant(
-        "pplug_learned_temperature",
-        "a learned temperature, from 0.3 on",
-        plug__temperature=0.3,
-        plug__learned_temperature=True,
-    ),
-    _variant("pplug_tokens", "4 persona tokens", plug__num_persona_tokens=4),
-    _variant("pplug_dropout", "10% of personas are dropped", plug__persona_dropout=0.1),
-    _variant("pplug_difference", "what others write on the like", plug__features=("difference",)),
-    _variant("pplug_form", "how the user writes, beside what about", plug__features=("form",)),
-    _variant("pplug_recency", "a learned preference for the newest items", plug__recency=True),
-    _variant("pplug_frozen", "the input encoder stays as it was", plug__encoder_rate=0.0),
-    _variant("pplug_own_items", "trained on history items too", train__own_items=2),
-    # The other way round, for a config whose own plug is another.
+_OTHER = (
     Method(
         "pplug_paper",
-        "the paper's plug",
+        "the paper's plug, where the config's own is another",
         plug="pplug_paper",
         settings=(*PAPER_PLUG.items(), ("train.own_items", 0)),
     ),
 )
 
-METHODS = {method.name: method for method in (*_UNTRAINED, *_PAPER, *_CONTROLS, *_LORA, *_ADDED)}
+METHODS = {method.name: method for method in (*_UNTRAINED, *_PAPER, *_CONTROLS, *_LORA, *_OTHER)}
+
+
+def methods_of(config: ml_collections.ConfigDict) -> dict[str, Method]:
+    """METHODS and the variants of `pplug` that the config defines.
+
+    Raises:
+        ConfigError: `config.variants` is not as it should be; the message says how.
+    """
+    return METHODS | {
+        name: Method(name, f"pplug with {_in_words(settings)}", plug=name, settings=settings)
+        for name, settings in read_variants(config.variants).items()
+    }
+
+
+def _in_words(settings: Settings) -> str:
+    return ", ".join(f"{field} = {value!r}" for field, value in settings)
+
+
+@functools.lru_cache
+def read_variants(text: str) -> dict[str, Settings]:
+    """`config.variants` as {name: settings}: "{'k16': {'plug.num_persona_tokens': 16}}".
+
+    Raises:
+        ConfigError: it is no such thing, or takes the name of another method.
+    """
+    try:
+        found = ast.literal_eval(text) if text else {}
+        variants = {name: tuple(settings.items()) for name, settings in found.items()}
+        assert all(isinstance(name, str) and re.fullmatch(r"[\w+-]+", name) for name in variants)
+    except (ValueError, SyntaxError, AttributeError, AssertionError) as error:
+        raise ConfigError(
+            "config.variants must be names with the settings that they change, as in "
+            "\"{'k16': {'plug.num_persona_tokens': 16}}\""
+        ) from error
+    if taken := sorted(variants.keys() & METHODS.keys()):
+        raise ConfigError(f"config.variants: {taken[0]!r} is a method already; take another name")
+    return variants
 
 
 def configured(
     config: ml_collections.ConfigDict, method: Method, seed: int
 ) -> ml_collections.ConfigDict:
     """The config that the method's weights are trained by."""
+    settings = dict(methods_of(config)[method.weights].settings) if method.weights else {}
     config = config.copy_and_resolve_references().unlock()
-    if method.weights:
-        config.update_from_flattened_dict(dict(METHODS[method.weights].settings))
+    config.update_from_flattened_dict(settings)
     config.seed = seed
     return config

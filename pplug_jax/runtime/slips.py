@@ -53,7 +53,7 @@ def _mistake(argv: Sequence[str]) -> str | None:
     fields = [each.removeprefix("--config.").partition("=")[0] for each in argv[1:]]
     for flag, field in zip(argv[1:], fields, strict=True):
         if flag.startswith("--config.") and not _has(config, field):
-            return f"--config.{field}: there is no such setting{near(field, _names(config))}"
+            return f"--config.{field}: there is no such setting{near(field, names_of(config))}"
     return None
 
 
@@ -76,10 +76,10 @@ def _has(config: Any, field: str) -> bool:
     return True
 
 
-def _names(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
+def names_of(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
     """Every setting's name with the groups that it is in."""
     names = []
     for name, value in config.items():
         inner = isinstance(value, ml_collections.ConfigDict)
-        names += _names(value, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
+        names += names_of(value, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
     return names

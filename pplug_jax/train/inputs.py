@@ -13,7 +13,7 @@ from pplug_jax.feed.batches import Tokenized
 from pplug_jax.feed.features import compare_with_peers
 from pplug_jax.feed.peers import Peers
 from pplug_jax.methods.shown import shown
-from pplug_jax.methods.table import METHODS, Method, configured
+from pplug_jax.methods.table import Method, configured, methods_of
 from pplug_jax.methods.users import own_items, split_users
 from pplug_jax.plugs.reading import features_of
 from pplug_jax.session import Models
@@ -63,7 +63,7 @@ class TrainingInputs:
         It holds every training user's items, whatever a method shows of them.
         """
         config = self.models.config
-        methods = (METHODS[name] for name in config.methods)
+        methods = (methods_of(config)[name] for name in config.methods)
         plugs = (configured(config, method, 0).plug for method in methods if method.plug)
         if any(compare_with_peers(features_of(plug)) for plug in plugs):
             rows = self.models.history_rows(self.examples)
