@@ -81,7 +81,11 @@ def waiting(models: Models, examples: Sequence[Tokenized]) -> tuple[float, float
     method = METHODS["pplug"]
     config = configured(models.config, method, 0)
     assemble = models.assemble(
-        config, examples, config.train.batch_size, history_dropout=config.plug.history_dropout
+        method,
+        config,
+        examples,
+        config.train.batch_size,
+        history_dropout=config.plug.history_dropout,
     )
     plan = Plan(assemble.buckets.of, config.train.batch_size, 1000.0, 0)
     weights = models.new_weights(method, config)

@@ -151,7 +151,9 @@ def make_peers(scratch: Path) -> tuple[dict[str, Ours | Recipe], list[Planned]]:
     config = read_config(scratch)
     models = Models(config, scratch / "run")
     fill_store(models.store)
-    data = models.assemble(config, draw_examples(EXAMPLES, len(models.store)), FLAGS.batch)
+    data = models.assemble(
+        METHODS["pplug"], config, draw_examples(EXAMPLES, len(models.store)), FLAGS.batch
+    )
     plan = Plan(data.buckets.of, FLAGS.batch, 1.0, 0)
     weights = models.new_weights(METHODS["pplug"], config)
     kind = {"llama": transformers.LlamaForCausalLM, "t5": transformers.T5ForConditionalGeneration}

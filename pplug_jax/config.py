@@ -60,7 +60,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             f"known: {', '.join(methods)}"
         )
     for name in config.methods:
-        weights = methods[name].weights
+        weights = methods[name].plug
         if weights is not None and weights not in config.methods:
             raise ConfigError(
                 f"config.methods: {name!r} uses what {weights!r} trains, which is missing"

@@ -25,11 +25,12 @@ from pplug_jax.errors import ConfigError, DataError, InputError
 from pplug_jax.evaluate.compare import compare_methods
 from pplug_jax.evaluate.run import evaluate
 from pplug_jax.methods.table import configured, methods_of
+from pplug_jax.plugs.base import parameter_count
 from pplug_jax.plugs.reading import soft_tokens
 from pplug_jax.runtime.console import say
 from pplug_jax.scoring.metrics import check_metrics
 from pplug_jax.scoring.plots import plot_losses
-from pplug_jax.session import Models, parameter_count, trained_count
+from pplug_jax.session import Models
 from pplug_jax.storage.lock import locked
 from pplug_jax.storage.workdir import METRICS, plot_path
 from pplug_jax.train.inputs import TrainingInputs
@@ -44,7 +45,7 @@ def describe(models: Models, train: Sequence[Example], held_out: Sequence[Exampl
     for method in (methods_of(config)[name] for name in config.methods):
         if method.trained:
             settings = configured(config, method, config.seed)
-            count = trained_count(method, models.abstract_weights(method, settings))
+            count = models.abstract_weights(method, settings).trained(method.reading)
             trainable[count].append(method.name)
     data = data_name(config)
     if data_directory(config) is None:

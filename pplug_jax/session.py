@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from pplug_jax.config import check_batches
 from pplug_jax.data.lamp import Example, Item
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.encoder import load_encoder
-from pplug_jax.encoder.bert import Bert
 from pplug_jax.encoder.encode import abstract_bert, load_bert
 from pplug_jax.errors import ConfigError, InputError
 from pplug_jax.feed.batches import Assemble, Buckets, Tokenized, history_rows, tokenize
@@ -27,11 +25,9 @@ from pplug_jax.feed.peers import Peers
 from pplug_jax.feed.store import HistoryStore
 from pplug_jax.llm import LLM, abstract_llm, llm_loader
 from pplug_jax.llm.prompts import Tokenizer
-from pplug_jax.methods.table import METHODS, Method, configured, methods_of
+from pplug_jax.methods.table import Method, configured, methods_of
 from pplug_jax.plugs.forward import Weights
-from pplug_jax.plugs.lora import Lora
-from pplug_jax.plugs.persona import UserEmbedder
-from pplug_jax.plugs.reading import features_of, soft_tokens
+from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.runtime.mesh import local_rows, make_mesh, parts, place, place_abstract
 from pplug_jax.storage import hf
 from pplug_jax.storage.checkpoint import Checkpoints, is_saved, module_loader, save_module
@@ -166,16 +162,17 @@ class Models:
 
     def assemble(
         self,
+        method: Method,
         config: ml_collections.ConfigDict,
         examples: Sequence[Tokenized],
         batch_size: int,
         **training: Any,
     ) -> Assemble:
-        """What makes batches of the examples, as the plug of `config` reads them.
+        """What makes batches of the examples, as the method's plug reads them.
 
         training: the seed and shares of `Assemble`'s dropout.
         """
-        features = features_of(config.plug)
+        features = PLUGS[method.kind].features(config)
         return Assemble(
             examples,
             self.buckets(examples, config.data.buckets),
@@ -189,8 +186,10 @@ class Models:
     def _check_length(self) -> None:
         data = self.config.data
         methods = [methods_of(self.config)[name] for name in self.config.methods]
-        plugs = [configured(self.config, method, 0).plug for method in methods if method.plug]
-        soft = max(map(soft_tokens, plugs), default=0)
+        soft = max(
+            PLUGS[method.kind].soft_tokens(configured(self.config, method, 0), method.reading)
+            for method in methods
+        )
         prompt = self.tokenizer.prefix_length + data.max_input_length + len(self.tokenizer.suffix)
         answer = max(data.max_target_length, self.config.eval.max_new_tokens)
         longest = self.abstract_llm.config.max_length
@@ -205,28 +204,6 @@ class Models:
     def _soft_norm(self) -> jax.Array:
         return jax.jit(lambda llm: llm.embedding_norm())(self.llm)
 
-    def _build_plug(
-        self, config: ml_collections.ConfigDict, encoder: Bert, scale: jax.Array, key: jax.Array
-    ) -> UserEmbedder:
-        """A plug with `encoder` for Enc_inp, whose other parts are drawn from the key."""
-        return UserEmbedder(
-            encoder,
-            self.abstract_llm.config.hidden_size,
-            scale,
-            num_persona_tokens=config.num_persona_tokens,
-            projector_size=config.projector_size,
-            temperature=config.temperature,
-            learned_temperature=config.learned_temperature,
-            recency=config.recency,
-            features=config.features,
-            frozen_encoder=config.encoder_rate == 0,
-            dtype=config.dtype,
-            rngs=nnx.Rngs(key),
-        )
-
-    def _build_lora(self, config: ml_collections.ConfigDict, key: jax.Array) -> Lora:
-        return Lora(self.abstract_llm, config.rank, config.alpha, rngs=nnx.Rngs(key))
-
     def _input_encoder(self, config: ml_collections.ConfigDict) -> dict[str, Any]:
         return {
             "pooling": self.config.encoder.pooling or None,
@@ -239,14 +216,14 @@ class Models:
 
         config: `methods.configured`.
         """
-        key = jax.random.key(0)
-        if method.lora:
-            build = functools.partial(self._build_lora, config.lora)
-            return place_abstract(jax.eval_shape(build, key), self.mesh)
-        build = functools.partial(self._build_plug, config.plug)
-        encoder = abstract_bert(self.encoder_path, **self._input_encoder(config.plug))
+        kind = PLUGS[method.kind]
+        build = functools.partial(kind.build, config, self.abstract_llm)
+        encoder = None
+        if kind.reads_input:
+            encoder = abstract_bert(self.encoder_path, **self._input_encoder(config.plug))
         scale = jax.ShapeDtypeStruct((), jnp.float32)
-        return place_abstract(jax.eval_shape(build, encoder, scale, key), self.mesh)
+        shapes = jax.eval_shape(build, encoder, scale, jax.random.key(0))
+        return place_abstract(shapes, self.mesh)
 
     def restore_weights(
         self, method: Method, config: ml_collections.ConfigDict, directory: Path
@@ -256,7 +233,7 @@ class Models:
         Raises:
             CheckpointError: there is none.
         """
-        with contextlib.closing(Checkpoints(checkpoints_path(directory, method.weights))) as found:
+        with contextlib.closing(Checkpoints(checkpoints_path(directory, method.plug))) as found:
             return found.restore_weights(self.abstract_weights(method, config))
 
     def new_weights(self, method: Method, config: ml_collections.ConfigDict) -> Weights:
@@ -264,25 +241,11 @@ class Models:
 
         A plug's Enc_inp has the encoder's weights, a LoRA changes nothing yet.
         """
-        key = jax.random.key(config.seed)
-        if method.lora:
-            build = jax.jit(functools.partial(self._build_lora, config.lora))
-            return place(build(key), self.mesh)
-        build = jax.jit(functools.partial(self._build_plug, config.plug))
-        encoder = load_bert(self.encoder_path, self.mesh, **self._input_encoder(config.plug))
-        return place(build(encoder, self._soft_norm, key), self.mesh)
-
-
-def parameter_count(module: nnx.Module, *filters: type[nnx.Variable]) -> int:
-    variables = nnx.to_flat_state(nnx.state(module, *filters))
-    return sum(math.prod(variable.get_value().shape) for _, variable in variables)
-
-
-def trained_count(method: Method, weights: Weights) -> int:
-    """How many of the method's parameters its training changes."""
-    # Enc_inp is there too where it is frozen, or where no query is asked for.
-    idle = isinstance(weights, UserEmbedder) and (
-        weights.frozen_encoder or METHODS.get(method.weights, method).reading.uniform
-    )
-    count = parameter_count(weights, nnx.Param)
-    return count - parameter_count(weights.input_encoder) if idle else count
+        kind = PLUGS[method.kind]
+        build = jax.jit(functools.partial(kind.build, config, self.abstract_llm))
+        encoder, scale = None, 1.0
+        if kind.reads_input:
+            encoder = load_bert(self.encoder_path, self.mesh, **self._input_encoder(config.plug))
+        if kind.soft_tokens(config, method.reading):
+            scale = self._soft_norm
+        return place(build(encoder, scale, jax.random.key(config.seed)), self.mesh)

@@ -17,6 +17,7 @@ from pplug_jax.methods.table import METHODS, configured, methods_of
 from pplug_jax.methods.users import strangers
 from pplug_jax.plugs.forward import inputs_embeds
 from pplug_jax.plugs.reading import Reading
+from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.storage.workdir import flatten
 
 VARIANTS = "{'k4': {'plug.num_persona_tokens': 4, 'plug.features': ('form',)}}"
@@ -32,9 +33,9 @@ def test_every_method_can_be_run_and_every_plug_trained():
         assert method.name == name
         assert method.retrieval is None or method.retrieval in retrievers(None, True)
         assert method.history in ("own", "another", "none")
-        assert method.weights is None or METHODS[method.weights].trained
-        assert not (method.plug and method.lora)
-        assert method.lora or not method.user_lora
+        assert method.plug is None or METHODS[method.plug].trained
+        assert method.kind in PLUGS
+        assert method.kind == "lora" or not method.user_lora
 
 
 def test_a_methods_settings_are_fields_of_the_config():
@@ -42,7 +43,7 @@ def test_a_methods_settings_are_fields_of_the_config():
     config.plug.num_persona_tokens = 9  # no method's own
     before = flatten(config.to_dict())
     for method in METHODS.values():
-        settings = dict(METHODS[method.weights].settings) if method.weights else {}
+        settings = dict(METHODS[method.plug].settings) if method.plug else {}
         assert flatten(configured(config, method, 7).to_dict()) == before | settings | {"seed": 7}
     # The paper's plug, whatever the config's.
     paper = configured(config, METHODS["pplug_paper"], config.seed)

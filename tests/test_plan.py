@@ -24,8 +24,9 @@ from pplug_jax.plan.planner import meshes, roomy_mesh
 from pplug_jax.plan.programs import Programs
 from pplug_jax.plan.roofline import GIB, Cost, Memory, too_large
 from pplug_jax.plan.training import TrainPlan, axes, hours
+from pplug_jax.plugs.base import parameter_count
 from pplug_jax.runtime.mesh import make_mesh
-from pplug_jax.session import Models, parameter_count
+from pplug_jax.session import Models
 from pplug_jax.train.step import abstract_optimizer, init_optimizer, make_optimizer
 
 

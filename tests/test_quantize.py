@@ -17,8 +17,9 @@ from pplug_jax.errors import InputError
 from pplug_jax.llm import LLM, load_llm
 from pplug_jax.llm.generate import generate
 from pplug_jax.llm.quantize import GROUP, quantize
+from pplug_jax.plugs.base import parameter_count
 from pplug_jax.runtime.mesh import make_mesh
-from pplug_jax.session import ASSETS, parameter_count
+from pplug_jax.session import ASSETS
 from pplug_jax.storage import hf
 
 ERRORS = {"int8": 0.01, "int4": 0.15}  # of a random kernel, root mean square

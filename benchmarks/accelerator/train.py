@@ -77,7 +77,10 @@ class Work:
     def __init__(self, models: RandomModels, rows: int):
         vocabulary = min(models.llm_shape.vocab_size, models.encoder_shape.vocab_size)
         examples = draw_examples(EXAMPLES, len(models.store), vocabulary)
-        self.rows, self.data = rows, models.assemble(models.config, examples, rows)
+        self.rows, self.data = (
+            rows,
+            models.assemble(METHODS["pplug"], models.config, examples, rows),
+        )
         plan = Plan(self.data.buckets.of, rows, 1.0, 0)
         buckets = [plan[step][1] for step in range(len(plan))]
         widths = np.array([self.data.buckets.shapes[bucket].text for bucket in buckets])

@@ -70,10 +70,10 @@ def compare_methods(models: Models, train: Sequence[Example], held_out: Sequence
         directory = seed_path(workdir, seed)
         for name in config.methods:
             method = methods[name]
-            if method.weights or seed == config.seeds[0]:
+            if method.plug or seed == config.seeds[0]:
                 settings = configured(config, method, seed)
-                if method.weights in rates:
-                    settings.train.learning_rate = rates[method.weights]
+                if method.plug in rates:
+                    settings.train.learning_rate = rates[method.plug]
                 runs[name].append(
                     run_method(models, method, settings, training, held_out, tokenized, directory)
                 )
@@ -100,9 +100,9 @@ def run_method(
         plot_losses(directory / METRICS, plot_path(directory, "loss"))
     weights = functools.partial(models.restore_weights, method, settings, directory)
     answers = answer(models, method, settings, held_out, tokenized, directory, weights)
-    if not method.weights:
+    if not method.plug:
         return Run(answers, None, None)
-    seconds = training_seconds(directory, method.weights)
+    seconds = training_seconds(directory, method.plug)
     return Run(answers, seconds, settings.train.learning_rate)
 
 

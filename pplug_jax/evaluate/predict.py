@@ -17,16 +17,18 @@ from pplug_jax.data import submission
 from pplug_jax.data.lamp import Example
 from pplug_jax.feed.batches import Batch, Tokenized, place_batch, plan_batches
 from pplug_jax.methods.shown import shown
-from pplug_jax.methods.table import Method
+from pplug_jax.methods.table import Method, methods_of
 from pplug_jax.methods.users import own_items
+from pplug_jax.plugs.base import parameter_count
 from pplug_jax.plugs.forward import Weights, adapt, answer_tokens, gold_losses
 from pplug_jax.plugs.persona import UserEmbedder
 from pplug_jax.plugs.reading import Reading
+from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.runtime.ahead import compiled_ahead
 from pplug_jax.runtime.console import Progress
 from pplug_jax.runtime.distributed import fetch, wait_for_all
 from pplug_jax.runtime.primary import is_primary
-from pplug_jax.session import Models, parameter_count, trained_count
+from pplug_jax.session import Models
 from pplug_jax.storage.checkpoint import Checkpoints
 from pplug_jax.storage.files import read_text, write_json
 from pplug_jax.storage.workdir import checkpoints_path, personas_path, predictions_path
@@ -37,8 +39,8 @@ class Answers(NamedTuple):
     """What a method gave: a text for each example by its id, and what it took.
 
     losses: of each example's gold, the sum over its tokens and their number. step: the trained
-    weights', if any. trainable: `trained_count`. bytes_per_user: what has to be kept of a user,
-    on average. milliseconds: an example's, in batches, of which the median is taken.
+    weights', if any. trainable: parameters that training changed. bytes_per_user: what has to be
+    kept of a user, on average. milliseconds: the median over batches of an example's.
     """
 
     texts: dict[str, str]
@@ -63,7 +65,7 @@ def predict(
     are `Answers.losses`.
     """
     tokenizer, size = models.tokenizer, config.eval.batch_size
-    assemble = models.assemble(config, tokenized, size)
+    assemble = models.assemble(method, config, tokenized, size)
     answers, losses, times = [""] * len(tokenized), np.zeros((len(tokenized), 2)), []
     llm, order = models.abstract_llm, np.arange(len(tokenized))
     if method.user_lora:
@@ -133,15 +135,18 @@ def answer(
     path = predictions_path(directory, split, method.name)
     about = path.with_suffix(".about.json")
     step = None
-    if method.weights:
-        with contextlib.closing(Checkpoints(checkpoints_path(directory, method.weights))) as found:
+    if method.plug:
+        with contextlib.closing(Checkpoints(checkpoints_path(directory, method.plug))) as found:
             step = found.best
     if path.is_file() and about.is_file():
         facts = json.loads(read_text(about))
         texts = submission.read(path, task)
         if facts["step"] == step and list(texts) == [example.id for example in examples]:
             return Answers(texts, **facts)
-    trained = weights() if method.weights else None
+    trained, trainable = None, 0
+    if method.plug:
+        trained = weights()
+        trainable = trained.trained(methods_of(models.config)[method.plug].reading)
     start = time.monotonic()
     show = functools.partial(shown, models.task, models.tokenizer, models.store, method, config)
     inputs = show(examples, tokenized())
@@ -154,14 +159,14 @@ def answer(
         {example.id: text for example, text in zip(examples, texts, strict=True)},
         losses.tolist(),
         step,
-        trained_count(method, trained) if trained is not None else 0,
+        trainable,
         _bytes_per_user(models, method, config, examples, inputs),
         preparing + milliseconds,
     )
     submission.write(path, task, answers.texts)
     if task.judged:
         submission.write_judged(path.with_suffix(".judge.jsonl"), task, examples, answers.texts)
-    if method.plug and method.history == "own":
+    if isinstance(trained, UserEmbedder) and method.history == "own":
         write_personas(models, method, config, trained, examples, inputs, directory)
     write_json(about, {k: v for k, v in answers._asdict().items() if k != "texts"})
     wait_for_all(f"answers of {method.name}")
@@ -184,7 +189,7 @@ def _bytes_per_user(
                 for example in examples
             ]
         )
-    if method.plug:
+    if method.plug and PLUGS[method.kind].reads_input:
         total += np.mean([len(each.rows) for each in inputs]) * models.encoder.size * 2
     if method.user_lora:
         total += parameter_count(models.abstract_weights(method, config)) * 2
@@ -221,7 +226,7 @@ def write_personas(
         others.append(each._replace(query=np.array(models.encoder.queries([text])[0], np.int32)))
     found = []
     for tokenized in (inputs, others):
-        assemble = models.assemble(config, tokenized, config.eval.batch_size)
+        assemble = models.assemble(method, config, tokenized, config.eval.batch_size)
         weights = [np.zeros(0)] * len(tokenized)
         personas = np.zeros((len(tokenized), models.abstract_llm.config.hidden_size), np.float32)
         for bucket, indices in plan_batches(

@@ -74,7 +74,7 @@ def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
             examples,
             tokenized,
             workdir,
-            functools.partial(restored, method.weights),
+            functools.partial(restored, method.plug),
         )
         texts[name] = answers.texts
         statistics[name] = statistics_of(models, examples, answers)

@@ -12,6 +12,7 @@ from pplug_jax.feed.store import HistoryStore
 from pplug_jax.llm.prompts import Tokenizer
 from pplug_jax.methods.table import Method
 from pplug_jax.methods.users import strangers
+from pplug_jax.plugs.registry import PLUGS
 
 
 def shown(
@@ -42,7 +43,8 @@ def shown(
             each._replace(prompt=tokenizer.prompt(prompt, length))
             for each, prompt in zip(tokenized, prompts, strict=True)
         ]
-    if not method.plug or method.history == "none":
+    reads = method.plug and PLUGS[method.kind].reads_input
+    if not reads or method.history == "none":
         readers = [None] * len(tokenized)
     elif method.history == "another":
         readers = strangers([each.rows for each in tokenized], config.seed)

@@ -22,10 +22,9 @@ class Method:
     """What the LLM is shown of the user, and how it is changed.
 
     retrieval: the profile items shown as demonstrations; top_k: how many, 0 is the config's.
-    plug: the trained plug whose soft tokens stand in front. history: whose items it reads: the
-    user's `own`, `another` user's, or `none`. reading: how it reads them.
-    lora: the trained low-rank update of the LLM. user_lora: another one on top, trained on the
-    user's own items.
+    plug: the method whose trained plug it uses, and its kind, of `plugs.registry`. history: whose
+    items it reads: the user's `own`, `another` user's, or `none`. reading: how it reads them.
+    user_lora: a LoRA on top of it, trained on the user's own items.
     settings: fields of the config that its training sets otherwise.
     """
 
@@ -36,19 +35,14 @@ class Method:
     plug: str | None = None
     history: str = "own"
     reading: Reading = PAPER
-    lora: str | None = None
+    kind: str = "persona"
     user_lora: bool = False
     settings: Settings = ()
 
     @property
-    def weights(self) -> str | None:
-        """The method whose trained weights this one uses."""
-        return self.plug or self.lora
-
-    @property
     def trained(self) -> bool:
         """Whether this method has weights of its own to train; the others borrow or need none."""
-        return self.weights == self.name
+        return self.plug == self.name
 
 
 # The plug of the paper, and its history dropout in the official code's data.
@@ -108,7 +102,7 @@ _CONTROLS = (
         "as many soft tokens, trained without any history",
         plug="instruction_only",
         history="none",
-        reading=Reading(uniform=True),  # no query is needed to weigh nothing
+        reading=Reading(uniform=True, history=False),  # no query is needed to weigh nothing
     ),
     Method("shuffled_user", "pplug given another user's history", plug="pplug", history="another"),
     Method(
@@ -120,17 +114,19 @@ _CONTROLS = (
 )
 
 _LORA = (
-    Method("task_lora", "one LoRA for all users", lora="task_lora"),
+    Method("task_lora", "one LoRA for all users", plug="task_lora", kind="lora"),
     Method(
         "task_lora+retrieval",
         "one LoRA for all users, trained behind demonstrations",
-        lora="task_lora+retrieval",
+        plug="task_lora+retrieval",
+        kind="lora",
         retrieval="bm25",
     ),
     Method(
         "user_lora",
         "task_lora and a LoRA of the user's own, trained on their items (OPPU)",
-        lora="task_lora",
+        plug="task_lora",
+        kind="lora",
         user_lora=True,
     ),
 )
@@ -188,7 +184,7 @@ def configured(
     config: ml_collections.ConfigDict, method: Method, seed: int
 ) -> ml_collections.ConfigDict:
     """The config that the method's weights are trained by."""
-    settings = dict(methods_of(config)[method.weights].settings) if method.weights else {}
+    settings = dict(methods_of(config)[method.plug].settings) if method.plug else {}
     config = config.copy_and_resolve_references().unlock()
     config.update_from_flattened_dict(settings)
     config.seed = seed

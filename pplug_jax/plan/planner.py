@@ -16,10 +16,10 @@ from pplug_jax.plan.hlo import COLLECTIVES
 from pplug_jax.plan.programs import Programs
 from pplug_jax.plan.roofline import GIB, Cost, Memory, compile_program
 from pplug_jax.plan.training import TrainPlan, axes, fitting, hours, mesh_name, plan_training
+from pplug_jax.plugs.base import parameter_count
 from pplug_jax.runtime.console import say
 from pplug_jax.runtime.mesh import make_mesh
 from pplug_jax.scoring.tables import show_table
-from pplug_jax.session import parameter_count, trained_count
 
 
 class _Program(NamedTuple):
@@ -80,7 +80,7 @@ def _describe(programs: Programs, where: Slice) -> None:
     say(
         f"{config.llm.path}, {parameter_count(programs.models.abstract_llm):,} parameters, "
         f"{config.llm.quantize or config.llm.dtype}; training {programs.method.name}, "
-        f"{trained_count(programs.method, programs.weights):,} parameters"
+        f"{programs.weights.trained(programs.method.reading):,} parameters"
     )
     say(
         f"{where.name}: {len(where.devices)} x {where.chip.hbm_gib} GiB, mesh "

@@ -18,7 +18,7 @@ from pplug_jax.llm import abstract_llm
 from pplug_jax.llm.shapes import PUBLISHED, published_directory
 from pplug_jax.methods.table import Method, configured, methods_of
 from pplug_jax.plugs.forward import answer_tokens, gold_losses
-from pplug_jax.plugs.reading import features_of, soft_tokens
+from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.runtime.mesh import parts, place_abstract, sharding
 from pplug_jax.session import Models, model_path
 from pplug_jax.storage import hf
@@ -84,13 +84,13 @@ class Programs:
         self.settings = configured(config, self.method, config.seed)
         self.weights = self.models.abstract_weights(self.method, self.settings)
         around = CHAT_TOKENS if config.llm.chat else PLAIN_TOKENS
-        plug = self.settings.plug if self.method.plug else None
+        self.kind = PLUGS[self.method.kind]
         prompt, target = config.data.max_input_length + around, config.data.max_target_length
         decoder_only = self.models.abstract_llm.decoder_only
         self.lengths = Lengths(
             text=round_up(prompt + target - 1 if decoder_only else prompt),
             prompt=round_up(prompt),
-            soft=soft_tokens(plug, self.method.reading) if plug else 0,
+            soft=self.kind.soft_tokens(self.settings, self.method.reading),
             target=round_up(target),
             query=min(config.encoder.max_length, self.encoder["max_position_embeddings"]),
             new=config.eval.max_new_tokens,
@@ -104,7 +104,7 @@ class Programs:
 
     def batch(self, rows: int) -> Batch:
         """A batch as `place_batch` lays it out."""
-        lengths, plug = self.lengths, self.settings.plug
+        lengths = self.lengths
         items = round_up(self.config.data.max_history)
         width = self.encoder["hidden_size"]
 
@@ -128,7 +128,7 @@ class Programs:
             weight=array(jnp.float32),
             features={
                 name: array(jnp.float32, items, FEATURES[name].width(width))
-                for name in features_of(plug)
+                for name in self.kind.features(self.settings)
             },
         )
 

@@ -10,20 +10,17 @@ from pplug_jax.feed.batches import Batch
 from pplug_jax.llm import LLM
 from pplug_jax.llm.generate import generate
 from pplug_jax.llm.loss import cross_entropy
-from pplug_jax.plugs.lora import Lora
-from pplug_jax.plugs.persona import UserEmbedder
+from pplug_jax.plugs.base import Plug
 from pplug_jax.plugs.reading import PAPER, Reading
 
-Weights = UserEmbedder | Lora  # what is trained
+Weights = Plug  # what is trained
 
 
 def adapt(
     weights: Weights | None, llm: LLM, batch: Batch, reading: Reading = PAPER, remat: bool = False
 ) -> tuple[LLM, jax.Array | None]:
     """The LLM as the weights change it, and the soft tokens that they make for `batch`."""
-    if isinstance(weights, UserEmbedder):
-        return llm, weights(*batch.plug_inputs, reading=reading, remat=remat)
-    return (llm, None) if weights is None else (weights.on(llm), None)
+    return (llm, None) if weights is None else weights.adapt(llm, batch, reading, remat)
 
 
 def inputs_embeds(

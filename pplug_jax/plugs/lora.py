@@ -2,10 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 from flax import nnx
 
+from pplug_jax.feed.batches import Batch
 from pplug_jax.llm import LLM
 from pplug_jax.nn.linear import Adapted
+from pplug_jax.plugs.base import Kind, parameter_count
+from pplug_jax.plugs.reading import Reading
 
 
 class Lora(nnx.Module):
@@ -54,3 +58,18 @@ class Lora(nnx.Module):
                 variable = variable.replace(Adapted(variable.get_value(), *update))
             flat.append((path, variable))
         return nnx.merge(graph, nnx.from_flat_state(flat))
+
+    def adapt(self, llm: LLM, batch: Batch, reading: Reading, remat: bool) -> tuple[LLM, None]:
+        return self.on(llm), None
+
+    def trained(self, reading: Reading) -> int:
+        return parameter_count(self, nnx.Param)
+
+
+def _build(
+    config: ml_collections.ConfigDict, llm: LLM, encoder: None, scale: jax.Array, key: jax.Array
+) -> Lora:
+    return Lora(llm, config.lora.rank, config.lora.alpha, rngs=nnx.Rngs(key))
+
+
+KIND = Kind(_build)

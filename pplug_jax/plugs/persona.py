@@ -25,12 +25,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 from flax import nnx
 
 from pplug_jax.encoder.bert import Bert, gelu
+from pplug_jax.feed.batches import Batch
 from pplug_jax.feed.features import FEATURES
+from pplug_jax.llm import LLM
 from pplug_jax.nn.variables import Frozen
-from pplug_jax.plugs.reading import PAPER, Reading
+from pplug_jax.plugs.base import Kind, parameter_count
+from pplug_jax.plugs.reading import PAPER, Reading, features_of, soft_tokens
 from pplug_jax.runtime.mesh import rows
 
 # E[GELU(z)^2] for z ~ N(0, 1): what the first layer hands to the second at initialisation.
@@ -251,3 +255,54 @@ class UserEmbedder(nnx.Module):
             age = jnp.where(history_mask, features["age"][..., 0], 0)
             penalty = jax.nn.softplus(self.recency_rate[...]) * jnp.log1p(age)
         return attention_weights(vectors, history, history_mask, temperature, reading.top, penalty)
+
+    def adapt(self, llm: LLM, batch: Batch, reading: Reading, remat: bool) -> tuple[LLM, jax.Array]:
+        return llm, self(*batch.plug_inputs, reading=reading, remat=remat)
+
+    def trained(self, reading: Reading) -> int:
+        idle = []
+        if self.frozen_encoder or reading.uniform:
+            idle.append(self.input_encoder)
+        if not reading.instruction:
+            idle += [self.instruction_projector, self.instruction]
+        if not reading.history:
+            idle += [
+                self.projector,
+                *(getattr(self, f"{name}_projector") for name in self.features),
+            ]
+        if reading.uniform:
+            idle += [x for x in (self.recency_rate, self.log_temperature) if x is not None]
+        return parameter_count(self, nnx.Param) - sum(map(_size, idle))
+
+
+def _size(part: nnx.Module | nnx.Param) -> int:
+    return part.get_value().size if isinstance(part, nnx.Param) else parameter_count(part)
+
+
+def _build(
+    config: ml_collections.ConfigDict, llm: LLM, encoder: Bert, scale: jax.Array, key: jax.Array
+) -> UserEmbedder:
+    """Enc_inp is the encoder given; the other parts are drawn from the key."""
+    plug = config.plug
+    return UserEmbedder(
+        encoder,
+        llm.config.hidden_size,
+        scale,
+        num_persona_tokens=plug.num_persona_tokens,
+        projector_size=plug.projector_size,
+        temperature=plug.temperature,
+        learned_temperature=plug.learned_temperature,
+        recency=plug.recency,
+        features=plug.features,
+        frozen_encoder=plug.encoder_rate == 0,
+        dtype=plug.dtype,
+        rngs=nnx.Rngs(key),
+    )
+
+
+KIND = Kind(
+    _build,
+    reads_input=True,
+    soft_tokens=lambda config, reading: soft_tokens(config.plug, reading),
+    features=lambda config: features_of(config.plug),
+)

@@ -9,12 +9,14 @@ class Reading(NamedTuple):
     """How a plug reads a user; the defaults are the paper's method, the others its ablations.
 
     uniform: weigh all items alike instead of by the input. top: only that many items, those
-    nearest to the input; 0 is all. instruction: whether I stands in front of P.
+    nearest to the input; 0 is all. instruction: whether I stands in front of P. history: whether
+    there is any to read; where there is none all users have the null persona.
     """
 
     uniform: bool = False
     top: int = 0
     instruction: bool = True
+    history: bool = True
 
 
 PAPER = Reading()

@@ -15,7 +15,7 @@ from pplug_jax.feed.peers import Peers
 from pplug_jax.methods.shown import shown
 from pplug_jax.methods.table import Method, configured, methods_of
 from pplug_jax.methods.users import own_items, split_users
-from pplug_jax.plugs.reading import features_of
+from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.session import Models
 
 
@@ -64,8 +64,12 @@ class TrainingInputs:
         """
         config = self.models.config
         methods = (methods_of(config)[name] for name in config.methods)
-        plugs = (configured(config, method, 0).plug for method in methods if method.plug)
-        if any(compare_with_peers(features_of(plug)) for plug in plugs):
+        read = (
+            PLUGS[method.kind].features(configured(config, method, 0))
+            for method in methods
+            if method.plug
+        )
+        if any(map(compare_with_peers, read)):
             rows = self.models.history_rows(self.examples)
             Peers.of(self.models.store, rows).save(self.models.workdir)
 

@@ -20,7 +20,7 @@ from pplug_jax.feed.batches import (
 )
 from pplug_jax.methods.table import Method
 from pplug_jax.plugs.forward import Weights
-from pplug_jax.plugs.reading import soft_tokens
+from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.runtime.ahead import compiled_ahead
 from pplug_jax.runtime.console import Progress, say
 from pplug_jax.session import Models
@@ -58,6 +58,7 @@ def fit(
     """
     mesh = models.mesh
     assemble = models.assemble(
+        method,
         config,
         examples,
         config.train.batch_size,
@@ -93,7 +94,7 @@ def fit(
             )
 
     buckets = [plan[i][1] for i in range(len(plan))]
-    soft = soft_tokens(config.plug, method.reading) if method.plug else 0
+    soft = PLUGS[method.kind].soft_tokens(config, method.reading)
     kept = Checkpoints(checkpoints_path(directory, method.name), config.train.keep)
     with contextlib.closing(kept) as checkpoints, contextlib.ExitStack() as stack:
         latest = checkpoints.latest_for_all()
@@ -189,7 +190,7 @@ def validation_loss(
 ) -> float:
     """The mean loss per target token, without dropout."""
     size = config.train.batch_size
-    assemble = models.assemble(config, examples, size)
+    assemble = models.assemble(method, config, examples, size)
     loss = jax.jit(loss_fn, static_argnames=("prefix_length", "reading"))
     total = np.zeros(2)
     for bucket, indices in plan_batches(np.arange(len(examples)), assemble.buckets.of, size):

@@ -1,0 +1,8 @@
+"""The kinds of plugs; a new one is a file beside this one, and a line here."""
+
+from pplug_jax.plugs import lora, persona
+
+PLUGS = {
+    "persona": persona.KIND,
+    "lora": lora.KIND,
+}
