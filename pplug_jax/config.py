@@ -1,17 +1,20 @@
 """Checks of a config: that it can work, and that a workdir belongs to it."""
 
 import json
+import math
 from pathlib import Path
 
 import ml_collections
 
 from pplug_jax.data.tasks import TASKS
+from pplug_jax.encoder.bert import POOLINGS
 from pplug_jax.errors import ConfigError
 from pplug_jax.feed.features import FEATURES
+from pplug_jax.llm.quantize import KINDS
 from pplug_jax.methods.table import PAPER_PLUG, configured, methods_of, read_variants
 from pplug_jax.runtime.distributed import wait_for_all
 from pplug_jax.runtime.slips import names_of, near
-from pplug_jax.storage.files import read_text, write_json
+from pplug_jax.storage.files import read_object, write_json
 from pplug_jax.storage.workdir import CONFIG, flatten, upgraded
 
 # What the official code (rucliujn/PPlug) does where ours by default does something else, and what
@@ -23,6 +26,42 @@ PARITY = {
     "encoder.query_prefix": "Represent this sentence for searching relevant passages:",
     "encoder.item_prefix": "",
     **PAPER_PLUG,
+}
+
+FROM_ONE = (
+    "data.max_input_length",
+    "data.max_target_length",
+    "data.max_history",
+    "data.buckets",
+    "encoder.max_length",
+    "encoder.batch_size",
+    "plug.num_persona_tokens",
+    "train.batch_size",
+    "train.accumulation",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep",
+    "lora.rank",
+    "lora.user_epochs",
+    "eval.batch_size",
+    "eval.num_beams",
+    "eval.max_new_tokens",
+    "eval.top_k",
+    "eval.bootstrap_samples",
+    "mesh.slices",
+    "mesh.fsdp",
+    "mesh.tensor",
+)
+ABOVE_ZERO = ("plug.temperature", "train.epochs", "train.learning_rate", "train.clip_norm")
+SHARES = ("plug.history_dropout", "plug.persona_dropout", "train.warmup", "train.validation")
+DTYPES = ("float32", "bfloat16", "float16")
+CHOICES = {
+    "data.on_error": ("stop", "skip"),
+    "llm.dtype": DTYPES,
+    "encoder.dtype": DTYPES,
+    "plug.dtype": DTYPES,
+    "llm.quantize": ("", *KINDS),
+    "encoder.pooling": ("", *POOLINGS),
 }
 
 
@@ -43,6 +82,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             f"config.task {config.task!r} is unknown{near(config.task, TASKS)}; "
             f"known: {', '.join(TASKS)}"
         )
+    _check_ranges(config)
     methods = methods_of(config)
     for name, settings in read_variants(config.variants).items():
         for field in (field for field, _ in settings if field not in names_of(config)):
@@ -75,8 +115,6 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(
             f"config.data.path is empty, and the embedded sample has no {config.task}, only LaMP_5"
         )
-    if config.data.on_error not in ("stop", "skip"):
-        raise ConfigError(f"config.data.on_error {config.data.on_error!r} is unknown; stop or skip")
     if config.tune.learning_rates and not config.train.validation:
         raise ConfigError(
             "config.tune.learning_rates are judged on examples that are held out: "
@@ -92,6 +130,25 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             f"config.train.batch_size {config.train.batch_size} does not divide into "
             f"config.train.accumulation {config.train.accumulation} parts"
         )
+
+
+def _check_ranges(config: ml_collections.ConfigDict) -> None:
+    given = flatten(config.to_dict())
+    # Written so that no comparison holds for what is no number.
+    wrong = {
+        "must be at least 1": [field for field in FROM_ONE if not given[field] >= 1],
+        "must be above 0": [field for field in ABOVE_ZERO if not 0 < given[field] < math.inf],
+        "is a share, from 0 to 1": [field for field in SHARES if not 0 <= given[field] <= 1],
+    }
+    for said, fields in wrong.items():
+        for field in fields:
+            raise ConfigError(f"config.{field} {given[field]!r} {said}")
+    for field, known in CHOICES.items():
+        if given[field] not in known:
+            raise ConfigError(
+                f"config.{field} {given[field]!r} is unknown{near(given[field], known)}; "
+                f"known: {', '.join(map(repr, known))}"
+            )
 
 
 def check_batches(config: ml_collections.ConfigDict, parts: int) -> None:
@@ -125,7 +182,7 @@ def claim_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
         write_json(path, ours)
         wait_for_all("config.json is there")
         return
-    there, now = flatten(upgraded(json.loads(read_text(path)))), flatten(ours)
+    there, now = flatten(upgraded(read_object(path))), flatten(ours)
     before, after = (read_variants(each.get("variants", "")) for each in (there, now))
     if changed := [name for name in before.keys() & after.keys() if before[name] != after[name]]:
         raise ConfigError(

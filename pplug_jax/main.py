@@ -85,18 +85,23 @@ def _quiet() -> None:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    del argv  # flags alone: slips.parse_flags
     if (_MODE.value == "plan") != bool(_TOPOLOGY.value):
-        raise app.UsageError("--mode=plan and --topology belong together")
+        sys.exit("error: --mode=plan and --topology belong together")
     _quiet()
     _keep_compiled()
     config = _CONFIG.value
-    workdir = (
-        epath.Path(_WORKDIR.value)
-        if _WORKDIR.value
-        else default_workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
-    )
+    try:
+        workdir = (
+            epath.Path(_WORKDIR.value)
+            if _WORKDIR.value
+            else default_workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
+        )
+    except KeyError as error:
+        sys.exit(
+            f"error: --workdir={_WORKDIR.value}: nothing here reads {error.args[0]}; "
+            "give a path, or gs://..."
+        )
     try:
         if _MODE.value not in ALONE:
             start()
@@ -106,7 +111,7 @@ def main(argv: list[str]) -> None:
             plan(config, _TOPOLOGY.value, _SUGGEST.value)
         else:
             run(config, workdir, _MODE.value)
-    except (InputError, FileNotFoundError, FloatingPointError) as error:
+    except (InputError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; run the same command again to go on")

@@ -30,7 +30,13 @@ from pplug_jax.plugs.forward import Weights
 from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.runtime.mesh import local_rows, make_mesh, parts, place, place_abstract
 from pplug_jax.storage import hf
-from pplug_jax.storage.checkpoint import Checkpoints, is_saved, module_loader, save_module
+from pplug_jax.storage.checkpoint import (
+    Checkpoints,
+    is_saved,
+    module_loader,
+    read_origin,
+    save_module,
+)
 from pplug_jax.storage.files import absolute, is_remote
 from pplug_jax.storage.hub import local_directory
 from pplug_jax.storage.workdir import CONVERTED, HISTORY, checkpoints_path
@@ -69,7 +75,9 @@ class Models:
         check_batches(config, parts(self.mesh, "batch"))
         llm_path = model_path(config.llm.path, "llm")
         self.encoder_path = model_path(config.encoder.path, "encoder")
-        llm = abstract_llm(llm_path, **self._llm_settings)
+        known = read_origin(self.converted) if is_saved(self.converted) else {}
+        own_head = known.get("own_head")
+        llm = abstract_llm(llm_path, **self._llm_settings, own_head=own_head)
         self.abstract_llm = place_abstract(llm, self.mesh)
         self._load_llm = self._llm_loader(llm_path)
         tokenizer = hf.load_tokenizer(llm_path, llm.config.vocab_size)
@@ -109,7 +117,8 @@ class Models:
         """Writes the loaded LLM for later starts to restore; returns whether it was not there."""
         if is_saved(self.converted):
             return False
-        save_module(self.converted, self.llm, self._llm_origin)
+        own_head = {"own_head": self.llm.head is not None}
+        save_module(self.converted, self.llm, self._llm_origin | own_head)
         return True
 
     @property
@@ -138,7 +147,7 @@ class Models:
         ]
 
     def tokenize(self, examples: Iterable[Example]) -> list[Tokenized]:
-        """`data.batches.tokenize` with this task, tokenizer, store and the config's lengths."""
+        """`feed.batches.tokenize` with this task, tokenizer, store and the config's lengths."""
         data = self.config.data
         return tokenize(
             self.task,
@@ -153,7 +162,7 @@ class Models:
 
     @functools.cached_property
     def peers(self) -> Peers:
-        """The items of the training split's histories, as `inputs.save_peers` left them."""
+        """The items of the training split's histories, as `train.inputs.save_peers` left them."""
         return Peers.load(self.store, self.workdir)
 
     def buckets(self, examples: Sequence[Tokenized], count: int) -> Buckets:
@@ -185,7 +194,9 @@ class Models:
 
     def _check_length(self) -> None:
         data = self.config.data
-        methods = [methods_of(self.config)[name] for name in self.config.methods]
+        known = methods_of(self.config)
+        # Of an older workdir's methods some may be gone.
+        methods = [known[name] for name in self.config.methods if name in known]
         soft = max(
             PLUGS[method.kind].soft_tokens(configured(self.config, method, 0), method.reading)
             for method in methods

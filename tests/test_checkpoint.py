@@ -1,6 +1,8 @@
 """Checkpoints: which are kept, what a torn one does, and restoring onto other devices."""
 
+import errno
 import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,6 +155,71 @@ def test_what_is_missing_whole(tmp_path: Path, item: str) -> None:
         assert checkpoints.restore_weights(like[0])["scalar"] == 1
     else:
         assert checkpoints.restore(*like)[2] == 1
+
+
+def test_what_was_set_aside_before_stays(tmp_path: Path) -> None:
+    like, state = weights(ONE), {"moment": jnp.ones(3)}
+    saved(tmp_path, None, None).close()
+    for value in (7.0, 8.0):
+        tear(tmp_path / "2")
+        checkpoints = Checkpoints(tmp_path)
+        assert checkpoints.restore(like, state)[2] == 1
+        checkpoints.save(2, weights(ONE, value), {"moment": jnp.zeros(3)})
+        checkpoints.wait()
+        checkpoints.close()
+    assert steps(tmp_path) == ["1", "2", "2.torn", "2.torn1"]
+    assert Checkpoints(tmp_path).restore(like, state)[0]["scalar"] == 8
+
+
+@pytest.mark.parametrize("kept", [0, 5])
+def test_a_validation_loss_that_is_cut(tmp_path: Path, kept: int) -> None:
+    saved(tmp_path, 2.0, 1.0).close()
+    file = tmp_path / "2" / "metrics" / "metrics"
+    file.write_bytes(file.read_bytes()[:kept])
+    checkpoints = Checkpoints(tmp_path)
+    assert (checkpoints.latest, checkpoints.best) == (1, 1)
+    assert checkpoints.restore_weights(weights(ONE))["scalar"] == 1
+    assert steps(tmp_path) == ["1", "2.torn"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [Path.unlink, lambda path: path.write_bytes(b""), lambda path: os.truncate(path, 9999)],
+)
+def test_the_data_of_a_large_array(tmp_path: Path, damage: Callable[[Path], object]) -> None:
+    large = {"large": jnp.asarray(np.random.default_rng(0).normal(size=9999), jnp.float32)}
+    checkpoints, state = Checkpoints(tmp_path), {"moment": jnp.zeros(3)}
+    for step in (1, 2):
+        checkpoints.save(step, large, state)
+        checkpoints.wait()
+    checkpoints.close()
+    files = (file for file in (tmp_path / "2" / "weights").rglob("*") if file.is_file())
+    damage(max(files, key=lambda file: file.stat().st_size))
+    assert Checkpoints(tmp_path).restore_weights(large)["large"].shape == (9999,)
+    assert Checkpoints(tmp_path).restore(large, state)[2] == 1
+    assert steps(tmp_path) == ["1", "2.torn"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ELOOP])
+def test_what_cannot_be_looked_at_is_not_taken_for_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refusing(call: Callable[..., Any]) -> Callable[..., Any]:
+        def refused(path: Any, *args: Any, **settings: Any) -> Any:
+            if isinstance(path, (str, os.PathLike)) and Path(path).is_relative_to(tmp_path / "2"):
+                raise OSError(number, os.strerror(number), str(path))
+            return call(path, *args, **settings)
+
+        return refused
+
+    monkeypatch.setattr(retry, "WAIT", 0.0)
+    checkpoints = saved(tmp_path, None, None)
+    with monkeypatch.context() as broken:
+        for name in ("stat", "listdir", "scandir"):
+            broken.setattr(os, name, refusing(getattr(os, name)))
+        with pytest.raises(CheckpointError, match=r"step 2 could not be read: .*Nothing was"):
+            checkpoints.restore(weights(ONE), {"moment": jnp.ones(3)})
+    assert steps(tmp_path) == ["1", "2"]
 
 
 @pytest.fixture

@@ -1,5 +1,8 @@
 """An LLM written as an Orbax checkpoint is the one that later starts restore."""
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -59,6 +62,22 @@ def test_one_made_with_other_settings_is_refused(tmp_path: Path) -> None:
         CheckpointError, match=r"'quantize': None.*not from.*'int8'.*llm\.converted"
     ):
         Models(config, tmp_path / "c")
+
+
+def test_a_head_that_config_json_does_not_tell_of_is_restored(
+    make_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = shutil.copytree(make_llama(), tmp_path / "llm")
+    settings = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": True}))
+    config = small_config("")
+    config.llm.path = str(path)
+    loaded = Models(config, tmp_path / "run").llm
+    assert loaded.head is not None
+    run(config, tmp_path / "run", "convert")
+    (path / "model.safetensors").unlink()
+    restored = Models(config, tmp_path / "run").llm
+    np.testing.assert_array_equal(restored.head[...], loaded.head[...])
 
 
 def test_a_torn_one_does_not_count(tmp_path: Path) -> None:

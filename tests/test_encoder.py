@@ -17,7 +17,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from pplug_jax.encoder import Encoder, load_encoder
-from pplug_jax.encoder.encode import load_bert
+from pplug_jax.encoder.encode import load_bert, read_usage
 from pplug_jax.nn.variables import Frozen
 from pplug_jax.runtime.mesh import make_mesh
 
@@ -272,6 +272,13 @@ def test_another_pooling_is_refused_by_name_with_a_way_round(
     [
         ({"sentence_bert_config.json": {"max_seq_length": 7}}, 7),
         ({"sentence_bert_config.json": {"max_seq_length": None}}, 128),
+        (
+            {
+                "sentence_bert_config.json": {"max_seq_length": None},
+                "tokenizer_config.json": {"model_max_length": None},
+            },
+            128,
+        ),
         ({"sentence_bert_config.json": {"max_seq_length": 9999}}, 128),
         ({"tokenizer_config.json": {"model_max_length": 9}}, 9),
         (
@@ -296,10 +303,30 @@ def test_the_directorys_length_is_the_ceiling(
 
 
 @pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("sentence_bert_config.json", "max_seq_length"),
+        ("tokenizer_config.json", "model_max_length"),
+    ],
+)
+@pytest.mark.parametrize("length", ["long", 2, [512]])
+def test_a_length_that_is_none_is_refused(
+    tiny_bert: Path, tmp_path: Path, name: str, key: str, length: Any
+) -> None:
+    path = shutil.copytree(tiny_bert, tmp_path / "encoder")
+    there = json.loads((path / name).read_text()) if (path / name).is_file() else {}
+    (path / name).write_text(json.dumps(there | {key: length}))
+    with pytest.raises(ValueError, match=f"encoder/{name}: the longest text is"):
+        read_usage(path)
+
+
+@pytest.mark.parametrize(
     ("about", "query", "item"),
     [
         ({}, "", ""),
         ({"prompts": None}, "", ""),
+        ({"prompts": {"query": None, "document": "d "}}, "", "d "),
+        ({"prompts": {"any": None}, "default_prompt_name": "any"}, "", ""),
         ({"prompts": {"query": "query: ", "document": "passage: "}}, "query: ", "passage: "),
         ({"prompts": {"query": "q ", "passage": "p "}}, "q ", "p "),
         ({"prompts": {"query": "q ", "any": "a "}, "default_prompt_name": "any"}, "q ", "a "),
@@ -420,6 +447,43 @@ def test_a_module_that_changes_the_vector_is_refused(modules: Callable[..., Path
     path = modules(Transformer="", Pooling="1_Pooling", Dense="2_Dense")
     with pytest.raises(ValueError, match=r"modules\.json: the module Dense is not supported"):
         load_encoder(path)
+
+
+def test_an_old_directory_has_the_encoder_in_a_folder(
+    modules: Callable[..., Path], tiny_bert: Path
+) -> None:
+    path = modules(Transformer="0_Transformer", Pooling="1_Pooling")
+    (inner := path / "0_Transformer").mkdir()
+    for file in [file for file in path.iterdir() if file.is_file() and file.name != "modules.json"]:
+        file.rename(inner / file.name)
+    (inner / "sentence_bert_config.json").write_text('{"max_seq_length": 20}')
+    (path / "1_Pooling").mkdir()
+    (path / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    old = load_encoder(path)
+    assert (old.model.pooling, old.max_length) == ("mean", 20)
+    new = load_encoder(tiny_bert, pooling="mean", max_length=20)
+    np.testing.assert_array_equal(encode(old, TEXTS), encode(new, TEXTS))
+    with open(inner / "model.safetensors", "r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"\0\0\0\0")
+    assert load_encoder(path).fingerprint != old.fingerprint
+
+
+@pytest.mark.parametrize(
+    "listed", [{"0": "Transformer"}, ["Transformer"], [{"type": "Pooling"}], 7]
+)
+def test_modules_that_are_no_list_of_such(tiny_bert: Path, tmp_path: Path, listed: Any) -> None:
+    path = shutil.copytree(tiny_bert, tmp_path / "encoder")
+    (path / "modules.json").write_text(json.dumps(listed))
+    with pytest.raises(ValueError, match=r"modules\.json: expected a list of modules"):
+        load_encoder(path)
+
+
+def test_an_architecture_that_is_not_told(tiny_bert: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(tiny_bert, tmp_path / "encoder")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"architectures": None}))
+    assert load_encoder(path).model.pooling == "cls"
 
 
 def test_contriever_is_pooled_by_the_mean(tiny_bert: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """LLMs in llama.cpp's files, against the models that they were made from and `transformers`."""
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,9 +190,58 @@ def test_a_file_in_parts(tmp_path: Path) -> None:
     files = sorted(tmp_path.glob("model-0000*-of-0000*.gguf"))
     assert len(files) > 2
     compare(files[0], model, 1e-4)
+    files = [file.rename(file.with_suffix(".GGUF")) for file in files]
+    compare(files[0], model, 1e-4)
     files[1].unlink()
     with pytest.raises(FileNotFoundError, match=f"{files[1].name}: no such weight file"):
         load_llm(local_directory(files[0]))
+
+
+def test_the_second_of_several_parts_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "model.gguf", "llama", split=8)
+    second = sorted(tmp_path.glob("model-0000*-of-0000*.gguf"))[1]
+    with pytest.raises(ValueError, match=f"{second.name}: this is part 2 of the LLM; name the fir"):
+        local_directory(second)
+
+
+def test_parts_that_are_links_to_nameless_files(tmp_path: Path) -> None:
+    """As the hub's cache keeps them."""
+    (blobs := tmp_path / "blobs").mkdir()
+    model = write(tmp_path / "model.gguf", "llama", split=8)
+    files = sorted(tmp_path.glob("model-0000*-of-0000*.gguf"))
+    for i, file in enumerate(files):
+        file.symlink_to(file.rename(blobs / f"{i:064x}"))
+    compare(files[0], model, 1e-4)
+
+
+def test_a_name_in_capitals(tmp_path: Path) -> None:
+    compare(tmp_path / "MODEL.GGUF", write(tmp_path / "MODEL.GGUF", "llama"), 1e-4)
+
+
+def test_a_file_that_was_moved(tmp_path: Path) -> None:
+    (old := tmp_path / "old" / "model.gguf").parent.mkdir()
+    (new := tmp_path / "new" / "model.gguf").parent.mkdir()
+    model = write(old, "llama")
+    compare(old, model, 1e-4)
+    old.rename(new)
+    compare(new, model, 1e-4)
+
+
+def test_files_that_differ_in_nothing_but_place_and_content(tmp_path: Path) -> None:
+    first, second = tmp_path / "first" / "model.gguf", tmp_path / "second" / "model.gguf"
+    for file in (first, second):
+        file.parent.mkdir()
+    model = write(first, "llama")
+    write(second, "llama")
+    changed(SPECIAL["pad_token"], "<PAD>")(second)
+    os.utime(second, ns=(0, first.stat().st_mtime_ns))
+    assert second.stat().st_size == first.stat().st_size
+    compare(first, model, 1e-4)
+    tokenizers = [hf.load_tokenizer(local_directory(file), VOCABULARY) for file in (first, second)]
+    assert [tokenizer.pad_token for tokenizer in tokenizers] == ["<pad>", "<PAD>"]
+    shutil.copy2(second, first)
+    os.utime(first, ns=(0, second.stat().st_mtime_ns))
+    assert hf.load_tokenizer(local_directory(first), VOCABULARY).pad_token == "<PAD>"
 
 
 def test_a_second_start_finds_the_directory_and_a_changed_file_another(tmp_path: Path) -> None:

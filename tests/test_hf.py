@@ -112,6 +112,31 @@ def test_broken_json(path: Path, name: str, content: bytes) -> None:
         load_llm(path)
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_json_behind_a_byte_order_mark(tiny_llama: Path, path: Path, name: str) -> None:
+    (path / name).write_bytes(b"\xef\xbb\xbf" + (path / name).read_bytes())
+    assert_same_weights(load_llm(path, dtype="float32"), load_llm(tiny_llama, dtype="float32"))
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '"llama"'])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_json_that_is_no_object(path: Path, name: str, content: str) -> None:
+    (path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"model/{name}: expected an object, found"):
+        load_llm(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("eos_token_id", [1, "</s>"]), ("eos_token_id", True), ("pad_token_id", [2])],
+)
+def test_a_token_that_is_no_id(path: Path, field: str, value: object) -> None:
+    file = path / "generation_config.json"
+    file.write_text(json.dumps({field: value}))
+    with pytest.raises(ValueError, match=rf"generation_config\.json: {field} must be a token's id"):
+        load_llm(path)
+
+
 def test_no_weights(path: Path) -> None:
     (path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors: no such weight file$"):
@@ -246,6 +271,21 @@ def test_a_broken_index(sharded: Path) -> None:
         load_llm(sharded)
 
 
+def test_an_index_that_names_no_files(sharded: Path) -> None:
+    file = sharded / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    file.write_text(json.dumps({"weight_map": dict.fromkeys(index["weight_map"], 1)}))
+    with pytest.raises(ValueError, match="'weight_map' must name a file for each tensor"):
+        load_llm(sharded)
+
+
+def test_an_index_that_names_files_of_another_format(path: Path) -> None:
+    (path / "model.safetensors").rename(path / "model.msgpack")
+    (path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model.msgpack"}}')
+    with pytest.raises(ValueError, match=r"model\.msgpack: weights are read from \.safetensors, "):
+        load_llm(path)
+
+
 @pytest.fixture
 def tokenizer(path: Path) -> transformers.PreTrainedTokenizerBase:
     """The copy's tokenizer, of 320 tokens, to be changed and saved there."""
@@ -305,6 +345,25 @@ def test_a_byte_level_tokenizer_that_is_called_llamas_keeps_its_blanks(path: Pat
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
 
 
+@pytest.mark.parametrize("kind", ["BertTokenizer", "T5Tokenizer", "XLNetTokenizer"])
+def test_a_tokenizer_that_is_called_anothers_is_read_as_it_is(path: Path, kind: str) -> None:
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": kind}))
+    tokenizer = hf.load_tokenizer(path, 320)
+    whole = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    text = "two words,  two blanks"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert ids == whole.encode(text, add_special_tokens=False).ids
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+
+
+def test_a_tokenizer_behind_a_byte_order_mark_is_told_of(path: Path) -> None:
+    file = path / "tokenizer.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    with pytest.raises(ValueError, match="byte order mark; save it as UTF-8 without one"):
+        hf.load_tokenizer(path, 320)
+
+
 def test_a_tokenizer_that_loses_blanks_is_refused(path: Path) -> None:
     whole = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
     whole.decoder = tokenizers.decoders.Sequence(
@@ -345,6 +404,32 @@ def test_a_sentencepiece_model_alone(sentencepiece_file: Path, tmp_path: Path) -
     tokenizer = hf.load_tokenizer(tmp_path, 200)
     ids = tokenizer.encode("two words", add_special_tokens=False)
     assert tokenizer.decode(ids) == "two words"
+
+
+@pytest.mark.parametrize("kept", [10, 120_000, -1])
+def test_a_sentencepiece_model_that_is_cut(
+    sentencepiece_file: Path, tmp_path: Path, kept: int
+) -> None:
+    (tmp_path / "spiece.model").write_bytes(sentencepiece_file.read_bytes()[:kept])
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(ValueError, match=r"spiece\.model is not a whole SentencePiece file"):
+        hf.load_tokenizer(tmp_path, 200)
+
+
+def test_special_tokens_in_a_text_are_no_control_tokens_of_t5(
+    sentencepiece_file: Path, tmp_path: Path
+) -> None:
+    shutil.copy(sentencepiece_file, tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    prompts = Tokenizer(hf.load_tokenizer(tmp_path, 200), [1], prompt_end=[1])
+    tokenizer = prompts.tokenizer
+    marked = prompts.ids("two </s> words <pad> and <extra_id_0> blanks")
+    assert not {*marked} & {*tokenizer.all_special_ids}
+    assert tokenizer.decode(marked).split() == ["two", "words", "and", "blanks"]
+    assert prompts.prompt("two </s>", 99).tolist()[-1:] == [1]
+    assert prompts.target("</s>", 99).tolist().count(1) == 1
+    unknown = prompts.ids("two Ж words")
+    assert tokenizer.unk_token_id in unknown
 
 
 def test_without_sentencepiece_its_files_say_what_to_install(

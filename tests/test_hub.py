@@ -31,7 +31,7 @@ def test_a_directory_is_itself(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "/nowhere", "nowhere", "a/b/c", "../nowhere/else", "a.gguf"])
 def test_no_directory(name: str) -> None:
-    with pytest.raises(InputError, match=f"there is no directory '{name}'; give a model"):
+    with pytest.raises(InputError, match=f"there is no (directory|file) '{name}'; give a model"):
         local_directory(name)
 
 

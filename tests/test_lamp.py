@@ -123,13 +123,22 @@ DATES = {
     "2024/1/3 12:00": False,
     " 1999": False,
     "20240103": False,
-    "unknown": False,
-    "": False,
+    "2024-01-03T12:30:05.25+01:00": False,
+    "2024-01-03 12:30:05 UTC": False,
+    "2004.0": False,
+    "1704285005": False,
+    "1704285005123": False,
+    "2024 March 1": True,
+    "2024-Mar-01": True,
+    "2024-01-03 1:00 PM": True,
+    "12": True,
+    "unknown": True,
+    "": True,
 }
 
 
 @pytest.mark.parametrize("date", DATES)
-def test_a_date_that_does_not_begin_with_a_year_is_told_once(
+def test_a_date_that_does_not_tell_the_order_is_told_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], date: str
 ):
     lamp._warned.cache_clear()
@@ -140,11 +149,23 @@ def test_a_date_that_does_not_begin_with_a_year_is_told_once(
     for _ in range(2):
         list(read(tmp_path, "dev", TASK))
     said = capsys.readouterr().out
-    assert said.count("does not begin with a year") == DATES[date]
+    assert said.count("is no date as 2024-01-31 or Unix time") == DATES[date]
     if DATES[date]:
-        assert f"warning: id '410', profile item 0: {date!r} is a date" in said
+        assert f"warning: id '410', profile item 0: {date!r} is no" in said
     list(read(tmp_path, "dev", TASK, sort_by_date=False))
     assert capsys.readouterr().out == ""
+    lamp._warned.cache_clear()
+    for _ in range(2):
+        lamp.check_history(TASK, questions[0]["profile"], sort_by_date=True)
+    said = capsys.readouterr().out
+    assert said.count(f"warning: history item 0: {date!r} is no date") == DATES[date]
+
+
+def test_a_null_date_is_none(tmp_path: Path):
+    write(tmp_path, edited(QUESTIONS, 0, "profile", 0, "date", None))
+    profile = next(iter(read(tmp_path, "dev", TASK))).profile
+    assert [item["id"] for item in profile] == [item["id"] for item in QUESTIONS[0]["profile"]]
+    assert "date" not in profile[0]
 
 
 def test_half_a_surrogate_pair_is_refused_where_it_stands(tmp_path: Path):

@@ -6,14 +6,18 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from etils import epath
 
+from pplug_jax.errors import InputError
 from pplug_jax.storage import lock
+from pplug_jax.storage.files import write_json
 from pplug_jax.storage.lock import WorkdirInUse, locked
 
 HOLD = """
@@ -60,6 +64,24 @@ def test_the_next_job_begins_however_the_one_before_ended(
     assert not (tmp_path / "run" / lock.OWNER).exists()
 
 
+def test_a_workdir_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    run = tmp_path / "file" / "run"
+    with pytest.raises(InputError, match=f"{run} cannot be written: "), locked(run):
+        raise AssertionError
+
+
+def test_a_job_that_is_refused_at_once_leaves_no_workdir(tmp_path: Path) -> None:
+    with pytest.raises(InputError), locked(tmp_path / "run"):
+        raise InputError
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").touch()
+    with locked(tmp_path / "kept"):
+        pass
+    assert (tmp_path / "kept" / "file").exists()
+
+
 @pytest.fixture
 def workdir(bucket: str, monkeypatch: pytest.MonkeyPatch) -> epath.Path:
     """A workdir in a bucket, where the waiting is short."""
@@ -97,3 +119,31 @@ def test_of_two_that_begin_at_once_in_a_bucket_one_gets_it(
     with pytest.raises(WorkdirInUse, match="process 1 on other"), locked(workdir):
         raise AssertionError
     assert "other" in (workdir / lock.OWNER).read_text()
+
+
+def test_in_a_bucket_a_sign_of_life_that_fails_is_not_the_last(
+    workdir: epath.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = iter([OSError(), KeyError(), RuntimeError("Event loop is closed")])
+    lives = threading.Event()
+
+    def write(path: Path, content: dict[str, Any]) -> None:
+        if "beats" in content:
+            if error := next(errors, None):
+                raise error
+            lives.set()
+        write_json(path, content)
+
+    monkeypatch.setattr(lock, "write_json", write)
+    with locked(workdir):
+        assert lives.wait(20)
+
+
+def test_in_a_bucket_who_was_taken_for_dead_leaves_the_others_file(
+    workdir: epath.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "BEAT", 600.0)
+    other = '{"process": 1, "host": "other", "token": "else"}'
+    with locked(workdir):
+        (workdir / lock.OWNER).write_text(other)
+    assert (workdir / lock.OWNER).read_text() == other

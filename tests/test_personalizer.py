@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from configs import lamp5
 from pplug_jax import Personalizer
+from pplug_jax.config import claim_workdir
 from pplug_jax.data.lamp import Example
 from pplug_jax.errors import InputError
 from pplug_jax.feed.batches import Assemble
@@ -21,6 +24,7 @@ from pplug_jax.methods.table import METHODS
 from pplug_jax.plugs.persona import UserEmbedder
 from pplug_jax.session import Models
 from pplug_jax.storage.checkpoint import Checkpoints, _named
+from pplug_jax.storage.files import write_json
 
 EXTENSIONS = {"recency": True, "features": ("difference", "form")}
 OPTIONS = {
@@ -122,6 +126,7 @@ def test_a_plug_that_needs_peers_says_so(models: Models, tmp_path: Path) -> None
         (item("a", 0), "the history must be a list of items, not one dict"),
         (None, "the history must be a list of items, not one NoneType"),
         (7, "the history must be a list of items, not one int"),
+        (np.array("a text"), "the history must be a list of items, not one ndarray"),
     ],
 )
 def test_a_served_history_is_checked_as_a_file_is(
@@ -134,17 +139,22 @@ def test_a_served_history_is_checked_as_a_file_is(
 
 
 def test_an_input_that_is_no_text(models: Models) -> None:
+    personalizer = Personalizer(models, trained_plug(models))
     with pytest.raises(InputError, match="the input must be a text, not list"):
-        Personalizer(models, trained_plug(models)).generate([INPUT])
+        personalizer.generate([INPUT])
+    with pytest.raises(InputError, match="the input: it holds half of a surrogate pair"):
+        personalizer.generate("half of a pair \ud83d")
 
 
 def test_an_older_workdir_is_served(models: Models, tmp_path: Path) -> None:
     """Features had a setting each, and the same names in checkpoints."""
     plug = trained_plug(models, features=("difference", "form"))
     old = models.config.to_dict() | {
+        "methods": ("pplug", "pplug_form"),
         "plug": {k: v for k, v in models.config.plug.to_dict().items() if k != "features"}
-        | {"heads": 0, "difference": True, "form": True}
+        | {"heads": 0, "difference": True, "form": True},
     }
+    del old["variants"]
     (tmp_path / "config.json").write_text(json.dumps(old))
     models.store.add([])
     shutil.copytree(models.workdir, tmp_path, dirs_exist_ok=True)
@@ -160,3 +170,41 @@ def test_an_older_workdir_is_served(models: Models, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(old | {"plug": old["plug"] | {"heads": 4}}))
     with pytest.raises(InputError, match=r"config\.plug\.heads is gone"):
         Personalizer.from_checkpoint(tmp_path)
+
+
+def test_a_workdir_that_cannot_be_written_is_served(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(models.workdir, tmp_path, dirs_exist_ok=True)
+    write_json(tmp_path / "config.json", models.config.to_dict())
+    plug = trained_plug(models)
+    with contextlib.closing(Checkpoints(tmp_path / "checkpoints" / "pplug")) as kept:
+        kept.save(1, plug, {"moment": jax.numpy.zeros(1)})
+        kept.wait()
+
+    def refused(*args: object, **settings: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(FileLock, "acquire", refused)
+    monkeypatch.setattr(Path, "touch", refused)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    history = [item("a", 1), item("z", 1)]
+    served = Personalizer.from_checkpoint(tmp_path).soft_prompt(INPUT, history)
+    expected = Personalizer(models, plug).soft_prompt(INPUT, history)
+    np.testing.assert_allclose(served, expected, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(os, "access", lambda path, mode: True)
+    with pytest.raises(PermissionError):
+        Personalizer.from_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", '{"data": {', "\ufffe", "[]"])
+def test_a_broken_config_is_named(models: Models, tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    for read in (
+        Personalizer.from_checkpoint,
+        lambda workdir: claim_workdir(workdir, models.config),
+    ):
+        with pytest.raises(
+            InputError, match=rf"{tmp_path}/config\.json: (not JSON|expected an obj)"
+        ):
+            read(tmp_path)

@@ -1,5 +1,6 @@
 """Prompts as tokens, plain and by every family's chat template."""
 
+import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +33,17 @@ def test_a_target_ends_with_eos_even_when_cut(
     assert tokenizer.target("small model", len(text)).tolist() == [*text[:-1], eos]
     assert tokenizer.target("small model", 1).tolist() == [eos]
     assert tokenizer.target("", 9).tolist() == [eos]
+
+
+@pytest.mark.parametrize("end", [-1, 320])
+def test_an_end_that_is_no_row_of_the_embedding_table(
+    llama_tokenizer: transformers.PreTrainedTokenizerBase,
+    end: int,
+) -> None:
+    endless = copy.deepcopy(llama_tokenizer)
+    endless.eos_token = None
+    with pytest.raises(InputError, match=f"end has the token .* with id {end}, but"):
+        Tokenizer(endless, [end], vocab_size=320)
 
 
 def test_special_tokens_in_a_users_text_are_plain_text(
@@ -221,3 +233,12 @@ def test_chat_templates_that_cannot_be_used() -> None:
     tokenizer.chat_template = chat.template.replace("m.content", "m.content + m.content")
     with pytest.raises(InputError, match="once each"):
         Tokenizer(tokenizer, [tokenizer.convert_tokens_to_ids(chat.end)], chat=True)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('no system turn') }}", "{{ messages[9].content }}", "{% if %}"]
+)
+def test_a_chat_template_that_fails_is_named(template: str) -> None:
+    tokenizer = chat_tokenizer(CHATS["gemma"]._replace(template=template))
+    with pytest.raises(InputError, match=r"the chat_template fails: .*--config\.llm\.chat=False"):
+        Tokenizer(tokenizer, [1], chat=True)

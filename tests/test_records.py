@@ -107,6 +107,12 @@ def test_a_byte_order_mark_is_no_content(tmp_path: Path, name: str, end: str):
     found = list(records(path, on_bad=[].append))
     assert [value for _, value in found] == [{"a": "ü"}, {"a": 2}]
     assert [load(path, place) for place, _ in found] == [value for _, value in found]
+    # As several files with marks, or such a blank line, one behind the other.
+    marked = [codecs.BOM_UTF8 * n + f'{{"a": {n}}}'.encode() for n in (2, 1, 0)]
+    path.write_bytes(end.encode().join([codecs.BOM_UTF8, *marked]))
+    found = list(records(path))
+    assert [value for _, value in found] == [{"a": 2}, {"a": 1}, {"a": 0}]
+    assert [load(path, place) for place, _ in found] == [value for _, value in found]
     path.write_bytes(codecs.BOM_UTF8 + b"not JSON\n")
     with pytest.raises(DataError, match="line 1: not JSON: Expecting value at column 1"):
         list(records(path))

@@ -24,7 +24,7 @@ from lamp_files import write_split
 
 from configs import lamp5, llms
 from pplug_jax import Personalizer
-from pplug_jax.config import check_batches, check_config
+from pplug_jax.config import ABOVE_ZERO, FROM_ONE, SHARES, check_batches, check_config
 from pplug_jax.data.lamp import DataError
 from pplug_jax.data.sources import read_split
 from pplug_jax.errors import CheckpointError, ConfigError, InputError
@@ -352,7 +352,22 @@ def test_a_full_disk_while_checkpointing_is_one_clear_line(tmp_path: Path) -> No
         ),
         ({"mesh__tensor": 3}, InputError, "tensor=3 needs"),
         ({"data__max_input_length": 5000}, ConfigError, "the LLM was made for 2048"),
-        ({"encoder__pooling": "max"}, InputError, "pooling 'max' is not supported"),
+        ({"encoder__pooling": "max"}, ConfigError, r"config\.encoder\.pooling 'max' is unknown"),
+        ({"plug__dtype": "float31"}, ConfigError, r"config\.plug\.dtype .*did you mean 'float32'"),
+        ({"llm__quantize": "int3"}, ConfigError, "'int3' is unknown .*; known: '', 'int8', 'int4'"),
+        *(
+            ({field.replace(".", "__"): 0}, ConfigError, rf"{field} 0 must be at least 1")
+            for field in FROM_ONE
+        ),
+        *(
+            ({field.replace(".", "__"): value}, ConfigError, rf"{field} .* must be above 0")
+            for field in ABOVE_ZERO
+            for value in (0.0, float("nan"), float("inf"))
+        ),
+        *(
+            ({field.replace(".", "__"): 1.5}, ConfigError, rf"{field} 1\.5 is a share")
+            for field in SHARES
+        ),
     ],
 )
 def test_a_setting_that_cannot_work_is_named(

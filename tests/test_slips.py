@@ -27,6 +27,8 @@ SLIPS = {
     "an LLM": (["--config=configs/lamp5.py:llama9"], "'llama9' is unknown (did you mean 'llama3_"),
     "a slice": (["--config=configs/lamp5.py:llama3_1b@v5e-9"], "did you mean 'v5e-8'?"),
     "a task": (["--config=configs/best.py:lamp9"], "'lamp9' is unknown (did you mean 'lamp"),
+    "one dash": (["-config", "configs/lamp5.py", "-config.sed=1"], "did you mean 'seed'?"),
+    "no flag": ([CONFIG, "mode=train"], "'mode=train' is no flag"),
     "nothing": ([], "--config is missing; for example --config=configs/lamp5.py"),
     "a setting alone": (["--config.seed=1"], "--config is missing"),
     "a mode": ([CONFIG, "--mode=trian"], "--mode=trian: value should be one of"),
@@ -42,6 +44,14 @@ def root(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delitem(sys.modules, "config_config", raising=False)  # the last one's functions
     with flagsaver.flagsaver():
         yield
+
+
+@pytest.mark.parametrize("returned", ["None", "{}"])
+def test_a_config_that_is_none(returned: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.py"
+    path.write_text(f"def get_config():\n    return {returned}\n")
+    with pytest.raises(SystemExit, match="get_config must return an ml_collections.ConfigDict"):
+        parse_flags(["main", f"--config={path}"])
 
 
 @pytest.mark.parametrize("slip", SLIPS)
@@ -68,6 +78,26 @@ def test_the_command_prints_it(tmp_path: Path) -> None:
     line = "error: --config.train.learning_rat: there is no such setting (did you mean "
     assert done.stderr == f"{line}'train.learning_rate'?)\n"
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--workdir=memory://x", "--workdir=memory://x: nothing here reads memory://"),
+        ("--mode=plan", "--mode=plan and --topology belong together"),
+        ("--config.eval.num_beams=0", "config.eval.num_beams 0 must be at least 1"),
+    ],
+)
+def test_a_flag_that_cannot_work_is_one_line(flag: str, message: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pplug_jax.main", CONFIG, f"--workdir={tmp_path}", flag],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {message}")
+    assert done.stderr.count("\n") == 1
 
 
 def test_what_is_near() -> None:

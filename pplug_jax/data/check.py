@@ -78,8 +78,8 @@ def _describe(split: str, examples: Examples, bad: int) -> None:
     if odd.total():
         such = ", ".join(repr(date) for date, count in odd.most_common(3) if count)
         say(
-            f"  {odd.total():,} dates do not begin with a year, so they do not tell the order of "
-            f"items: {such}"
+            f"  {odd.total():,} dates are not as 2024-01-31 or Unix time, so they do not tell the "
+            f"order of items: {such}"
         )
     for label in task.labels:
         say(f"  output {label}: {labels[label]:,}")

@@ -81,10 +81,18 @@ def date_order(item: Item) -> list[int]:
     return [int(part) for part in re.findall(r"\d+", str(item["date"]))]
 
 
+# 2024, 2024-1-31, 20240131T12:30:00.5+01:00; or Unix time, in seconds to milliseconds.
+ORDERLY = re.compile(
+    r"\s*(?:[12]\d{3}(?:[-/.]?\d{1,2}){0,2}"
+    r"(?:[T ]\d{1,2}(?::?\d{2}){0,2}(?:[.,]\d+)?)?\s*(?:Z|UTC|GMT|[+-]\d{2}:?\d{2})?"
+    r"|\d{9,13}(?:\.\d+)?)\s*",
+    re.ASCII,
+)
+
+
 def is_misleading(date: Any) -> bool:
-    """Whether a date has numbers, of which the first is no year: they do not order by time."""
-    text = str(date)
-    return bool(re.search(r"\d", text)) and not re.match(r"\s*[12]\d{3}", text)
+    """Whether a date's numbers do not order by time, as those of March 1, 2024 or of no date."""
+    return not ORDERLY.fullmatch(str(date))
 
 
 def by_date(profile: Sequence[Item]) -> Sequence[Item]:
@@ -106,19 +114,39 @@ def _item(item: Any, task: Task, where: str) -> Item:
             texts[field] = ""
     if item.get("date") is not None:
         _field(item, "date", (str, int, float), where)
-    return item | texts
+    return {key: value for key, value in item.items() if (key, value) != ("date", None)} | texts
 
 
-def check_history(task: Task, history: Any) -> list[str | Item]:
-    """A history that did not come from a file, checked as those that do.
+def check_input(text: Any) -> None:
+    """An input that did not come from a file, checked as those that do.
+
+    Raises:
+        InputError: it is no text that a tokenizer reads.
+    """
+    if not isinstance(text, str):
+        raise InputError(f"the input must be a text, not {type(text).__name__}")
+    try:
+        _check_text(text, "it", "the input")
+    except _Bad as bad:
+        raise InputError(": ".join(bad.args)) from bad
+
+
+def check_history(task: Task, history: Any, *, sort_by_date: bool) -> list[str | Item]:
+    """A history that did not come from a file, checked and ordered as those that do.
 
     Args:
         history: items as the task's files have them, or texts alone.
+        sort_by_date: order items that all have dates.
 
     Raises:
         InputError: names the item's place and field.
     """
-    if isinstance(history, (str, bytes, dict)) or not isinstance(history, Iterable):
+    # An array of no dimension looks iterable and is not.
+    if (
+        isinstance(history, (str, bytes, dict))
+        or not isinstance(history, Iterable)
+        or (getattr(history, "ndim", 1) == 0)
+    ):
         raise InputError(
             f"the history must be a list of items, not one {type(history).__name__}; "
             "put it into a list"
@@ -134,7 +162,22 @@ def check_history(task: Task, history: Any) -> list[str | Item]:
                 checked.append(_item(item, task, where))
         except _Bad as bad:
             raise InputError(": ".join(bad.args)) from bad
+    if sort_by_date and all(isinstance(item, dict) for item in checked):
+        return list(in_order(checked, "history"))
     return checked
+
+
+def in_order(profile: Sequence[Item], where: str) -> Sequence[Item]:
+    """`by_date`, and a word where dates do not tell the order.
+
+    where: what to call the profile.
+    """
+    if all("date" in item for item in profile):
+        for i, item in enumerate(profile):
+            if is_misleading(item["date"]):
+                _warn_of_dates(f"{where} item {i}: {item['date']!r}")
+                break
+    return by_date(profile)
 
 
 @functools.lru_cache(maxsize=1)
@@ -147,9 +190,9 @@ def _warn_of_dates(found: str) -> None:
     if not _warned():
         _warned().append(found)
         say(
-            f"warning: {found} is a date that does not begin with a year, so such items are not in "
-            "the order of time; write them as 2024-01-31, or give --config.data.sort_by_date=False "
-            "where the files have them in order (--mode=check_data counts them)"
+            f"warning: {found} is no date as 2024-01-31 or Unix time, so such items are not in the "
+            "order of time; write them as these, or give --config.data.sort_by_date=False where "
+            "the items are in order already (--mode=check_data counts such dates)"
         )
 
 
@@ -181,12 +224,9 @@ def parse(
         _item(item, task, f"{where}, profile item {i}")
         for i, item in enumerate(_field(record, "profile", list, where))
     ]
-    if sort_by_date and all("date" in item for item in profile):
-        for i, item in enumerate(profile):
-            if is_misleading(item["date"]):
-                _warn_of_dates(f"{where}, profile item {i}: {item['date']!r}")
-                break
-    return Example(id, input, target, tuple(by_date(profile) if sort_by_date else profile), user)
+    if sort_by_date:
+        profile = in_order(profile, f"{where}, profile")
+    return Example(id, input, target, tuple(profile), user)
 
 
 class Examples(Sequence[Example]):

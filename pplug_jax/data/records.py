@@ -61,9 +61,10 @@ def _lines(path: Path, on_bad: Callable[[DataError], None]) -> Iterator[tuple[Pl
     start = 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            mark = len(codecs.BOM_UTF8) if number == 1 and line.startswith(codecs.BOM_UTF8) else 0
-            data = line[mark:]  # behind the byte order mark that some editors write
-            place = Place(start + mark, len(data), number)
+            data = line
+            while data.startswith(codecs.BOM_UTF8):  # of each of the files that were put together
+                data = data.removeprefix(codecs.BOM_UTF8)
+            place = Place(start + len(line) - len(data), len(data), number)
             start += len(line)
             try:
                 if data.strip():

@@ -179,7 +179,7 @@ class TfdsExamples(Sequence[Example]):
             id=element["id"].decode(),
             input=element["input"].decode(),
             target=element["target"].decode() if element["has_target"] else None,
-            profile=tuple(lamp.by_date(profile) if self.sort_by_date else profile),
+            profile=tuple(lamp.in_order(profile, "profile") if self.sort_by_date else profile),
             user=element["user"].decode(),
         )
 

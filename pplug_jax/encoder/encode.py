@@ -18,7 +18,7 @@ from pplug_jax.nn.variables import Frozen
 from pplug_jax.runtime.distributed import fetch
 from pplug_jax.runtime.mesh import local_rows, make_mesh, parts, place_rows
 from pplug_jax.storage import hf
-from pplug_jax.storage.files import read_json
+from pplug_jax.storage.files import read_json, read_object
 from pplug_jax.storage.tensors import read_tensors, weight_files
 
 # The compiled text lengths: each a third or a half longer, so that little is padded.
@@ -48,7 +48,22 @@ class Usage(NamedTuple):
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
+
+
+def _modules(path: Path) -> dict[str, str]:
+    """The kinds of a sentence-transformers directory's modules, and where each lies in it."""
+    file = path / "modules.json"
+    listed = read_json(file) if file.is_file() else []
+    try:
+        return {module["type"].rpartition(".")[2]: module["path"] for module in listed}
+    except (TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{file}: expected a list of modules with `type` and `path`") from error
+
+
+def transformer_directory(path: str | Path) -> Path:
+    """Where the encoder itself lies: old directories have it in a folder such as 0_Transformer."""
+    return Path(path) / _modules(Path(path)).get("Transformer", "")
 
 
 def read_usage(path: str | Path) -> Usage:
@@ -57,14 +72,20 @@ def read_usage(path: str | Path) -> Usage:
     Raises:
         InputError: a file that is not JSON.
     """
-    path = Path(path)
-    module = _read_if_there(path / "sentence_bert_config.json")
+    path, inner = Path(path), transformer_directory(path)
+    file = inner / "sentence_bert_config.json"
+    module = _read_if_there(file)
     limit = module.get("max_seq_length")
     if limit is None:
         # sentence-transformers 5.4 and later leave it to the tokenizer, for which none is 10^30.
-        limit = _read_if_there(path / "tokenizer_config.json").get("model_max_length")
+        file = inner / "tokenizer_config.json"
+        limit = _read_if_there(file).get("model_max_length")
+    if limit is not None and not (isinstance(limit, int | float) and limit >= 3):
+        raise InputError(
+            f"{file}: the longest text is {limit!r} tokens; it must be a number from 3"
+        )
     about = _read_if_there(path / "config_sentence_transformers.json")
-    prompts = about.get("prompts") or {}
+    prompts = {name: text or "" for name, text in (about.get("prompts") or {}).items()}
     default = prompts.get(about.get("default_prompt_name"), "")
     item = next((prompts[n] for n in ("document", "passage", "corpus") if n in prompts), default)
     return Usage(
@@ -85,8 +106,7 @@ def read_pooling(path: str | Path) -> str:
     """
     path, pooling = Path(path), "1_Pooling"
     instead = f"--config.encoder.pooling={'|'.join(bert.POOLINGS)} leaves that out"
-    if (path / "modules.json").is_file():
-        types = {m["type"].rpartition(".")[2]: m["path"] for m in read_json(path / "modules.json")}
+    if types := _modules(path):
         if other := types.keys() - {"Transformer", "Pooling", "Normalize"}:
             raise InputError(
                 f"{path}/modules.json: the module {min(other)} is not supported; {instead}"
@@ -94,8 +114,9 @@ def read_pooling(path: str | Path) -> str:
         pooling = types.get("Pooling", pooling)
     file = path / pooling / "config.json"
     if not file.is_file():
-        return "mean" if "Contriever" in hf.read_config(path).get("architectures", ()) else "cls"
-    settings = read_json(file)
+        config = hf.read_config(transformer_directory(path))
+        return "mean" if "Contriever" in (config.get("architectures") or ()) else "cls"
+    settings = read_object(file)
     modes = settings.get("pooling_mode")  # since sentence-transformers 5.4: one, or a list
     if modes is None:
         modes = [OLD_MODES.get(name, name) for name, on in settings.items() if on is True]
@@ -121,15 +142,17 @@ def abstract_bert(
 
     pooling: None is what the directory says. variable: trained (`nnx.Param`) or `Frozen`.
     """
-    with hf.naming_missing_fields(path):
-        config = bert.config_from_hf(hf.read_config(path))
+    inner = transformer_directory(path)
+    with hf.naming_missing_fields(inner):
+        config = bert.config_from_hf(hf.read_config(inner))
     return bert.Bert(config, pooling or read_pooling(path), variable, dtype)
 
 
 def load_bert(path: str | Path, mesh: Mesh, **settings: Any) -> bert.Bert:
     """The directory's model; settings as `abstract_bert`'s."""
     module = abstract_bert(path, **settings)
-    tensors = {_modern(name): stored for name, stored in read_tensors(path).items()}
+    found = read_tensors(transformer_directory(path))
+    tensors = {_modern(name): stored for name, stored in found.items()}
     load = hf.weights_loader(
         module,
         path,
@@ -171,7 +194,8 @@ class Encoder:
         item_prefix: str | None,
     ):
         self.model = load_bert(path, mesh, pooling=pooling, variable=Frozen, dtype=dtype)
-        self.tokenizer = hf.load_tokenizer(path, self.model.config.vocab_size)
+        inner = transformer_directory(path)
+        self.tokenizer = hf.load_tokenizer(inner, self.model.config.vocab_size)
         self.mesh = mesh
         self.size = self.model.config.hidden_size
         usage = read_usage(path)
@@ -186,7 +210,7 @@ class Encoder:
         digest = hashlib.sha256(settings.encode())
         settings_of = ("config.json", "tokenizer_config.json", "sentence_bert_config.json")
         names = (*settings_of, *hf.TOKENIZERS)
-        for file in (*(Path(path) / name for name in names), *weight_files(Path(path))):
+        for file in (*(inner / name for name in names), *weight_files(inner)):
             if file.is_file():
                 with open(file, "rb") as handle:
                     digest.update(hashlib.file_digest(handle, "sha256").digest())

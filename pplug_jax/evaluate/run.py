@@ -1,7 +1,6 @@
 """Every method on the held-out users: predictions, scores, intervals, and the table."""
 
 import functools
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from pplug_jax.scoring.style import distances
 from pplug_jax.scoring.summary import metric_columns, scores, title_of, verdicts
 from pplug_jax.scoring.tables import markdown, show_table
 from pplug_jax.session import Models
-from pplug_jax.storage.files import read_text, write_json, write_text
+from pplug_jax.storage.files import read_object, write_json, write_text
 from pplug_jax.storage.workdir import CONFIG, RESULTS, plot_path
 
 
@@ -52,7 +51,7 @@ def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
     methods = methods_of(config)
     tokenized = functools.cache(lambda: models.tokenize(examples))
     # Another split than the workdir's own leaves that one's results as they are.
-    own = json.loads(read_text(workdir / CONFIG))["data"]["eval_split"]
+    own = read_object(workdir / CONFIG)["data"]["eval_split"]
     stem = RESULTS if config.data.eval_split == own else f"{RESULTS}.{config.data.eval_split}"
     results = empty_results(config, examples)
 

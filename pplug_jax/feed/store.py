@@ -10,7 +10,9 @@ Of several processes of a run each has a store on its own disk, or all share one
 writes.
 """
 
+import contextlib
 import itertools
+import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -49,7 +51,8 @@ class HistoryStore:
 
     def __init__(self, directory: str | Path, encoder: Encoder):
         self.directory = Path(directory) / encoder.fingerprint
-        self.directory.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):
+            self.directory.mkdir(parents=True, exist_ok=True)
         self.encoder = encoder
         self._lock = FileLock(self.directory / "lock")
         self._rows: dict[bytes, int] = {}
@@ -85,9 +88,14 @@ class HistoryStore:
                 with open(path, "r+b") as file:
                     file.truncate(rows * size)
 
+    def _is_writable(self) -> bool:
+        return os.access(self.directory, os.W_OK)
+
     def _read_keys(self) -> None:
         """Learns of the rows that were added since, by this run or another."""
         keys = next(iter(self._files()))
+        if not keys.is_file():
+            return
         with open(keys, "rb") as file:
             file.seek(len(self._rows) * KEY_BYTES)
             added = file.read()
@@ -95,9 +103,14 @@ class HistoryStore:
             self._rows[added[start : start + KEY_BYTES]] = len(self._rows)
 
     def _open(self) -> None:
-        with self._lock:
-            self._cut()
-            self._read_keys()
+        try:
+            with self._lock:
+                self._cut()
+                self._read_keys()
+        except OSError:
+            if self._is_writable():
+                raise
+            self._read_keys()  # as a served plug may: nothing can be half written there
         _, vectors = self._files()
         shape = (len(self._rows), self.encoder.size)
         self._vectors = (

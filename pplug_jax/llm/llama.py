@@ -103,7 +103,10 @@ def rope(parameters: Mapping[str, Any], model_type: str) -> Rope:
         InputError: a kind of scaling, or a setting of it, that this code does not implement.
     """
     given = {name: value for name, value in parameters.items() if value is not None}
-    kind, theta = given.pop("rope_type", None) or given.pop("type", "default"), given["rope_theta"]
+    kind = given.pop("rope_type", None) or given.pop("type", "default")
+    theta = given.get("rope_theta")
+    if theta is None:
+        raise InputError("config.json: rope_theta is missing")
     known = {"rope_theta", "type", "partial_rotary_factor", *SCALINGS.get(kind, ())}
     if kind not in SCALINGS:
         raise InputError(

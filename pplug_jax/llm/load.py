@@ -18,7 +18,7 @@ from pplug_jax.llm.quantize import KINDS
 from pplug_jax.llm.quantize import quantize as quantized
 from pplug_jax.runtime.mesh import make_mesh
 from pplug_jax.storage import hf
-from pplug_jax.storage.files import read_json
+from pplug_jax.storage.files import read_object
 from pplug_jax.storage.tensors import Stored, are_equal, read_tensors
 
 
@@ -77,21 +77,30 @@ def _read_config(path: str | Path) -> tuple[Family, transformers.PreTrainedConfi
         )
     try:
         # It knows every family's defaults and the older forms of its fields.
-        config = transformers.AutoConfig.from_pretrained(path).get_text_config()
+        config = transformers.CONFIG_MAPPING[model_type].from_dict(settings).get_text_config()
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path}/config.json: {error}") from error
-    generation = Path(path) / "generation_config.json"
-    if generation.is_file():  # as in transformers, it has the last word
-        for field, value in read_json(generation).items():
-            if field in ("eos_token_id", "pad_token_id"):
-                setattr(config, field, value)
+    file, told = Path(path) / "config.json", {}
+    if (generation := Path(path) / "generation_config.json").is_file():
+        file, told = generation, read_object(generation)  # as in transformers, with the last word
+    for field in ("eos_token_id", "pad_token_id"):
+        value = told.get(field, getattr(config, field, None))
+        ids = value if isinstance(value, list) and field.startswith("eos") else [value]
+        if not all(id is None or (isinstance(id, int) and not isinstance(id, bool)) for id in ids):
+            raise InputError(f"{file}: {field} must be a token's id, not {value!r}")
+        object.__setattr__(config, field, value)
     return FAMILIES[model_type], config
 
 
 def _read_checkpoint(
-    path: str | Path, dtype: str, quantize: str | None, *, weights: bool
+    path: str | Path,
+    dtype: str,
+    quantize: str | None,
+    *,
+    weights: bool,
+    own_head: bool | None = None,
 ) -> Checkpoint:
-    """weights: whether they must be there."""
+    """weights: whether they must be there. own_head: what is known of it without them."""
     if quantize and quantize not in KINDS:
         raise InputError(f"quantize={quantize!r} is unknown; known: {', '.join(KINDS)}")
     family, config = _read_config(path)
@@ -112,6 +121,8 @@ def _read_checkpoint(
     }
     if tensors:
         _find_tied(config, sources, tensors)
+    elif own_head is not None:
+        config.tie_word_embeddings = not own_head
     module = family.module(family.config_from_hf(config, eos_ids), dtype)
     return Checkpoint(module, sources, tensors)
 
@@ -156,9 +167,14 @@ def _store(kernels: Any, quantize: str | None) -> Any:
     return quantized(kernels, quantize) if quantize and kernels.ndim == 3 else kernels
 
 
-def abstract_llm(path: str | Path, *, dtype: str, quantize: str | None) -> Decoder | t5.T5:
-    """What `load_llm` gives, with `jax.ShapeDtypeStruct` for arrays; `path` may lack weights."""
-    module = _read_checkpoint(path, dtype, quantize, weights=False).module
+def abstract_llm(
+    path: str | Path, *, dtype: str, quantize: str | None, own_head: bool | None = None
+) -> Decoder | t5.T5:
+    """What `load_llm` gives, with `jax.ShapeDtypeStruct` for arrays; `path` may lack weights.
+
+    own_head: whether there is a head beside the embedding; None is what config.json says.
+    """
+    module = _read_checkpoint(path, dtype, quantize, weights=False, own_head=own_head).module
     graph, state = nnx.split(module)
     stored = jax.eval_shape(lambda state: jax.tree.map(lambda x: _store(x, quantize), state), state)
     return nnx.merge(graph, stored)

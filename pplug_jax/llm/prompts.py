@@ -43,9 +43,15 @@ def read_template(tokenizer: transformers.PreTrainedTokenizerBase) -> Turn:
         )
 
     def render(*messages: dict[str, str], answer: bool) -> str:
-        return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=answer, **TEMPLATE_SETTINGS
-        )
+        try:
+            return tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=answer, **TEMPLATE_SETTINGS
+            )
+        except Exception as error:  # a template is a program
+            raise InputError(
+                f"{tokenizer.name_or_path}: the chat_template fails: {error}; "
+                "give --config.llm.chat=False"
+            ) from error
 
     user, assistant = {"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}
     asked = render(user, answer=True).split(USER)
@@ -87,6 +93,8 @@ class Tokenizer:
                 which generation stops, or a fixed part has a token that the LLM lacks.
         """
         self.tokenizer = tokenizer
+        special = {*getattr(tokenizer, "all_special_ids", ())}
+        self.meant = special - {getattr(tokenizer, "unk_token_id", None)}
         own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.stops = own if eos_ids is None else list(eos_ids)
         if chat:
@@ -103,10 +111,11 @@ class Tokenizer:
         self.prefix_length = len(self.prefix)
         fixed = {"prefix": self.prefix, "suffix": self.suffix, "end": self.end}
         for part, ids in fixed.items():
-            if beyond := [token for token in ids if token >= vocab_size]:
+            if beyond := [token for token in ids if not 0 <= token < vocab_size]:
+                token = tokenizer.convert_ids_to_tokens(beyond[0]) if beyond[0] >= 0 else None
                 raise InputError(
-                    f"{tokenizer.name_or_path}: the prompt's {part} has the token "
-                    f"{tokenizer.convert_ids_to_tokens(beyond[0])!r} with id {beyond[0]}, but the "
+                    f"{tokenizer.name_or_path}: the prompt's {part} has the token {token!r} with "
+                    f"id {beyond[0]}, but the "
                     f"LLM's embedding table has {vocab_size} rows: they do not belong together"
                 )
 
@@ -133,9 +142,11 @@ class Tokenizer:
 
     def ids(self, text: str) -> list[int]:
         """The text's tokens; special tokens that a user writes are read as plain text."""
-        return self.tokenizer.encode(
+        ids = self.tokenizer.encode(
             text, add_special_tokens=False, split_special_tokens=True, verbose=False
         )
+        # T5's are pieces of its vocabulary, so that no option has them read as text.
+        return [token for token in ids if token not in self.meant]
 
     def prompt(self, text: str, max_length: int) -> np.ndarray:
         """At most `max_length` tokens of `text`, between prefix and suffix."""

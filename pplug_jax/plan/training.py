@@ -107,7 +107,7 @@ def hours(config: ml_collections.ConfigDict, seconds: float) -> str:
             "them with --config.data.path=DIR"
         )
     size, epochs = config.train.batch_size, config.train.epochs
-    steps = max(1, round(-(-examples // size) * epochs))  # as data.batches.Plan
+    steps = max(1, round(-(-examples // size) * epochs))  # as feed.batches.Plan
     return (
         f"{config.train.epochs:g} epochs of {examples:,} examples are {steps:,} steps: at least "
         f"{steps * seconds / 3600:.2f} hours"

@@ -187,7 +187,7 @@ def read_predictions(run: Run, folder: Path, split: Split) -> dict[str, list[str
 
 
 def read_personas(run: Run, folder: Path, split: Split) -> dict[str, dict[str, np.ndarray]]:
-    """The arrays of each method that left personas, as `answers.write_personas` tells them.
+    """The arrays of each method that left personas, as `predict.write_personas` tells them.
 
     Raises:
         InputError: a file of other examples.

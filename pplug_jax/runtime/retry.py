@@ -46,11 +46,12 @@ def may_pass(error: BaseException) -> bool:
         or (isinstance(cause, OSError) and cause.errno in PASSING_NUMBERS)
         or _status(cause) in PASSING_STATUS
         or PASSING_TEXT.search(str(cause)) is not None
-        for cause in _causes(error)
+        for cause in causes(error)
     )
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield the error, what it was raised from, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -18,6 +18,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         # What could not be loaded is something that raises its error where it is first used.
         if not isinstance(flags.FLAGS["config"].value, ml_collections.ConfigDict):
             sys.exit(f"error: {_mistake(argv)}")
+        if rest[1:]:
+            sys.exit(f"error: {rest[1]!r} is no flag; write flags as --config=configs/lamp5.py")
         return rest
     # A config file is a program, which may fail in any way.
     except Exception as error:  # noqa: BLE001
@@ -36,6 +38,8 @@ def _first_line(error: Exception) -> str:
 
 def _mistake(argv: Sequence[str]) -> str | None:
     """What is wrong with --config and the fields that are set; None where that is not it."""
+    # absl takes flags with one dash too.
+    argv = [f"-{each}" if each.startswith("-") and each[1:2].isalpha() else each for each in argv]
     given = _value_of("--config", argv)
     if given is None:
         return "--config is missing; for example --config=configs/lamp5.py"
@@ -48,6 +52,11 @@ def _mistake(argv: Sequence[str]) -> str | None:
         if get_config is None:
             return f"--config={path}: the file has no function get_config, so it is no config"
         config = get_config(*[argument] if argument else [])
+        if not isinstance(config, ml_collections.ConfigDict):
+            found = type(config).__name__
+            return (
+                f"--config={path}: get_config must return an ml_collections.ConfigDict, not {found}"
+            )
     except Exception as error:  # noqa: BLE001
         return f"--config={given}: {_first_line(error)}"
     fields = [each.removeprefix("--config.").partition("=")[0] for each in argv[1:]]

@@ -119,7 +119,7 @@ METRICS = {
     "rouge1": Metric(_each(_rouge("rouge1"))),
     "rougeL": Metric(_each(_rouge("rougeL"))),
     "meteor": Metric(_each(_meteor)),
-    # The golds' tokens': each example's sum and count, of answers.predict.
+    # The golds' tokens': each example's sum and count, of evaluate.predict.
     "loss": Metric(None, _ratio, lower_is_better=True),
     "style": Metric(None, _ratio, lower_is_better=True),  # style.distances: it takes the histories
 }

@@ -1,6 +1,5 @@
 """Serving: a trained plug, its frozen LLM and a history in, a personal answer out."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from pplug_jax.data.lamp import by_date, check_history
+from pplug_jax.data.lamp import check_history, check_input
 from pplug_jax.errors import InputError
 from pplug_jax.feed.features import compare_with_peers, of_history, of_items
 from pplug_jax.llm.generate import generate
@@ -18,7 +17,7 @@ from pplug_jax.plugs.forward import inputs_embeds
 from pplug_jax.plugs.persona import UserEmbedder
 from pplug_jax.plugs.reading import features_of
 from pplug_jax.session import Models
-from pplug_jax.storage.files import read_text
+from pplug_jax.storage.files import read_object
 from pplug_jax.storage.workdir import CONFIG, upgraded
 
 
@@ -48,12 +47,12 @@ class Personalizer:
         path = workdir / CONFIG
         if not path.is_file():
             raise InputError(f"{path}: no such file; {workdir} is not the workdir of a run")
-        config = ml_collections.ConfigDict(upgraded(json.loads(read_text(path))))
+        config = ml_collections.ConfigDict(upgraded(read_object(path)))
         models, method = Models(config, workdir), METHODS["pplug"]
         return cls(models, models.restore_weights(method, config, workdir))
 
     def soft_prompt(self, input: str, history: Sequence[str | dict[str, Any]] = ()) -> np.ndarray:
-        """The soft tokens [I ; P] for this input, (k + 1, D) float32; k more with Diff, and Form.
+        """The soft tokens [I ; P] for this input, (k + 1, D) float32; k more for each feature.
 
         Args:
             input: the task's input, instruction included.
@@ -68,11 +67,9 @@ class Personalizer:
 
     def _soft_prompt(self, input: str, history: Sequence[str | dict[str, Any]]) -> jax.Array:
         models, encoder = self.models, self.models.encoder
-        if not isinstance(input, str):
-            raise InputError(f"the input must be a text, not {type(input).__name__}")
-        history = check_history(models.task, history)
-        if models.config.data.sort_by_date and not any(isinstance(item, str) for item in history):
-            history = by_date(history)
+        check_input(input)
+        by_date = models.config.data.sort_by_date
+        history = check_history(models.task, history, sort_by_date=by_date)
         texts = [item if isinstance(item, str) else models.item_text(item) for item in history]
         items = [{} if isinstance(item, str) else item for item in history]
         newest = slice(-models.config.data.max_history, None)

@@ -4,7 +4,9 @@ A training run's hold what is trained, the optimiser and the step, which is also
 data; never the LLM.
 """
 
+import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,11 +20,14 @@ from pplug_jax.errors import CheckpointError
 from pplug_jax.runtime.console import say
 from pplug_jax.runtime.distributed import from_primary, wait_for_all, worst_of_all
 from pplug_jax.runtime.primary import is_primary
-from pplug_jax.runtime.retry import may_pass, retrying
-from pplug_jax.storage.files import absolute, is_remote
+from pplug_jax.runtime.retry import causes, may_pass, retrying
+from pplug_jax.storage.files import absolute, is_remote, read_text
 
-# What TensorStore says of files that are shorter than they should be, gone, or no longer theirs.
-CUT_OR_MISSING = ("DATA_LOSS:", "NOT_FOUND:", "OUT_OF_RANGE:")
+# What TensorStore says of files that are shorter than they should be, gone, or no longer theirs;
+# Orbax may say more before and behind it, or keep it as the cause of an error of its own.
+CUT_OR_MISSING = re.compile(
+    r"\b(DATA_LOSS|NOT_FOUND|OUT_OF_RANGE): |: Truncated Zstd-compressed stream"
+)
 MARK = "commit_success.txt"  # by which Orbax knows a whole checkpoint in a bucket
 READ, CUT, FAILED = range(3)  # how reading a checkpoint ended, the worst last
 
@@ -53,6 +58,7 @@ class Checkpoints:
 
     def __init__(self, directory: epath.PathLike, keep: int = 2):
         self.directory = absolute(directory)
+        self._set_aside_without_metrics()
         self.manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -248,20 +254,35 @@ class Checkpoints:
             return READ, retrying(f"reading {path}", lambda: self._complete(path, args)), ""
         # Orbax and TensorStore raise many kinds for a file that is cut or gone.
         except Exception as error:  # noqa: BLE001
-            return (CUT if _is_cut(error) else FAILED), None, str(error)
+            return (CUT if _is_cut(error) else FAILED), None, _shortened(error)
 
     def _complete(self, path: epath.Path, args: ocp.args.Composite) -> dict[str, Any]:
-        if lacking := [item for item, _ in args.items() if not (path / item).is_dir()]:
-            raise FileNotFoundError(f"{path / lacking[0]}: no such directory")
+        # Listed, since `is_dir` takes every error for an absence.
+        there = {child.name for child in path.iterdir()}
+        for item in args.keys():  # noqa: SIM118  no dict
+            if item not in there:
+                raise FileNotFoundError(f"{path / item}: no such directory")
+            next((path / item).iterdir(), None)
         return jax.block_until_ready(dict(self.reader.restore(path, args).items()))
 
     def _set_aside(self, step: int) -> None:
         """Renames a torn checkpoint, so that the step can be saved again."""
-        path = self.directory / str(step)
         if is_primary():
-            path.rename(path.with_name(f"{step}.torn"))
+            _rename_torn(self.directory / str(step))
         wait_for_all(f"step {step} is set aside")
         self.manager.reload()
+
+    def _set_aside_without_metrics(self) -> None:
+        """The same of those whose validation loss cannot be read, before Orbax reads them all."""
+        for path in self.directory.iterdir() if is_primary() and self.directory.exists() else ():
+            file = path / "metrics" / "metrics"
+            if path.name.isdigit() and file.exists():
+                try:
+                    json.loads(read_text(file))
+                except ValueError:
+                    say(f"warning: {path} is cut, and is passed over")
+                    _rename_torn(path)
+        wait_for_all("the checkpoints' metrics are whole")
 
     def close(self) -> None:
         self.manager.close()
@@ -276,9 +297,21 @@ class Checkpoints:
 
 def _is_cut(error: Exception) -> bool:
     """Whether the error proves that files of a checkpoint are gone or not whole."""
-    if isinstance(error, ValueError) and str(error).startswith(CUT_OR_MISSING):
+    if any(CUT_OR_MISSING.search(str(cause)) for cause in causes(error)):
         return True
     return isinstance(error, (FileNotFoundError, json.JSONDecodeError)) and not may_pass(error)
+
+
+def _shortened(error: Exception) -> str:
+    """The first line of what it was first raised from: Orbax appends what it was about to read."""
+    *_, first = causes(error)
+    text = str(first).strip().partition("\n")[0] or type(first).__name__
+    return text if len(text) <= 300 else f"{text[:300]} ..."
+
+
+def _rename_torn(path: epath.Path) -> None:
+    names = (f"{path.name}.torn{i or ''}" for i in itertools.count())
+    path.rename(next(free for name in names if not (free := path.with_name(name)).exists()))
 
 
 def is_saved(directory: epath.Path) -> bool:
@@ -292,6 +325,15 @@ def save_module(directory: epath.Path, module: Any, origin: dict[str, Any]) -> N
         arrays = ocp.args.PyTreeSave(_named(module))
         items = ocp.args.Composite(arrays=arrays, origin=ocp.args.JsonSave(origin))
         checkpointer.save(directory, items, force=True)
+
+
+def read_origin(directory: epath.Path) -> dict[str, Any]:
+    """What `save_module` was told of what it wrote."""
+    with ocp.Checkpointer(_module_handler()) as checkpointer:
+        items = ocp.args.Composite(origin=ocp.args.JsonRestore())
+        return retrying(
+            f"reading {directory}", lambda: checkpointer.restore(directory, items)["origin"]
+        )
 
 
 def module_loader(directory: epath.Path, module: Any, origin: dict[str, Any]) -> Callable[[], Any]:
@@ -308,8 +350,8 @@ def module_loader(directory: epath.Path, module: Any, origin: dict[str, Any]) ->
                 lambda: checkpointer.restore(directory, ocp.args.Composite(**items)),
             )
 
-    found = restore(origin=ocp.args.JsonRestore())["origin"]
-    if found != origin:
+    found = read_origin(directory)
+    if found | origin != found:
         raise CheckpointError(
             f"{directory} was converted from {found}, not from {origin}: "
             "delete it, or name another place with --config.llm.converted"

@@ -35,9 +35,17 @@ def read_json(path: Path) -> Any:
         InputError: it is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))  # editors add a byte order mark
+        return json.loads(read_text(path).removeprefix("\ufeff"))  # editors add this mark
     except ValueError as error:
         raise InputError(f"{path}: not JSON: {error}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The same of a file that must hold an object."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected an object, found {type(content).__name__}")
+    return content
 
 
 def write_text(path: Path, parts: Iterable[str]) -> None:

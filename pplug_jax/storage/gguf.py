@@ -5,6 +5,7 @@ its matrices are dequantised as they are read. The tokenizer is what `transforme
 """
 
 import functools
+import hashlib
 import json
 import re
 import tempfile
@@ -19,8 +20,7 @@ import transformers
 
 from pplug_jax.errors import InputError
 
-WHOLE = "model.gguf"  # the file, or the first of several, in the directory that presents it
-PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 
 # llama.cpp's architecture -> model_type.
 MODEL_TYPES = {
@@ -74,30 +74,38 @@ ROPE_DIVISORS = "rope_freqs.weight"  # how Llama 3.1's stretched RoPE is told
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
+def is_gguf(name: str) -> bool:
+    return name.lower().endswith(".gguf")
+
+
 def directory_of(file: Path) -> Path:
     """Return a directory that presents `file` as a model in Hugging Face format.
 
     It lies beside the hub's cache, under HF_HOME, and holds config.json, the tokenizer, and links
-    to the file and its further parts.
+    to the file and its further parts, under their names.
 
     Raises:
         InputError: not a whole GGUF file, or one of an architecture or a tokenizer that is not
             supported.
     """
-    reader = _reader(file)
-    found = file.resolve()
-    key = f"{found.name}-{found.stat().st_size}-{found.stat().st_mtime_ns}"
+    file = file.absolute()  # not where a link leads to: the hub's cache has links to nameless files
+    about = file.stat()
+    # A copy keeps size and mtime where it is told to, but gets a ctime or an inode of its own.
+    told = f"{file} {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns} {about.st_ino}"
+    key = f"{file.stem}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
     target = Path(huggingface_hub.constants.HF_HOME) / "gguf" / key
     if target.is_dir():
         return target
+    config, tokenizer = read_config(file), _tokenizer(file, _reader(file))
     target.parent.mkdir(parents=True, exist_ok=True)
     # Whole or not at all, also if killed or if two processes do it at once.
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch) / "made"
         made.mkdir()
-        (made / "config.json").write_text(json.dumps(read_config(file), indent=1))
-        _tokenizer(file, reader).save_pretrained(made)
-        (made / WHOLE).symlink_to(found)
+        (made / "config.json").write_text(json.dumps(config, indent=1))
+        tokenizer.save_pretrained(made)
+        for part in parts(file):
+            (made / part.name).symlink_to(part)
         try:
             made.rename(target)
         except OSError:
@@ -111,21 +119,23 @@ def parts(file: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: one is missing.
+        InputError: it is not the first.
     """
-    file = file.resolve()
     numbered = PART.search(file.name)
     if numbered is None:
         return [file]
+    if int(numbered[1]) != 1:
+        raise InputError(f"{file}: this is part {int(numbered[1])} of the LLM; name the first one")
     stem, count = file.name.removesuffix(numbered[0]), int(numbered[2])
-    files = [file.with_name(f"{stem}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
+    names = (f"{stem}-{i:05}-of-{count:05}{file.suffix}" for i in range(1, count + 1))
+    files = [file.with_name(name) for name in names]
     if missing := [str(part) for part in files if not part.is_file()]:
         raise FileNotFoundError(f"{', '.join(missing)}: no such weight file")
     return files
 
 
 def _reader(file: Path) -> Any:
-    found = file.resolve()
-    return _opened(found, found.stat().st_mtime_ns)
+    return _opened(file, file.stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=4)
@@ -134,7 +144,7 @@ def _opened(file: Path, changed: int) -> Any:
     del changed  # part of the key
     try:
         return gguf.GGUFReader(file)
-    except (ValueError, IndexError, KeyError, TypeError) as error:
+    except (ValueError, IndexError, KeyError, TypeError, OSError) as error:
         raise InputError(f"{file}: not a whole GGUF file ({error}); fetch it again") from error
 
 
@@ -321,4 +331,5 @@ def _first(file: Path) -> Path:
     numbered = PART.search(file.name)
     if numbered is None:
         return file
-    return file.with_name(file.name.removesuffix(numbered[0]) + f"-00001-of-{numbered[2]}.gguf")
+    stem = file.name.removesuffix(numbered[0])
+    return file.with_name(f"{stem}-00001-of-{numbered[2]}{file.suffix}")

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from pplug_jax.errors import InputError
 from pplug_jax.runtime.mesh import shardings
-from pplug_jax.storage.files import read_json
+from pplug_jax.storage.files import read_object
 from pplug_jax.storage.tensors import Stored
 
 TOKENIZERS = (
@@ -57,7 +57,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
             f"{path}: no such file; "
             "a model directory holds config.json, *.safetensors and a tokenizer"
         )
-    return read_json(path)
+    return read_object(path)
 
 
 @contextlib.contextmanager
@@ -105,24 +105,35 @@ def _with_blanks(directory: str | Path) -> transformers.PreTrainedTokenizerBase:
     Some files name Llama's class and are of another kind; transformers 5 then drops all blanks.
     """
     kinds = [transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast]
+    failure: Exception | None = None
     for kind in kinds[: 1 + (Path(directory) / "tokenizer.json").is_file()]:
+        # Each kind of tokenizer has its own errors, down to the bare ones of its Rust code.
         try:
             tokenizer = kind.from_pretrained(directory)
-        # Each kind of tokenizer has its own errors, down to the bare ones of its Rust code.
-        except Exception as error:
-            pieces = next(Path(directory).glob("*.model"), None)
-            if pieces and not find_spec("sentencepiece"):
-                raise InputError(
-                    f"{pieces}: `pip install sentencepiece` reads this file, or write a "
-                    "tokenizer.json where it is, with transformers' save_pretrained"
-                ) from error
-            raise InputError(f"{directory}: the tokenizer cannot be read: {error}") from error
-        ids = tokenizer.encode("two words", add_special_tokens=False)
-        if " " in tokenizer.decode(ids).strip():
-            return tokenizer
-    raise InputError(
-        f"{directory}: the tokenizer loses the blanks between words; is it whole, and of this LLM?"
-    )
+            ids = tokenizer.encode("two words", add_special_tokens=False)
+            if " " in tokenizer.decode(ids).strip():
+                return tokenizer
+        except Exception as error:  # noqa: BLE001
+            failure = failure or error
+    if failure is None:
+        raise InputError(
+            f"{directory}: the tokenizer loses the blanks between words; is it whole, and of this "
+            "LLM?"
+        )
+    said = str(failure).strip().partition("\n")[0] or type(failure).__name__
+    pieces = next(Path(directory).glob("*.model"), None)
+    if pieces and not (Path(directory) / "tokenizer.json").is_file():
+        if not find_spec("sentencepiece"):
+            raise InputError(
+                f"{pieces}: `pip install sentencepiece` reads this file, or write a tokenizer.json "
+                "where it is, with transformers' save_pretrained"
+            ) from failure
+        said = (
+            f"{pieces.name} is not a whole SentencePiece file, or of another kind; fetch it again"
+        )
+    if "BOM" in said:
+        said = "a file begins with a byte order mark; save it as UTF-8 without one"
+    raise InputError(f"{directory}: the tokenizer cannot be read: {said}") from failure
 
 
 def weights_loader(

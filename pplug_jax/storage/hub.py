@@ -24,7 +24,7 @@ from pplug_jax.storage import gguf
 # What is read of a model: config, tokenizer, weights.
 FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 WEIGHTS = (("*.safetensors",), ("pytorch_model*.bin",))  # the same in several formats; the best
-HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+?)(?:/(.+\.gguf))?")
+HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+?)(?:/(.+\.(?i:gguf)))?")
 
 
 def local_directory(path: str | Path) -> Path:
@@ -38,14 +38,21 @@ def local_directory(path: str | Path) -> Path:
     name = str(path)
     if name and Path(name).is_dir():
         return Path(name)
-    if Path(name).is_file() and name.endswith(".gguf"):
-        return gguf.directory_of(Path(name))
-    if "://" in name:
-        return _from_url(name)
-    if found := HUB_ID.fullmatch(name):
-        return _from_hub(*found.groups())
+    try:
+        if Path(name).is_file() and gguf.is_gguf(name):
+            return gguf.directory_of(Path(name))
+        if "://" in name:
+            return _from_url(name)
+        if found := HUB_ID.fullmatch(name):
+            return _from_hub(*found.groups())
+    except OSError as error:
+        raise InputError(
+            f"{name} cannot be had: {error} (what is fetched or made of it goes to HF_HOME, "
+            f"{huggingface_hub.constants.HF_HOME})"
+        ) from error
+    what = "file" if gguf.is_gguf(name) else "directory"
     raise InputError(
-        f"there is no directory {name!r}; give a model in Hugging Face format (config.json, "
+        f"there is no {what} {name!r}; give a model in Hugging Face format (config.json, "
         "*.safetensors, a tokenizer) as a directory, a URL (gs://bucket/dir) or a hub id "
         "(org/name), or a .gguf file"
     )
@@ -90,8 +97,9 @@ def _from_hub(repository: str, file: str | None) -> Path:
     except InputError:
         raise
     except (OSError, ValueError) as error:  # the hub's errors are both kinds
+        name = f"{repository}/{file}" if file else repository
         raise InputError(
-            f"there is no directory {repository!r}, and the hub gave no model of that name: "
+            f"there is no {'file' if file else 'directory'} {name!r}, and the hub gave none: "
             f"{error} (where a licence must be accepted, do so on its page and `hf auth login`; "
             f"without network, `hf download {repository} --local-dir DIR` elsewhere and give DIR)"
         ) from error
@@ -144,19 +152,19 @@ def _from_url(url: str) -> Path:
             except OSError as error:
                 raise InputError(f"{url} cannot be read: {file}: {error}") from error
             Path(scratch, "file").rename(target)
-    single = root.endswith(".gguf")
+    single = gguf.is_gguf(root)
     return gguf.directory_of(directory / Path(root).name) if single else directory
 
 
 def _below(root: str, files: Iterable[str]) -> dict[str, str]:
     """The files by their names below `root`, which may be a file itself."""
-    top = Path(root).parent if root.endswith(".gguf") else Path(root)
+    top = Path(root).parent if gguf.is_gguf(root) else Path(root)
     return {Path(file).relative_to(top).as_posix(): file for file in files}
 
 
 def _files_at(remote: fsspec.AbstractFileSystem, root: str) -> dict[str, tuple[Any, int]]:
     """The model's files: what changes with their contents, and their bytes."""
-    if root.endswith(".gguf"):
+    if gguf.is_gguf(root):
         files = _parts(root, remote.find(root.rpartition("/")[0], maxdepth=1))
     else:
         below = _below(root, remote.find(root))

@@ -82,17 +82,23 @@ def _owner(workdir: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _on_disk(workdir: Path) -> Iterator[None]:
-    workdir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(workdir / LOCK)
     try:
+        workdir.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
+        write_json(workdir / OWNER, _this_job())
     except Timeout as error:
         raise WorkdirInUse(workdir, _owner(workdir)) from error
+    except OSError as error:
+        raise InputError(f"{workdir} cannot be written: {error}; name another --workdir") from error
     try:
-        write_json(workdir / OWNER, _this_job())
         yield
     finally:
         (workdir / OWNER).unlink(missing_ok=True)
+        if [path.name for path in workdir.iterdir()] == [LOCK]:  # refused before anything was done
+            (workdir / LOCK).unlink()
+            with contextlib.suppress(OSError):  # another has come
+                workdir.rmdir()
         lock.release()
 
 
@@ -112,7 +118,7 @@ def _in_bucket(workdir: Path) -> Iterator[None]:
         beats = 0
         while not ended.wait(BEAT):
             beats += 1
-            with contextlib.suppress(OSError):  # the next sign may succeed
+            with contextlib.suppress(Exception):  # of any kind: the next sign may succeed
                 write_json(workdir / OWNER, mine | {"beats": beats})
 
     write_json(workdir / OWNER, mine)
@@ -126,4 +132,5 @@ def _in_bucket(workdir: Path) -> Iterator[None]:
     finally:
         ended.set()
         living.join()
-        (workdir / OWNER).unlink(missing_ok=True)
+        if _owner(workdir).get("token") == mine["token"]:  # else another took it for abandoned
+            (workdir / OWNER).unlink(missing_ok=True)

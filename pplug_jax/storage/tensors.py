@@ -1,7 +1,7 @@
 """The tensors of a checkpoint's files, each read in slices: safetensors, PyTorch's .bin, GGUF."""
 
 import pickle
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -37,8 +37,8 @@ def weight_files(directory: Path) -> list[Path]:
     Raises:
         FileNotFoundError: there is none, or one that the index names is missing.
     """
-    if (directory / gguf.WHOLE).is_file():
-        return gguf.parts(directory / gguf.WHOLE)
+    if found := sorted(path for path in directory.glob("*") if gguf.is_gguf(path.name)):
+        return found
     for name in ("model.safetensors", "pytorch_model.bin"):
         whole, index = directory / name, directory / f"{name}.index.json"
         if whole.is_file():
@@ -54,8 +54,8 @@ def weight_files(directory: Path) -> list[Path]:
 def _weight_map(index: Path) -> dict[str, str]:
     content = read_json(index)
     names = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(names, dict):
-        raise InputError(f"{index}: the field 'weight_map' is missing")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise InputError(f"{index}: the field 'weight_map' must name a file for each tensor")
     return names
 
 
@@ -67,16 +67,18 @@ def read_tensors(directory: str | Path) -> dict[str, Stored]:
         InputError: a file that is cut, or that nothing here can read.
     """
     directory = Path(directory)
-    readers: Mapping[str, Callable[[Path], Iterable[tuple[str, Tensor]]]] = {
-        ".safetensors": _safetensors,
-        ".bin": _pickled,
-        ".gguf": gguf.tensors,
-    }
     return {
         name: Stored(file, tensor)
         for file in weight_files(directory)
-        for name, tensor in readers[file.suffix](file)
+        for name, tensor in _reader_of(file)(file)
     }
+
+
+def _reader_of(file: Path) -> Callable[[Path], Iterable[tuple[str, Tensor]]]:
+    readers = {".safetensors": _safetensors, ".bin": _pickled, ".gguf": gguf.tensors}
+    if file.suffix.lower() not in readers:
+        raise InputError(f"{file}: weights are read from {', '.join(readers)} files only")
+    return readers[file.suffix.lower()]
 
 
 def _safetensors(file: Path) -> Iterable[tuple[str, Tensor]]:

@@ -56,11 +56,12 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def upgraded(config: dict[str, Any]) -> dict[str, Any]:
-    """An older config.json's content as ours: features had a setting of their own each.
+    """An older config.json's content as ours: features had a setting each, and variants none.
 
     Raises:
         ConfigError: it has a setting that is gone.
     """
+    config = {"variants": ""} | config
     plug = dict(config.get("plug", {}))
     if "features" in plug or "form" not in plug:
         return config

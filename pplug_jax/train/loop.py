@@ -47,7 +47,7 @@ def fit(
 ) -> Weights:
     """Trains the weights of `method` on `examples`, going on from the newest checkpoint.
 
-    config: `methods.configured`. examples: `inputs.TrainingInputs`'. directory: of checkpoints/,
+    config: `table.configured`. examples: `inputs.TrainingInputs`'. directory: of checkpoints/,
     metrics.jsonl and tensorboard/. validation: each checkpoint tells its loss on these examples,
     if any. Returns the last step's weights, which need not be the best.
 
@@ -133,8 +133,10 @@ def fit(
             step += 1
             recent.append(metrics)
             if step % config.train.log_every == 0 or step == len(plan):
-                # The only place where the host waits for the device.
-                values = {name: float(np.mean([m[name] for m in recent])) for name in metrics}
+                # The only place where the host waits for the device. NumPy would wrap what
+                # interrupts the wait into an error of its own.
+                told = jax.device_get(recent)
+                values = {name: float(np.mean([m[name] for m in told])) for name in metrics}
                 if not math.isfinite(values["loss"]):
                     raise FloatingPointError(
                         f"the loss is {values['loss']} at step {step}; lower "

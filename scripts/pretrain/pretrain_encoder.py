@@ -44,7 +44,7 @@ flags.DEFINE_integer("layers", 2, "Layers.")
 flags.DEFINE_integer("max_length", 64, "Longest text, in tokens.")
 flags.DEFINE_integer("steps", 600, "Optimiser steps.")
 flags.DEFINE_integer("batch_size", 64, "Authors of a batch, two papers each.")
-flags.DEFINE_float("learning_rate", 3e-3, "Adam's peak; see tools/optimizer.py.")
+flags.DEFINE_float("learning_rate", 3e-3, "Adam's peak; see optimizer.py.")
 flags.DEFINE_float("temperature", 0.1, "Of the InfoNCE loss.")
 flags.DEFINE_integer("seed", 0, "Seed of everything.")
 

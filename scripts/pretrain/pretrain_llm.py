@@ -40,7 +40,7 @@ from pplug_jax.feed.retrieval import demonstration_prompt
 from pplug_jax.llm import llama
 from pplug_jax.llm.decoder import Decoder
 from pplug_jax.llm.prompts import Tokenizer
-from pplug_jax.session import parameter_count
+from pplug_jax.plugs.base import parameter_count
 from pplug_jax.storage import hf
 from pplug_jax.storage.files import write_json
 from scripts.pretrain.bpe import train_bpe
@@ -63,7 +63,7 @@ flags.DEFINE_integer("max_length", 160, "Longest prompt, in tokens.")
 flags.DEFINE_integer("demonstrations", 2, "At most so many in a prompt.")
 flags.DEFINE_integer("steps", 3000, "Optimiser steps.")
 flags.DEFINE_integer("batch_size", 32, "Sequences of a batch.")
-flags.DEFINE_float("learning_rate", 3e-3, "Adam's peak; see tools/optimizer.py.")
+flags.DEFINE_float("learning_rate", 3e-3, "Adam's peak; see optimizer.py.")
 flags.DEFINE_float(
     "prompt_weight", 0.1, "Weight of the prompt's tokens in the loss; the title's have 1."
 )
