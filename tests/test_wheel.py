@@ -1,0 +1,57 @@
+"""What is installed from a wheel works away from the repository."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("pplug_jax", "LICENSE", "README.md", "pyproject.toml", "requirements.txt")
+BUILD = "from setuptools import build_meta; build_meta.build_wheel('.')"
+SMALL = (
+    "--config=configs/lamp5.py",
+    "--config.methods=('none','pplug')",
+    "--config.data.sample_train_users=16",
+    "--config.data.sample_eval_users=2",
+    "--config.train.epochs=1.0",
+    "--config.eval.max_new_tokens=2",
+)
+SERVE = """
+from pathlib import Path
+from pplug_jax import Personalizer
+import pplug_jax
+personalizer = Personalizer.from_checkpoint("runs/lamp5")
+items = [{"title": "On rain", "abstract": "Rain is wet."}]
+print(personalizer.soft_prompt("Rain falls.", items).shape[0], Path(pplug_jax.__file__).parent)
+"""
+
+
+def test_a_wheel_trains_and_serves_a_plug(tmp_path: Path) -> None:
+    source, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
+    source.mkdir()
+    for part in PARTS:  # setuptools leaves its own files where it works
+        copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+        copy(ROOT / part, source / part)
+    shutil.copytree(ROOT / "configs", elsewhere / "configs")
+
+    def python(*arguments: str, at: Path) -> str:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=at,
+            env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    python("-c", BUILD, at=source)
+    (wheel,) = source.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    assert "pplug" in python("-m", "pplug_jax.main", *SMALL, at=elsewhere)
+    k = 16  # configs/lamp5.py's, and the instruction's
+    told = python("-c", SERVE, at=elsewhere).split()
+    assert told[-2:] == [str(k + 1), str(tmp_path / "site" / "pplug_jax")]
