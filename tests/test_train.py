@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from pplug_jax.plugs.forward import inputs_embeds
 from pplug_jax.plugs.lora import Lora
 from pplug_jax.plugs.persona import UserEmbedder
 from pplug_jax.runtime.mesh import make_mesh, place
+from pplug_jax.train import loop
 from pplug_jax.train.step import init_optimizer, jit_step, loss_fn, make_optimizer
 from scripts.pretrain.initialise import initialise
 
@@ -329,3 +331,18 @@ def test_soft_tokens_stand_behind_the_prefix() -> None:
     np.testing.assert_array_equal(embeds[0, 1:3], soft[0])
     np.testing.assert_array_equal(embeds[0, 3:], llm.embed(prompt)[0, 1:])
     np.testing.assert_array_equal(there[0], [True] * 7 + [False])
+
+
+def test_a_meter_reads_means_and_speeds_and_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=10.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(loop, "time", clock)
+    meter = loop.Meter()
+    for loss in (jnp.float32(1), jnp.float32(2)):
+        meter.add({"loss": loss}, tokens=30)
+    clock.now += 4
+    with meter.paused():
+        clock.now += 100
+    assert meter.read() == {"loss": 1.5, "steps_per_second": 0.5, "tokens_per_second": 15.0}
+    meter.add({"loss": jnp.float32(7)}, tokens=8)
+    clock.now += 2
+    assert meter.read() == {"loss": 7.0, "steps_per_second": 0.5, "tokens_per_second": 4.0}

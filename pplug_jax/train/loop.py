@@ -3,15 +3,18 @@
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
+import optax
 
 from pplug_jax.errors import CheckpointError
 from pplug_jax.feed.batches import (
+    Assemble,
     Plan,
     Tokenized,
     place_batch,
@@ -56,7 +59,6 @@ def fit(
         FloatingPointError: the loss is no number any more.
         CheckpointError: the newest checkpoint is of other data.
     """
-    mesh = models.mesh
     assemble = models.assemble(
         method,
         config,
@@ -76,37 +78,13 @@ def fit(
         config.plug.encoder_rate,
     )
     shapes = models.abstract_weights(method, config)
-    trained = shapes, abstract_optimizer(optimizer, shapes, mesh)
-    jitted = jit_step(*trained)
-
-    def lower(bucket: int) -> jax.stages.Lowered:
-        empty = assemble((0, bucket, np.zeros(0, int)))
-        with jax.set_mesh(mesh):
-            return jitted.lower(
-                *trained,
-                models.abstract_llm,
-                place_batch(empty, mesh),
-                optimizer=optimizer,
-                prefix_length=models.tokenizer.prefix_length,
-                accumulation=config.train.accumulation,
-                remat=config.train.remat,
-                reading=method.reading,
-            )
-
+    trained = shapes, abstract_optimizer(optimizer, shapes, models.mesh)
+    lower = _lowering(models, method, config, assemble, optimizer, trained)
     buckets = [plan[i][1] for i in range(len(plan))]
     soft = PLUGS[method.kind].soft_tokens(config, method.reading)
     kept = Checkpoints(checkpoints_path(directory, method.name), config.train.keep)
     with contextlib.closing(kept) as checkpoints, contextlib.ExitStack() as stack:
-        latest = checkpoints.latest_for_all()
-        if latest is None:
-            weights, step = None, 0
-        elif latest <= len(plan):
-            weights, opt_state, step = checkpoints.restore(*trained)
-        else:
-            raise CheckpointError(
-                f"{directory}: the checkpoint is of step {latest}, but this run "
-                f"has {len(plan)}; the data have changed since: give another --workdir"
-            )
+        weights, opt_state, step = _resumed(checkpoints, trained, len(plan))
         if step == len(plan):
             say(f"training {method.name}: all {step} steps were done")
             return weights
@@ -115,52 +93,44 @@ def fit(
         llm = models.llm
         if weights is None:
             weights = models.new_weights(method, config)
-            opt_state = init_optimizer(optimizer, weights, mesh)
+            opt_state = init_optimizer(optimizer, weights, models.mesh)
         data = training_batches(plan, assemble, step)
         writer = stack.enter_context(contextlib.closing(Writer(directory, method.name, step)))
         stop = stack.enter_context(Stop())
         progress = stack.enter_context(
             Progress(f"training {method.name}", len(plan), "steps", step)
         )
-        since, tokens, recent, info = time.monotonic(), 0, [], ""
+        meter, info = Meter(), ""
         while step < len(plan):
             batch = next(data)
             own = batch.prompt_mask.sum() + batch.target_mask.sum() + soft * batch.weight.sum()
-            # Of several processes each sees its own rows alone.
-            tokens += int(own) * config.train.batch_size // len(batch.weight)
             update = compiled(buckets[step])
-            weights, opt_state, metrics = update(weights, opt_state, llm, place_batch(batch, mesh))
+            placed = place_batch(batch, models.mesh)
+            weights, opt_state, metrics = update(weights, opt_state, llm, placed)
             step += 1
-            recent.append(metrics)
+            # Of several processes each sees its own rows alone.
+            meter.add(metrics, int(own) * config.train.batch_size // len(batch.weight))
             if step % config.train.log_every == 0 or step == len(plan):
-                # The only place where the host waits for the device. NumPy would wrap what
-                # interrupts the wait into an error of its own.
-                told = jax.device_get(recent)
-                values = {name: float(np.mean([m[name] for m in told])) for name in metrics}
+                values = meter.read()
                 if not math.isfinite(values["loss"]):
                     raise FloatingPointError(
                         f"the loss is {values['loss']} at step {step}; lower "
                         "config.train.learning_rate "
                         f"(the last checkpoint is step {checkpoints.latest})"
                     )
-                seconds = time.monotonic() - since
-                values["steps_per_second"] = len(recent) / seconds
-                values["tokens_per_second"] = tokens / seconds
                 writer.write(step, **values)
                 info = (
                     "loss {loss:.3f}, {steps_per_second:.1f} steps/s, "
                     "{tokens_per_second:.0f} tokens/s"
                 ).format(**values)
-                since, tokens, recent = time.monotonic(), 0, []
             progress.advance(1, info)
             stopped = stop.asked(step) and step < len(plan)
             if stopped or step % config.train.checkpoint_every == 0 or step == len(plan):
                 loss = None
                 if validation and not stopped:
-                    before = time.monotonic()
-                    loss = validation_loss(models, method, config, weights, validation)
+                    with meter.paused():
+                        loss = validation_loss(models, method, config, weights, validation)
                     writer.write(step, validation_loss=loss)
-                    since += time.monotonic() - before
                 checkpoints.save(step, weights, opt_state, loss)
                 writer.flush()
             if stopped:
@@ -172,6 +142,92 @@ def fit(
                 raise SystemExit(128 + stop.signal)
         checkpoints.wait()
     return weights
+
+
+def _lowering(
+    models: Models,
+    method: Method,
+    config: ml_collections.ConfigDict,
+    assemble: Assemble,
+    optimizer: optax.GradientTransformation,
+    trained: tuple[Weights, Any],
+) -> Callable[[int], jax.stages.Lowered]:
+    """What lowers the update for a bucket.
+
+    trained: the abstract weights and the state of their optimiser.
+    """
+    jitted = jit_step(*trained)
+
+    def lower(bucket: int) -> jax.stages.Lowered:
+        empty = assemble((0, bucket, np.zeros(0, int)))
+        with jax.set_mesh(models.mesh):
+            return jitted.lower(
+                *trained,
+                models.abstract_llm,
+                place_batch(empty, models.mesh),
+                optimizer=optimizer,
+                prefix_length=models.tokenizer.prefix_length,
+                accumulation=config.train.accumulation,
+                remat=config.train.remat,
+                reading=method.reading,
+            )
+
+    return lower
+
+
+def _resumed(
+    checkpoints: Checkpoints, trained: tuple[Weights, Any], steps: int
+) -> tuple[Weights | None, Any, int]:
+    """The newest checkpoint's weights, optimiser state and step; (None, None, 0) where none is.
+
+    Raises:
+        CheckpointError: it is of more than `steps` steps, so of other data.
+    """
+    latest = checkpoints.latest_for_all()
+    if latest is None:
+        return None, None, 0
+    if latest > steps:
+        raise CheckpointError(
+            f"{checkpoints.directory}: the checkpoint is of step {latest}, but this run "
+            f"has {steps}; the data have changed since: give another --workdir"
+        )
+    return checkpoints.restore(*trained)
+
+
+class Meter:
+    """What the steps since the last reading told, on average, and how fast they were."""
+
+    def __init__(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        self.since, self.tokens, self.metrics = time.monotonic(), 0, []
+
+    def add(self, metrics: dict[str, jax.Array], tokens: int) -> None:
+        """Note a step, without waiting for the device."""
+        self.metrics.append(metrics)
+        self.tokens += tokens
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what is done meanwhile."""
+        before = time.monotonic()
+        yield
+        self.since += time.monotonic() - before
+
+    def read(self) -> dict[str, float]:
+        """Return each metric's mean, `steps_per_second` and `tokens_per_second`, and start anew.
+
+        The only place where the host waits for the device.
+        """
+        # NumPy would wrap what interrupts the wait into an error of its own.
+        told = jax.device_get(self.metrics)
+        values = {name: float(np.mean([each[name] for each in told])) for name in told[0]}
+        seconds = time.monotonic() - self.since
+        values["steps_per_second"] = len(told) / seconds
+        values["tokens_per_second"] = self.tokens / seconds
+        self._restart()
+        return values
 
 
 def training_seconds(directory: Path, method: str) -> float:
