@@ -28,6 +28,7 @@ from pplug_jax.llm.shapes import PUBLISHED
 from pplug_jax.methods.table import Method
 from pplug_jax.plan.programs import AbstractModels
 from pplug_jax.plugs.persona import UserEmbedder
+from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.runtime.mesh import make_mesh, place, place_abstract
 from pplug_jax.storage.hf import Source
 
@@ -94,7 +95,7 @@ class RandomModels(AbstractModels):
         """As the plug begins, but for Enc_inp's weights; every call gives the same."""
         found = abstract_bert(self.encoder_path, **self._input_encoder(config.plug))
         encoder = fill(place_abstract(found, self.mesh), seed=1)
-        build = jax.jit(functools.partial(self._build_plug, config.plug))
+        build = jax.jit(functools.partial(PLUGS[method.kind].build, config, self.abstract_llm))
         return place(build(encoder, self._soft_norm, jax.random.key(config.seed)), self.mesh)
 
 
