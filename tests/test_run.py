@@ -19,6 +19,7 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
+from conftest import QUICK_TO_COMPILE
 from etils import epath
 from lamp_files import write_split
 
@@ -206,7 +207,7 @@ def test_the_default_workdir_is_named_after_the_config() -> None:
 
 
 ENVIRONMENT = os.environ | {
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+    "XLA_FLAGS": QUICK_TO_COMPILE,
     "JAX_PLATFORMS": "cpu",
 }
 
