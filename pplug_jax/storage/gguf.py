@@ -175,8 +175,7 @@ def read_config(file: Path) -> dict[str, Any]:
     def setting(name: str) -> Any:
         return _value(reader, f"{architecture}.{name}")
 
-    config = {ours: setting(name) for name, ours in SETTINGS.items()}
-    config = {name: value for name, value in config.items() if value is not None}
+    config = _settings(reader, architecture)
     names = {tensor.name for part in parts(file) for tensor in _reader(part).tensors}
     embedding = next((t for t in reader.tensors if t.name == "token_embd.weight"), None)
     for field in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
@@ -190,7 +189,6 @@ def read_config(file: Path) -> dict[str, Any]:
         "pad_token_id": _value(reader, "tokenizer.ggml.padding_token_id"),
         "eos_token_id": _stops(reader),
     }
-    config.setdefault("num_key_value_heads", config["num_attention_heads"])
     config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     config |= _rope(file, reader, setting)
     if architecture in ("gemma2", "gemma3"):
@@ -201,6 +199,15 @@ def read_config(file: Path) -> dict[str, Any]:
             config["hidden_size"] // heads if is_27b else config["head_dim"]
         )
     return config
+
+
+def _settings(reader: Any, architecture: str) -> dict[str, Any]:
+    """What the file itself says of SETTINGS, by config.json's names."""
+    found = {ours: _value(reader, f"{architecture}.{name}") for name, ours in SETTINGS.items()}
+    found = {name: value for name, value in found.items() if value is not None}
+    if "num_attention_heads" in found:
+        found.setdefault("num_key_value_heads", found["num_attention_heads"])
+    return found
 
 
 def _stops(reader: Any) -> list[int]:
@@ -305,7 +312,8 @@ class _Tensor:
 def tensors(file: Path) -> Iterable[tuple[str, _Tensor]]:
     """Yield the file's tensors under the names that they have in `transformers`."""
     first = parts(_first(file))[0]
-    architecture, config = _architecture(first), read_config(first)
+    architecture = _architecture(first)
+    config = _settings(_reader(first), architecture)  # without a look into all the other parts
     names = TENSORS | (AROUND_MLP if architecture in ("gemma2", "gemma3") else {})
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     for tensor in _reader(file).tensors:
