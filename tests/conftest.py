@@ -51,6 +51,15 @@ TEXT = (
     "A small model reads what its user has written, and writes as the user would: titles, reviews, "
     "tweets and scores. Personalisation of frozen language models needs no training for new users."
 )
+# A plug's settings beside the paper's, each and all.
+EXTENSIONS = {"recency": True, "features": ("difference", "form")}
+OPTIONS = {
+    "paper": {},
+    "all": EXTENSIONS,
+    "recency": {"recency": True},
+    "difference": {"features": ("difference",)},
+    "form": {"features": ("form",)},
+}
 
 
 @pytest.fixture(scope="session")

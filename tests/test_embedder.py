@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from conftest import EXTENSIONS, OPTIONS
 from flax import nnx
 
 from pplug_jax.encoder.bert import Bert, BertConfig
@@ -22,14 +23,6 @@ if TYPE_CHECKING:
 
 E, D, B, H, Q = 16, 24, 3, 6, 5
 SCALE = 7.5
-EXTENSIONS = {"recency": True, "features": ("difference", "form")}
-OPTIONS = {
-    "paper": {},
-    "all": EXTENSIONS,
-    "recency": {"recency": True},
-    "difference": {"features": ("difference",)},
-    "form": {"features": ("form",)},
-}
 READINGS = [PAPER, Reading(uniform=True), Reading(top=2), Reading(instruction=False)]
 
 

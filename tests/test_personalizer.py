@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from conftest import OPTIONS
 from filelock import FileLock
 
 from configs import lamp5
@@ -26,14 +27,6 @@ from pplug_jax.session import Models
 from pplug_jax.storage.checkpoint import Checkpoints, _named
 from pplug_jax.storage.files import write_json
 
-EXTENSIONS = {"recency": True, "features": ("difference", "form")}
-OPTIONS = {
-    "paper": {},
-    "all": EXTENSIONS,
-    "recency": {"recency": True},
-    "difference": {"features": ("difference",)},
-    "form": {"features": ("form",)},
-}
 INPUT = "Generate a title for the following abstract of a paper: Rivers are measured."
 SHARED = {"title": "A joint paper", "abstract": "By two authors.", "date": "2004"}
 
