@@ -24,7 +24,7 @@ from pplug_jax.data.tasks import TASKS
 from pplug_jax.errors import ConfigError, DataError, InputError
 from pplug_jax.evaluate.compare import compare_methods
 from pplug_jax.evaluate.run import evaluate
-from pplug_jax.methods.table import configured, methods_of
+from pplug_jax.methods.table import asked_for, configured
 from pplug_jax.plugs.base import parameter_count
 from pplug_jax.plugs.reading import soft_tokens
 from pplug_jax.runtime.console import say
@@ -42,7 +42,7 @@ def describe(models: Models, train: Sequence[Example], held_out: Sequence[Exampl
     config = models.config
     frozen = parameter_count(models.abstract_llm)
     trainable: dict[int, list[str]] = defaultdict(list)
-    for method in (methods_of(config)[name] for name in config.methods):
+    for method in asked_for(config):
         if method.trained:
             settings = configured(config, method, config.seed)
             count = models.abstract_weights(method, settings).trained(method.reading)
@@ -134,7 +134,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
         check_metrics(config.task)
     bad: list[DataError] = []
     on_bad = bad.append if config.data.on_error == "skip" else raise_bad
-    trained = any(methods_of(config)[name].trained for name in config.methods)
+    trained = any(method.trained for method in asked_for(config))
     train = read_split(config, "train", on_bad) if trained and mode != "evaluate" else []
     held_out = read_split(config, "eval", on_bad)
     if train and train[0].target is None:
@@ -177,8 +177,7 @@ def _work(
     if mode in ("train", "train_and_evaluate") and train:
         training = TrainingInputs(models, train)
         training.save_peers()
-        methods = (methods_of(config)[name] for name in config.methods)
-        for method in (method for method in methods if method.trained):
+        for method in (method for method in asked_for(config) if method.trained):
             settings = configured(config, method, config.seed)
             examples = training(method, settings)
             fit(models, method, settings, examples, workdir, training.validation(method, settings))

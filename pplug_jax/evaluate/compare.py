@@ -19,7 +19,7 @@ from pplug_jax.errors import ConfigError
 from pplug_jax.evaluate.predict import Answers, answer
 from pplug_jax.evaluate.run import empty_results, statistics_of
 from pplug_jax.feed.batches import Tokenized
-from pplug_jax.methods.table import Method, configured, methods_of
+from pplug_jax.methods.table import Method, asked_for, configured, methods_of
 from pplug_jax.methods.users import unseen
 from pplug_jax.runtime.console import say
 from pplug_jax.scoring.metrics import compare, value_of
@@ -52,8 +52,8 @@ def compare_methods(models: Models, train: Sequence[Example], held_out: Sequence
     config, workdir = models.config, models.workdir
     tokenized = functools.cache(lambda: models.tokenize(held_out))
     training = None
-    methods = methods_of(config)
-    if any(methods[name].trained for name in config.methods):
+    methods = asked_for(config)
+    if any(method.trained for method in methods):
         kept = unseen(models.history_rows(train), models.history_rows(held_out))
         if not kept:
             raise ConfigError(
@@ -68,13 +68,12 @@ def compare_methods(models: Models, train: Sequence[Example], held_out: Sequence
     runs: dict[str, list[Run]] = defaultdict(list)
     for seed in config.seeds:
         directory = seed_path(workdir, seed)
-        for name in config.methods:
-            method = methods[name]
+        for method in methods:
             if method.plug or seed == config.seeds[0]:
                 settings = configured(config, method, seed)
                 if method.plug in rates:
                     settings.train.learning_rate = rates[method.plug]
-                runs[name].append(
+                runs[method.name].append(
                     run_method(models, method, settings, training, held_out, tokenized, directory)
                 )
     results = summary(models, held_out, runs)

@@ -155,6 +155,12 @@ def methods_of(config: ml_collections.ConfigDict) -> dict[str, Method]:
     }
 
 
+def asked_for(config: ml_collections.ConfigDict) -> list[Method]:
+    """The methods that `config.methods` names, in its order; raises as `methods_of`."""
+    known = methods_of(config)
+    return [known[name] for name in config.methods]
+
+
 def _in_words(settings: Settings) -> str:
     return ", ".join(f"{field} = {value!r}" for field, value in settings)
 

@@ -16,7 +16,7 @@ from pplug_jax.feed.batches import Batch, round_up
 from pplug_jax.feed.features import FEATURES
 from pplug_jax.llm import abstract_llm
 from pplug_jax.llm.shapes import PUBLISHED, published_directory
-from pplug_jax.methods.table import Method, configured, methods_of
+from pplug_jax.methods.table import Method, asked_for, configured
 from pplug_jax.plugs.forward import answer_tokens, gold_losses
 from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.runtime.mesh import parts, place_abstract, sharding
@@ -196,7 +196,7 @@ def _trained(config: ml_collections.ConfigDict) -> Method:
     Raises:
         ConfigError: none has.
     """
-    for name in config.methods:
-        if (method := methods_of(config)[name]).trained:
+    for method in asked_for(config):
+        if method.trained:
             return method
     raise ConfigError("config.methods: nothing is trained, so there is nothing to plan")

@@ -13,7 +13,7 @@ from pplug_jax.feed.batches import Tokenized
 from pplug_jax.feed.features import compare_with_peers
 from pplug_jax.feed.peers import Peers
 from pplug_jax.methods.shown import shown
-from pplug_jax.methods.table import Method, configured, methods_of
+from pplug_jax.methods.table import Method, asked_for, configured
 from pplug_jax.methods.users import own_items, split_users
 from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.session import Models
@@ -63,10 +63,9 @@ class TrainingInputs:
         It holds every training user's items, whatever a method shows of them.
         """
         config = self.models.config
-        methods = (methods_of(config)[name] for name in config.methods)
         read = (
             PLUGS[method.kind].features(configured(config, method, 0))
-            for method in methods
+            for method in asked_for(config)
             if method.plug
         )
         if any(map(compare_with_peers, read)):

@@ -5,7 +5,7 @@ import json
 from etils import epath
 
 from pplug_jax.errors import ConfigError
-from pplug_jax.methods.table import configured, methods_of
+from pplug_jax.methods.table import asked_for, configured
 from pplug_jax.runtime.console import say
 from pplug_jax.runtime.distributed import wait_for_all
 from pplug_jax.runtime.primary import is_primary
@@ -26,8 +26,7 @@ def tune(models: Models, training: TrainingInputs) -> dict[str, float]:
     losses: dict[str, dict[str, float | None]] = (
         json.loads(read_text(path)) if path.is_file() else {}
     )
-    methods = (methods_of(config)[name] for name in config.methods)
-    for method in (method for method in methods if method.trained):
+    for method in (method for method in asked_for(config) if method.trained):
         trials = losses.setdefault(method.name, {})
         for rate in config.tune.learning_rates:
             if str(rate) in trials:
