@@ -106,7 +106,7 @@ def waiting(models: Models, examples: Sequence[Tokenized]) -> tuple[float, float
                 models.llm,
                 place_batch(batch, models.mesh),
                 optimizer=optimizer,
-                prefix_length=models.tokenizer.prefix_length,
+                place=models.tokenizer.place(behind=False),
             )
         jax.block_until_ready(metrics)
     return waited, time.perf_counter() - start

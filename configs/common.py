@@ -64,6 +64,9 @@ def base_config() -> ml_collections.ConfigDict:
     c.encoder.batch_size = 64
 
     c.plug = ml_collections.ConfigDict()
+    # Where the soft tokens stand: in front of the input, as in the paper, or behind it, which a
+    # decoder-only LLM can do with less work: what it makes of the input then depends on no user.
+    c.plug.place = "front"
     c.plug.num_persona_tokens = 1
     c.plug.projector_size = 0  # the persona projector's hidden units; 0: the LLM's width
     c.plug.temperature = 1.0

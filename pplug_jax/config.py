@@ -61,6 +61,7 @@ CHOICES = {
     "encoder.dtype": DTYPES,
     "plug.dtype": DTYPES,
     "llm.quantize": ("", *KINDS),
+    "plug.place": ("front", "behind"),
     "encoder.pooling": ("", *POOLINGS),
 }
 

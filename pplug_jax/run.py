@@ -58,7 +58,9 @@ def describe(models: Models, train: Sequence[Example], held_out: Sequence[Exampl
         f"{len(held_out)} held out ({config.data.eval_split})",
         "frozen LLM": f"{config.llm.path}, {frozen:,} parameters, "
         + (config.llm.quantize or config.llm.dtype),
-        "prompt": models.tokenizer.layout(soft_tokens(config.plug)),
+        "prompt": models.tokenizer.layout(
+            soft_tokens(config.plug), behind=config.plug.place == "behind"
+        ),
         "encoder": f"{config.encoder.path}, width {models.encoder.size}, "
         f"{models.encoder.model.pooling} pooling, at most {models.encoder.max_length} tokens, "
         f"{models.encoder.query_prefix!r} before inputs, {models.encoder.item_prefix!r} before "

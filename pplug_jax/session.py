@@ -24,7 +24,8 @@ from pplug_jax.feed.features import compare_with_peers
 from pplug_jax.feed.peers import Peers
 from pplug_jax.feed.store import HistoryStore
 from pplug_jax.llm import LLM, abstract_llm, llm_loader
-from pplug_jax.llm.prompts import Tokenizer
+from pplug_jax.llm.prompts import Place, Tokenizer
+from pplug_jax.methods.shown import stands_behind
 from pplug_jax.methods.table import Method, configured, methods_of
 from pplug_jax.plugs.forward import Weights
 from pplug_jax.plugs.registry import PLUGS
@@ -89,7 +90,7 @@ class Models:
             prompt_end=llm.prompt_end,
             chat=config.llm.chat,
         )
-        self._check_length()
+        self._check_methods()
         self.encoder = load_encoder(
             self.encoder_path,
             mesh=self.mesh,
@@ -146,7 +147,7 @@ class Models:
             for each in examples
         ]
 
-    def tokenize(self, examples: Iterable[Example]) -> list[Tokenized]:
+    def tokenize(self, examples: Iterable[Example], behind: bool = False) -> list[Tokenized]:
         """`feed.batches.tokenize` with this task, tokenizer, store and the config's lengths."""
         data = self.config.data
         return tokenize(
@@ -158,16 +159,22 @@ class Models:
             max_target_length=data.max_target_length,
             max_history=data.max_history,
             history_labels=data.history_labels,
+            behind=behind,
         )
+
+    def place(self, method: Method, config: ml_collections.ConfigDict) -> Place:
+        """Where the method's soft tokens stand."""
+        return self.tokenizer.place(stands_behind(method, config))
 
     @functools.cached_property
     def peers(self) -> Peers:
         """The items of the training split's histories, as `train.inputs.save_peers` left them."""
         return Peers.load(self.store, self.workdir)
 
-    def buckets(self, examples: Sequence[Tokenized], count: int) -> Buckets:
+    def buckets(self, examples: Sequence[Tokenized], count: int, behind: bool = False) -> Buckets:
         longest_query = self.encoder.model.config.max_length
-        return Buckets(examples, count, longest_query, self.abstract_llm.decoder_only)
+        joined = self.abstract_llm.decoder_only and not behind
+        return Buckets(examples, count, longest_query, joined)
 
     def assemble(
         self,
@@ -184,7 +191,7 @@ class Models:
         features = PLUGS[method.kind].features(config)
         return Assemble(
             examples,
-            self.buckets(examples, config.data.buckets),
+            self.buckets(examples, config.data.buckets, stands_behind(method, config)),
             self.store,
             local_rows(self.mesh, batch_size),
             features=features,
@@ -192,16 +199,24 @@ class Models:
             **training,
         )
 
-    def _check_length(self) -> None:
-        data = self.config.data
+    def _check_methods(self) -> None:
+        data, tokenizer = self.config.data, self.tokenizer
         known = methods_of(self.config)
         # Of an older workdir's methods some may be gone.
         methods = [known[name] for name in self.config.methods if name in known]
+        settings = [configured(self.config, method, 0) for method in methods]
+        behind = any(map(stands_behind, methods, settings))
+        if behind and not self.abstract_llm.decoder_only:
+            raise ConfigError(
+                "config.plug.place 'behind': an LLM with an encoder reads the whole prompt at "
+                "once, so nothing is gained behind it; take 'front'"
+            )
         soft = max(
-            PLUGS[method.kind].soft_tokens(configured(self.config, method, 0), method.reading)
-            for method in methods
+            PLUGS[method.kind].soft_tokens(config, method.reading)
+            for method, config in zip(methods, settings, strict=True)
         )
-        prompt = self.tokenizer.prefix_length + data.max_input_length + len(self.tokenizer.suffix)
+        prompt = len(tokenizer.prefix) + data.max_input_length + len(tokenizer.suffix)
+        prompt += len(tokenizer.ids(tokenizer.joint)) if behind else 0
         answer = max(data.max_target_length, self.config.eval.max_new_tokens)
         longest = self.abstract_llm.config.max_length
         if prompt + soft + answer > longest:

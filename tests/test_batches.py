@@ -167,7 +167,7 @@ def test_an_items_age_is_the_number_of_newer_items(months: list[int], random: Ra
 @given(st.integers(1, 60), st.integers(1, 6), st.integers(0, 9))
 def test_every_example_fits_its_bucket_and_all_larger(count: int, buckets: int, seed: int):
     examples = many(count, seed)
-    made = Buckets(examples, buckets, 512, decoder_only=seed % 2 == 0)
+    made = Buckets(examples, buckets, 512, joined=seed % 2 == 0)
     assert 1 <= len(made.shapes) <= buckets
     assert len(made.of) == count
     assert all(side % ROUND == 0 for shape in made.shapes for side in shape)
@@ -282,12 +282,10 @@ def test_dropout_has_the_official_distribution():
 # Batches
 
 
-@pytest.mark.parametrize(("count", "decoder_only"), [(5, True), (3, True), (3, False)])
-def test_a_batch_holds_its_examples_and_nothing_else(
-    store: HistoryStore, count: int, decoder_only: bool
-):
+@pytest.mark.parametrize(("count", "joined"), [(5, True), (3, True), (3, False)])
+def test_a_batch_holds_its_examples_and_nothing_else(store: HistoryStore, count: int, joined: bool):
     examples = many(20)
-    buckets = Buckets(examples, 2, 512, decoder_only)
+    buckets = Buckets(examples, 2, 512, joined)
     indices = np.argsort(buckets.of, kind="stable")[:count]
     assert buckets.of[indices].max() == 0
     batch = Assemble(examples, buckets, store, range(5))((0, 0, indices))
@@ -300,7 +298,7 @@ def test_a_batch_holds_its_examples_and_nothing_else(
     for i, index in enumerate(indices):
         example = examples[index]
         # What predicts the target's first token is the prompt's last, and nothing its last does.
-        answer = example.target[:-1] if decoder_only else example.target[:0]
+        answer = example.target[:-1] if joined else example.target[:0]
         parts = {"prompt": example.prompt, "target": example.target, "query": example.query}
         parts["text"] = np.concatenate([example.prompt, answer])
         for name, expected in parts.items():

@@ -15,7 +15,7 @@ from scripts.pretrain.bpe import train_bpe
 def test_a_prompt_is_bos_text_separator(llama_tokenizer: transformers.PreTrainedTokenizerBase):
     tokenizer = Tokenizer(llama_tokenizer, separator="\nTitle:")
     bos, text, separator = 0, tokenizer.ids("small model"), tokenizer.ids("\nTitle:")
-    assert tokenizer.prefix_length == 1
+    assert len(tokenizer.prefix) == 1
     assert text
     assert separator
     assert tokenizer.prompt("small model", 99).tolist() == [bos, *text, *separator]
@@ -64,7 +64,7 @@ def test_a_tokenizer_without_bos_and_eos():
             return [ord(character) for character in text]
 
     tokenizer = Tokenizer(Bare(), [7, 8], separator="|")
-    assert tokenizer.prefix_length == 0
+    assert tokenizer.prefix == []
     assert tokenizer.prompt("ab", 9).tolist() == [97, 98, 124]
     assert tokenizer.target("ab", 9).tolist() == [97, 98, 7]  # the LLM's config names one
     assert Tokenizer(Bare()).target("ab", 9).tolist() == [97, 98]

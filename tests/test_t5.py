@@ -210,4 +210,4 @@ def test_a_whole_run(make_t5: Callable[..., Path], tmp_path: Path) -> None:
     assert losses and np.isfinite(losses).all()
     tokenizer = Models(config, tmp_path).tokenizer
     assert tokenizer.prompt("a title", 99).tolist() == [*tokenizer.ids("a title"), 1]
-    assert tokenizer.prefix_length == 0
+    assert tokenizer.prefix == []

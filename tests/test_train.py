@@ -20,6 +20,7 @@ from pplug_jax.encoder.bert import Bert, BertConfig
 from pplug_jax.feed.batches import Batch, place_batch
 from pplug_jax.llm import load_llm
 from pplug_jax.llm.decoder import Decoder, DecoderConfig, Rope
+from pplug_jax.llm.prompts import Front
 from pplug_jax.methods.table import METHODS
 from pplug_jax.nn.variables import Frozen
 from pplug_jax.plugs.forward import inputs_embeds
@@ -78,7 +79,7 @@ def step(
 ) -> tuple[UserEmbedder, dict]:
     """One update of a copy of `plug`, whose buffers the step would take."""
     plug = place(jax.tree.map(jnp.copy, plug), mesh)
-    settings = {"optimizer": OPTIMIZER, "prefix_length": 1} | settings
+    settings = {"optimizer": OPTIMIZER, "place": Front(1)} | settings
     opt_state = init_optimizer(settings["optimizer"], plug, mesh)
     with jax.set_mesh(mesh):
         plug, _, metrics = jit_step(plug, opt_state)(plug, opt_state, llm, batch, **settings)
@@ -92,7 +93,7 @@ def test_the_loss_is_that_of_transformers(tiny_llama: Path) -> None:
 
     llm = load_llm(tiny_llama, dtype="float32")
     plug, batch = make_plug(llm.config.hidden_size), make_batch(llm.config.vocab_size)
-    total, tokens = jax.jit(loss_fn, static_argnums=3)(plug, llm, batch, 1)
+    total, tokens = jax.jit(loss_fn, static_argnums=3)(plug, llm, batch, Front(1))
 
     model = transformers.LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     soft = torch.tensor(
@@ -140,7 +141,7 @@ def test_a_step_costs_4_flops_a_parameter_and_token() -> None:
     tokens = B * (L + 2 + T - 1)
 
     def flops(argnums: int | tuple[int, ...]) -> float:
-        gradient = jax.jit(jax.grad(lambda p, m, b: loss_fn(p, m, b, 1)[0], argnums))
+        gradient = jax.jit(jax.grad(lambda p, m, b: loss_fn(p, m, b, Front(1))[0], argnums))
         return gradient.lower(plug, llm, batch).compile().cost_analysis()["flops"]
 
     assert flops(0) < 4.4 * parameters * tokens
@@ -163,7 +164,7 @@ def test_no_matrix_product_makes_a_weight_gradient_of_the_llm(remat: bool) -> No
     shapes = {x.shape[-2:] for x in jax.tree.leaves(llm) if x.ndim > 1}
     shapes |= {shape[::-1] for shape in shapes}
     jaxpr = jax.make_jaxpr(
-        lambda plug, llm: jax.grad(lambda p: loss_fn(p, llm, batch, 1, remat)[0])(plug)
+        lambda plug, llm: jax.grad(lambda p: loss_fn(p, llm, batch, Front(1), remat)[0])(plug)
     )(make_plug(40), llm)
     found = set(dot_shapes(jaxpr.jaxpr))
     assert len(found) > 10
@@ -172,7 +173,7 @@ def test_no_matrix_product_makes_a_weight_gradient_of_the_llm(remat: bool) -> No
 
 def test_logits_are_computed_at_target_positions_only() -> None:
     llm, batch = make_llm(vocab=192), make_batch()
-    jaxpr = jax.make_jaxpr(lambda plug: loss_fn(plug, llm, batch, 1))(make_plug(40))
+    jaxpr = jax.make_jaxpr(lambda plug: loss_fn(plug, llm, batch, Front(1)))(make_plug(40))
     assert {shape for shape in dot_shapes(jaxpr.jaxpr) if 192 in shape} == {(B, T, 192)}
 
 
@@ -200,7 +201,8 @@ def test_accumulation_and_remat_change_nothing() -> None:
 def test_what_counts_as_trained_is_what_has_a_gradient(name: str, frozen: bool) -> None:
     method, plug, batch = METHODS[name], make_plug(40, frozen_encoder=frozen), make_batch()
     batch.history_mask[0 if method.history == "own" else slice(None)] = False  # the null persona
-    grads = jax.grad(loss_fn, has_aux=True)(plug, make_llm(), batch, reading=method.reading)[0]
+    gradient = jax.grad(loss_fn, has_aux=True)
+    grads, _ = gradient(plug, make_llm(), batch, Front(1), reading=method.reading)
     moved = sum(g.size for g in jax.tree.leaves(grads) if jnp.any(g))
     assert plug.trained(method.reading) == moved > 0
 
@@ -228,12 +230,12 @@ def test_a_row_that_fills_up_the_batch_has_no_weight() -> None:
     llm, batch = make_llm(), make_batch()
     plug = make_plug(llm.config.hidden_size)
     loss = jax.jit(loss_fn, static_argnums=3)
-    total, tokens = loss(plug, llm, jax.tree.map(lambda x: x[: B // 2], batch), 1)
+    total, tokens = loss(plug, llm, jax.tree.map(lambda x: x[: B // 2], batch), Front(1))
     filled = batch._replace(
         target_mask=batch.target_mask & (np.arange(B) < B // 2)[:, None],
         history_mask=batch.history_mask & (np.arange(B) < B // 2)[:, None],
     )
-    filled_total, filled_tokens = loss(plug, llm, filled, 1)
+    filled_total, filled_tokens = loss(plug, llm, filled, Front(1))
     assert tokens == filled_tokens
     np.testing.assert_allclose(filled_total, total, rtol=1e-5)
 
@@ -288,9 +290,11 @@ def test_a_lora_is_trained_alone_and_alike_on_a_mesh() -> None:
         assert np.abs(up[...]).max() > 0
         assert np.mean(np.abs(np.asarray(many.up[name][...]) - up[...]) < 1e-5) > 0.99, name
     # Without history or plug, an untrained LoRA's loss is the LLM's.
-    bare, _ = jax.jit(loss_fn, static_argnums=3)(lora, llm, batch, 1)
+    bare, _ = jax.jit(loss_fn, static_argnums=3)(lora, llm, batch, Front(1))
     zero = jax.tree.map(lambda x: x * 0, lora)
-    np.testing.assert_allclose(jax.jit(loss_fn, static_argnums=3)(zero, llm, batch, 1)[0], bare)
+    np.testing.assert_allclose(
+        jax.jit(loss_fn, static_argnums=3)(zero, llm, batch, Front(1))[0], bare
+    )
 
 
 def test_no_device_holds_every_row() -> None:
@@ -298,7 +302,7 @@ def test_no_device_holds_every_row() -> None:
     mesh = make_mesh(1, 8, 1)
     V = 64
     llm, plug = place(make_llm(hidden=48, mlp=64, vocab=V), mesh), place(make_plug(48), mesh)
-    gradient = jax.jit(jax.grad(lambda plug, llm, batch: loss_fn(plug, llm, batch, 1)[0]))
+    gradient = jax.jit(jax.grad(lambda plug, llm, batch: loss_fn(plug, llm, batch, Front(1))[0]))
     with jax.set_mesh(mesh):
         program = gradient.lower(plug, llm, place_batch(make_batch(V), mesh)).compile().as_text()
     tokens = L + 2 + T - 1
@@ -315,7 +319,7 @@ def test_the_loss_falls_and_bfloat16_keeps_float32_parameters() -> None:
     update, losses = jit_step(plug, opt_state), []
     for _ in range(8):
         plug, opt_state, metrics = update(
-            plug, opt_state, llm, batch, optimizer=OPTIMIZER, prefix_length=1
+            plug, opt_state, llm, batch, optimizer=OPTIMIZER, place=Front(1)
         )
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0]
@@ -327,7 +331,7 @@ def test_soft_tokens_stand_behind_the_prefix() -> None:
     prompt = np.arange(6, dtype=np.int32)[None]
     mask = np.array([[True] * 5 + [False]])
     soft = jnp.full((1, 2, 40), 7.0)
-    embeds, there = inputs_embeds(llm, soft, prompt, mask, 1)
+    embeds, there, _ = inputs_embeds(llm, soft, prompt, mask, Front(1))
     np.testing.assert_array_equal(embeds[0, 1:3], soft[0])
     np.testing.assert_array_equal(embeds[0, 3:], llm.embed(prompt)[0, 1:])
     np.testing.assert_array_equal(there[0], [True] * 7 + [False])

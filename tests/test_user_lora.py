@@ -9,14 +9,15 @@ from test_train import ONE_DEVICE, make_llm
 
 from configs.common import base_config
 from pplug_jax.feed.batches import Buckets, Tokenized
+from pplug_jax.llm.prompts import Front
 from pplug_jax.plugs.lora import Lora
 from pplug_jax.train.user_lora import fit_user_loras
 
 MODELS = SimpleNamespace(
     mesh=ONE_DEVICE,
-    buckets=lambda examples, count: Buckets(examples, count, 64, decoder_only=True),
+    buckets=lambda examples, count: Buckets(examples, count, 64, joined=True),
     store=SimpleNamespace(encoder=SimpleNamespace(size=4), vectors=lambda rows: np.zeros((0, 4))),
-    tokenizer=SimpleNamespace(prefix_length=1),
+    tokenizer=SimpleNamespace(place=lambda behind: Front(1)),
 )
 USERS = [range(5), range(5, 7), range(7, 7), range(7, 8)]
 

@@ -16,7 +16,7 @@ import numpy as np
 from pplug_jax.data import submission
 from pplug_jax.data.lamp import Example
 from pplug_jax.feed.batches import Batch, Tokenized, place_batch, plan_batches
-from pplug_jax.methods.shown import shown
+from pplug_jax.methods.shown import shown, stands_behind
 from pplug_jax.methods.table import Method, methods_of
 from pplug_jax.methods.users import own_items
 from pplug_jax.plugs.base import parameter_count
@@ -77,7 +77,7 @@ def predict(
         # Users of as many items together: a batch's training is as long as its longest user's.
         order = np.argsort([len(mine) for mine in own], kind="stable")
     batches = plan_batches(order, assemble.buckets.of, size)
-    reading = {"prefix_length": tokenizer.prefix_length, "reading": method.reading}
+    reading = {"place": models.place(method, config), "reading": method.reading}
     decoding = {
         name: config.eval[name] for name in ("max_new_tokens", "num_beams", "length_penalty")
     }
@@ -120,13 +120,14 @@ def answer(
     method: Method,
     config: ml_collections.ConfigDict,
     examples: Sequence[Example],
-    tokenized: Callable[[], Sequence[Tokenized]],
+    tokenized: Callable[[bool], Sequence[Tokenized]],
     directory: Path,
     weights: Callable[[], Weights],
 ) -> Answers:
     """Runs a method on the held-out examples, unless its answers by the same weights are there.
 
-    config: `methods.configured`. tokenized: makes the examples' tokens, where they are needed.
+    config: `methods.configured`. tokenized: makes the examples' tokens, where they are needed, for
+    soft tokens behind their prompts or not.
     weights: gives the method's trained ones, where they are needed.
 
     Writes predictions/ and, of a plug that reads the user, personas/ in `directory`.
@@ -149,7 +150,7 @@ def answer(
         trainable = trained.trained(methods_of(models.config)[method.plug].reading)
     start = time.monotonic()
     show = functools.partial(shown, models.task, models.tokenizer, models.store, method, config)
-    inputs = show(examples, tokenized())
+    inputs = show(examples, tokenized(stands_behind(method, config)))
     preparing = 1000 * (time.monotonic() - start) / len(inputs) if method.retrieval else 0.0
     own = []
     if method.user_lora:

@@ -94,15 +94,17 @@ def tokenize(
     max_target_length: int,
     max_history: int,
     history_labels: bool = True,
+    behind: bool = False,
 ) -> list[Tokenized]:
     """Tokenises `examples`, which are gone through once.
 
     Of a history longer than `max_history` the last items are kept, LaMP's newest. With
-    `history_labels` an item is read with its label.
+    `history_labels` an item is read with its label. behind: the prompts are for soft tokens behind
+    them, `Tokenizer.prompt`.
     """
     return [
         Tokenized(
-            tokenizer.prompt(example.input, max_input_length),
+            tokenizer.prompt(example.input, max_input_length, behind),
             tokenizer.target(example.target or "", max_target_length),
             np.array(store.encoder.queries([task.query_text(example.input)])[0], np.int32),
             history_rows(task, example, store, max_history, history_labels),
@@ -149,15 +151,14 @@ class Shape(NamedTuple):
 class Buckets:
     """A handful of padded shapes for examples, with the edges that pad their texts the least.
 
-    longest_query: what the input encoder can take. decoder_only: the LLM's.
+    longest_query: what the input encoder can take. joined: the LLM reads prompt and target as one
+    text, as a decoder-only one does if no soft tokens stand between them.
 
     Every example fits its bucket and all larger ones.
     """
 
-    def __init__(
-        self, examples: Sequence[Tokenized], count: int, longest_query: int, decoder_only: bool
-    ):
-        self.decoder_only = decoder_only
+    def __init__(self, examples: Sequence[Tokenized], count: int, longest_query: int, joined: bool):
+        self.joined = joined
         texts = np.array([len(self.text(e)) for e in examples])
         edges = bucket_edges(texts, count)
         self.of = np.searchsorted(edges, texts)
@@ -171,12 +172,12 @@ class Buckets:
         self.history = round_up(max(len(e.rows) for e in examples))
 
     def text(self, example: Tokenized) -> np.ndarray:
-        """The prompt, and in a decoder-only LLM the target right behind it.
+        """The prompt, and if they are joined the target right behind it.
 
         Of the target all but its last token, which nothing is predicted from. So a row is padded
         once, and not at the prompt's end and the target's.
         """
-        if not self.decoder_only:
+        if not self.joined:
             return example.prompt
         return np.concatenate([example.prompt, example.target[:-1]])
 

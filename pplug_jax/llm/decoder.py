@@ -137,6 +137,27 @@ ACTIVATIONS = {
 }
 
 
+class Context(NamedTuple):
+    """Keys and values of texts that others go on from, as `Decoder.read` leaves them.
+
+    Each of P texts serves B / P rows of a batch that follow each other.
+
+    keys, values: (layers, P, S, kv_heads, head_dim). positions: (P, S) float32, the slots' places
+    in the text. mask: (P, S) bool.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    positions: jax.Array
+    mask: jax.Array
+
+    def for_rows(self, count: int) -> tuple[jax.Array, jax.Array]:
+        """`positions` and `mask` as `count` rows of a batch see them, (B, S) each."""
+        return jax.tree.map(
+            lambda x: jnp.repeat(x, count // len(x), axis=0), (self.positions, self.mask)
+        )
+
+
 class KVCache(NamedTuple):
     """Keys and values of the tokens so far; a slot holds a token of a row, or padding, or nothing.
 
@@ -146,6 +167,7 @@ class KVCache(NamedTuple):
 
     keys, values: (layers, B, S, kv_heads, head_dim). positions: (B, S) float32, the slots' places
     in the text. seen: (B, K, S) bool. length: () int32, the slots taken, the same for all rows.
+    context: what the rows go on from, if anything; all beams see it.
     """
 
     keys: jax.Array
@@ -153,6 +175,7 @@ class KVCache(NamedTuple):
     positions: jax.Array
     seen: jax.Array
     length: jax.Array
+    context: Context | None = None
 
 
 def see_own(seen: jax.Array, length: jax.Array) -> jax.Array:
@@ -232,6 +255,8 @@ class Layers(nnx.Module):
         x: jax.Array,
         angles: jax.Array,
         mask: jax.Array | OwnText,
+        context_mask: jax.Array | None = None,
+        context: tuple[jax.Array, jax.Array] | None = None,
         extend: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] = lambda key, value: (
             key,
             value,
@@ -239,7 +264,8 @@ class Layers(nnx.Module):
     ) -> jax.Array:
         """x (B, L, D) -> (B, L, D).
 
-        `extend` turns this call's keys and values into all that are attended to.
+        `extend` turns this call's keys and values into all of its text's. `context` are this
+        layer's keys and values of a `Context`.
         """
         config = self.config
 
@@ -257,7 +283,15 @@ class Layers(nnx.Module):
         query = rotate(norm(heads(h, self.query, self.query_bias), self.query_norm), angles)
         key = rotate(norm(heads(h, self.key, self.key_bias), self.key_norm), angles)
         key, value = extend(key, heads(h, self.value, self.value_bias))
-        h = attend(query, key, value, mask, config.attention_scale, config.attention_cap)
+        h = attend(
+            query,
+            key,
+            value,
+            mask,
+            config.attention_scale,
+            config.attention_cap,
+            before=None if context is None else (*context, context_mask),
+        )
         h = linear(h.reshape(*x.shape[:2], -1), self.output)
         x = x + norm(h, self.attention_post_norm)
         h = norm(x, self.mlp_norm)
@@ -272,7 +306,8 @@ class Decoder(nnx.Module):
 
     The trainer, the evaluator and the generator use only `embed`, `target_hidden`, `unembed`,
     `prefill`, `step`, `embedding_norm`, `decoder_only`, `prompt_end` and
-    `config.{hidden_size, vocab_size, max_length, eos_ids, pad_id}`.
+    `config.{hidden_size, vocab_size, max_length, eos_ids, pad_id}`, and of a decoder-only LLM
+    `read` besides.
     """
 
     decoder_only: bool = True  # reads prompt and target as one text
@@ -297,53 +332,102 @@ class Decoder(nnx.Module):
         return self.config.embedding_scale * mean_norm(self.embedding[...], self.config.vocab_size)
 
     def _views(
-        self, at: jax.Array, slots: jax.Array, visible: jax.Array | OwnText
-    ) -> Callable[[jax.Array], tuple[jax.Array, jax.Array | OwnText]]:
-        """What a layer sees, as a function of whether it slides: RoPE's angles and the mask.
+        self, at: jax.Array, *seen: tuple[jax.Array, jax.Array | OwnText] | None
+    ) -> Callable[[jax.Array], tuple]:
+        """What a layer sees, as a function of whether it slides: RoPE's angles, and masks.
 
         Args:
-            at: (B, L) float32, the queries' positions. slots: (B, S) float32, the keys'.
-            visible: (B, L or 1, S) bool or an `OwnText`, what a layer with an endless window sees.
+            at: (B, L) float32, the queries' positions.
+            seen: the keys' positions, (B, S) float32, and what a layer with an endless window sees
+                of them, (B, L or 1, S) bool or an `OwnText`; or None, of which the mask is None.
         """
         config = self.config
-        full = at[..., None] * config.rope.frequencies(config.head_dim), visible
+
+        def angles(rope: Rope) -> jax.Array:
+            return at[..., None] * rope.frequencies(config.head_dim)
+
+        full = angles(config.rope), *(keys and keys[1] for keys in seen)
         if config.window is None:
             return lambda slides: full
-        rope = config.sliding_rope or config.rope
-        if isinstance(visible, OwnText):
-            near = dataclasses.replace(visible, slides=jnp.bool(True))
-        else:
-            near = visible & (at[:, :, None] - slots[:, None] < config.window)
-        local = at[..., None] * rope.frequencies(config.head_dim), near
+
+        def near(slots: jax.Array, visible: jax.Array | OwnText) -> jax.Array | OwnText:
+            if isinstance(visible, OwnText):
+                return dataclasses.replace(visible, slides=jnp.bool(True))
+            return visible & (at[:, :, None] - slots[:, None] < config.window)
+
+        local = angles(config.sliding_rope or config.rope), *(keys and near(*keys) for keys in seen)
         return lambda slides: jax.tree.map(functools.partial(jnp.where, slides), local, full)
 
     def _own_views(
-        self, at: jax.Array, mask: jax.Array
-    ) -> Callable[[jax.Array], tuple[jax.Array, jax.Array | OwnText]]:
-        """The same of texts that see themselves; mask: (B, L) bool."""
-        if pays(mask.shape[1]):
-            return self._views(at, at, OwnText(mask, jnp.bool(False), self.config.window))
-        return self._views(at, at, causal(mask))
+        self, mask: jax.Array, context: Context | None
+    ) -> tuple[jax.Array, Callable[[jax.Array], tuple]]:
+        """The positions of texts that see themselves and their context, and their views.
 
-    def _scanned(self) -> tuple[Layers, jax.Array]:
-        """The layers, and which of them slide."""
+        mask: (B, L) bool.
+        """
+        if context is None:
+            at = positions(mask)
+            alone = pays(mask.shape[1])
+            own = OwnText(mask, jnp.bool(False), self.config.window) if alone else causal(mask)
+            return at, self._views(at, (at, own), None)
+        slots, there = context.for_rows(len(mask))
+        at = positions(mask) + jnp.sum(there, axis=1, keepdims=True)
+        return at, self._views(at, (at, causal(mask)), (slots, there[:, None]))
+
+    def _scanned(self, context: Context | None = None) -> tuple:
+        """The layers, which of them slide, and each layer's part of the context."""
         config = self.config
-        return self.layers, jnp.array(config.sliding or (False,) * config.num_layers)
+        slides = jnp.array(config.sliding or (False,) * config.num_layers)
+        return self.layers, slides, context and (context.keys, context.values)
 
-    def hidden(self, inputs_embeds: jax.Array, mask: jax.Array, remat: bool = False) -> jax.Array:
+    def hidden(
+        self,
+        inputs_embeds: jax.Array,
+        mask: jax.Array,
+        remat: bool = False,
+        context: Context | None = None,
+    ) -> jax.Array:
         """(B, L, D), (B, L) bool -> the last hidden states, (B, L, D).
 
-        Padding stands on either side of a text.
+        Padding stands on either side of a text. context: what the texts go on from.
         """
-        view = self._own_views(positions(mask), mask)
+        _, view = self._own_views(mask, context)
 
-        def layer(x: jax.Array, scanned: tuple[Layers, jax.Array]) -> tuple[jax.Array, None]:
-            weights, slides = scanned
-            return weights(rows(x), *view(slides)), None
+        def layer(x: jax.Array, scanned: tuple) -> tuple[jax.Array, None]:
+            weights, slides, before = scanned
+            return weights(rows(x), *view(slides), before), None
 
         x = inputs_embeds.astype(self.embedding.dtype)
-        x, _ = jax.lax.scan(checkpointed(layer, remat), x, self._scanned())
+        x, _ = jax.lax.scan(checkpointed(layer, remat), x, self._scanned(context))
         return self._final_norm(x)
+
+    def _with_keys(
+        self, inputs_embeds: jax.Array, mask: jax.Array, context: Context | None = None
+    ) -> tuple[jax.Array, Context]:
+        """`hidden` before the final norm, and the texts as a context."""
+        at, view = self._own_views(mask, context)
+
+        def layer(x: jax.Array, scanned: tuple) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            weights, slides, before = scanned
+            made = []
+
+            def keep(key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+                made.append((key, value))
+                return key, value
+
+            return weights(rows(x), *view(slides), before, keep), made[0]
+
+        x = inputs_embeds.astype(self.embedding.dtype)
+        x, (keys, values) = jax.lax.scan(layer, x, self._scanned(context))
+        return x, Context(keys, values, at, mask)
+
+    def read(self, inputs_embeds: jax.Array, mask: jax.Array) -> Context:
+        """(P, S, D), (P, S) bool -> what other texts can go on from.
+
+        It depends on nothing that follows. So where soft tokens stand behind a prompt, the prompt
+        is read once for all users, and no gradient runs through it.
+        """
+        return self._with_keys(inputs_embeds, mask)[1]
 
     def _final_norm(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, self.norm[...], self.config.norm_eps, self.config.norm_offset)
@@ -355,6 +439,7 @@ class Decoder(nnx.Module):
         targets: jax.Array,
         target_mask: jax.Array,
         remat: bool = False,
+        context: Context | None = None,
     ) -> jax.Array:
         """The hidden state that predicts each target token.
 
@@ -364,11 +449,12 @@ class Decoder(nnx.Module):
             mask: (B, L) bool, padding behind.
             targets: (B, T) int32, the target, which an LLM with an encoder reads here.
             target_mask: (B, T) bool, padding behind.
+            context: what the prompt goes on from.
 
         Returns:
             (B, T, D), anything at padding; `unembed` makes logits of it.
         """
-        hidden = self.hidden(inputs_embeds, mask, remat)
+        hidden = self.hidden(inputs_embeds, mask, remat, context)
         first = jnp.sum(mask, axis=1, keepdims=True) - jnp.sum(target_mask, axis=1, keepdims=True)
         at = first + jnp.arange(targets.shape[1])
         return jnp.take_along_axis(hidden, at[..., None], axis=1, mode="clip")
@@ -404,43 +490,32 @@ class Decoder(nnx.Module):
         return self.unembed(hidden)[..., : self.config.vocab_size]
 
     def prefill(
-        self, inputs_embeds: jax.Array, mask: jax.Array, max_new_tokens: int, num_beams: int = 1
+        self,
+        inputs_embeds: jax.Array,
+        mask: jax.Array,
+        max_new_tokens: int,
+        num_beams: int = 1,
+        context: Context | None = None,
     ) -> tuple[jax.Array, KVCache]:
-        """Reads the prompt.
+        """Reads the prompt, or what follows the context of it.
 
         Returns:
             the hidden state that predicts the first new token, (B, D), and the cache with room for
             the new tokens.
         """
-        at = positions(mask)
-        view = self._own_views(at, mask)
-
-        def layer(
-            x: jax.Array, scanned: tuple[Layers, jax.Array]
-        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            weights, slides = scanned
-            made = []
-
-            def keep(key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
-                made.append((key, value))
-                return key, value
-
-            return weights(rows(x), *view(slides), keep), made[0]
-
-        x, (keys, values) = jax.lax.scan(
-            layer, inputs_embeds.astype(self.embedding.dtype), self._scanned()
-        )
+        x, (keys, values, at, _) = self._with_keys(inputs_embeds, mask, context)
         x = self._final_norm(last(x, mask))
         steps = max_new_tokens - 1  # the last token is not read
         room = (0, steps * num_beams)
         pad = ((0, 0), (0, 0), room, (0, 0), (0, 0))
-        new = jnp.sum(mask, axis=1, keepdims=True) + jnp.repeat(jnp.arange(steps), num_beams)
+        new = jnp.max(at, axis=1, keepdims=True) + 1 + jnp.repeat(jnp.arange(steps), num_beams)
         return x, KVCache(
             jnp.pad(keys, pad),
             jnp.pad(values, pad),
-            jnp.concatenate([at, new.astype(at.dtype)], axis=1),
+            jnp.concatenate([at, new], axis=1),
             jnp.pad(jnp.repeat(mask[:, None], num_beams, axis=1), ((0, 0), (0, 0), room)),
             jnp.int32(mask.shape[1]),
+            context,
         )
 
     def step(self, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
@@ -450,25 +525,29 @@ class Decoder(nnx.Module):
         """
         seen = see_own(cache.seen, cache.length)
         at = jax.lax.dynamic_slice_in_dim(cache.positions, cache.length, 1, axis=1)
-        view = self._views(at, cache.positions, seen)
+        before = None
+        if cache.context is not None:
+            slots, there = cache.context.for_rows(len(tokens))
+            before = slots, there[:, None]
+        view = self._views(at, (cache.positions, seen), before)
 
         # The cache is carried, not scanned over, so that XLA writes the new slots in place.
         def layer(carry: tuple, scanned: tuple) -> tuple[tuple, None]:
             x, *cached = carry
-            (weights, slides), i = scanned
+            (weights, slides, context), i = scanned
             after = []
 
             def extend(*new: jax.Array) -> tuple[jax.Array, ...]:
                 after.extend(write(cached, new, i, cache.length))
                 return tuple(part[i] for part in after)
 
-            x = weights(rows(x), *view(slides), extend)
+            x = weights(rows(x), *view(slides), context, extend)
             return (x, *after), None
 
         (x, keys, values), _ = jax.lax.scan(
             layer,
             (self.embed(tokens), cache.keys, cache.values),
-            (self._scanned(), jnp.arange(self.config.num_layers)),
+            (self._scanned(cache.context), jnp.arange(self.config.num_layers)),
         )
         length = cache.length + tokens.shape[1]
         return self._final_norm(x), cache._replace(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pplug_jax.llm import LLM
+from pplug_jax.llm.decoder import Context
 
 NEVER = -1.0e9  # a score that no sequence has
 
@@ -24,6 +25,7 @@ def generate(
     max_new_tokens: int,
     num_beams: int = 1,
     length_penalty: float = 1.0,
+    context: Context | None = None,
 ) -> jax.Array:
     """The most likely continuation of each prompt.
 
@@ -32,11 +34,13 @@ def generate(
         mask: (B, L) bool; padding may stand on either side.
         num_beams: 1 is greedy.
         length_penalty: a finished beam's score is its log probability / length ** length_penalty.
+        context: what the prompts go on from, as a decoder-only LLM's `read` gives it.
 
     Returns:
         (B, max_new_tokens) int32; after the end-of-sequence token, padding.
     """
-    hidden, cache = llm.prefill(inputs_embeds, mask, max_new_tokens, num_beams)
+    before = {} if context is None else {"context": context}
+    hidden, cache = llm.prefill(inputs_embeds, mask, max_new_tokens, num_beams, **before)
     if num_beams == 1:
         return _greedy(llm, hidden, cache, max_new_tokens)
     return _beam(llm, hidden, cache, max_new_tokens, num_beams, length_penalty)

@@ -1,8 +1,9 @@
 """A task's texts as the LLM's tokens: [prefix] input [suffix] | answer [end].
 
-The soft tokens stand behind the prefix. A plain prompt's prefix is BOS, where the tokenizer has
-one, and its suffix a separator. With the tokenizer's chat template the prefix is all that opens the
-user's turn, the suffix all from its end to where the answer begins.
+The soft tokens stand in front of the input, behind the prefix, or behind it, before the suffix. A
+plain prompt's prefix is BOS, where the tokenizer has one, and its suffix a separator. With the
+tokenizer's chat template the prefix is all that opens the user's turn, the suffix all from its end
+to where the answer begins.
 """
 
 import json
@@ -20,6 +21,24 @@ from pplug_jax.errors import InputError
 # told not to, and the answer is what is trained.
 TEMPLATE_SETTINGS = {"date_string": "26 Jul 2024", "enable_thinking": False}
 USER, ANSWER = "USERTEXT", "ANSWERTEXT"  # stand for the texts while a template is read
+
+
+class Front(NamedTuple):
+    """Soft tokens in front of the input, as in the paper: behind the first tokens of the prompt."""
+
+    prefix_length: int
+
+
+class Behind(NamedTuple):
+    """Soft tokens behind all of the prompt but its suffix, whose tokens these are.
+
+    What a decoder-only LLM makes of the prompt then depends on no user.
+    """
+
+    suffix: tuple[int, ...]
+
+
+Place = Front | Behind
 
 
 class Turn(NamedTuple):
@@ -67,7 +86,8 @@ def read_template(tokenizer: transformers.PreTrainedTokenizerBase) -> Turn:
 class Tokenizer:
     """The LLM's tokenizer with the fixed parts of a prompt.
 
-    prefix, suffix, end: lists of token ids; the soft tokens stand behind `prefix_length` tokens.
+    prefix, suffix, end: lists of token ids. joint: the text between an input and soft tokens
+    behind it. Servers join the parts of a chat message so (vLLM, with a template of strings).
     """
 
     def __init__(
@@ -100,6 +120,7 @@ class Tokenizer:
         if chat:
             turn = read_template(tokenizer)
             self.prefix, self.suffix, closing = map(self._template_ids, turn)
+            self.joint = "\n"
             # Llama 2 writes a blank before its end-of-sequence token.
             self.end = [token for token in closing if token in self.stops][:1]
             if not self.end:
@@ -107,8 +128,8 @@ class Tokenizer:
         else:
             self.prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
             self.suffix = [*self.ids(separator), *prompt_end]
+            self.joint = ""
             self.end = self._end_of_sequence(own)
-        self.prefix_length = len(self.prefix)
         fixed = {"prefix": self.prefix, "suffix": self.suffix, "end": self.end}
         for part, ids in fixed.items():
             if beyond := [token for token in ids if not 0 <= token < vocab_size]:
@@ -148,9 +169,23 @@ class Tokenizer:
         # T5's are pieces of its vocabulary, so that no option has them read as text.
         return [token for token in ids if token not in self.meant]
 
-    def prompt(self, text: str, max_length: int) -> np.ndarray:
-        """At most `max_length` tokens of `text`, between prefix and suffix."""
-        return np.array([*self.prefix, *self.ids(text)[:max_length], *self.suffix], np.int32)
+    def place(self, behind: bool) -> Place:
+        """Where soft tokens stand, behind the input or in front of it."""
+        return Behind(tuple(self.suffix)) if behind else Front(len(self.prefix))
+
+    def prompt(self, text: str, max_length: int, behind: bool = False) -> np.ndarray:
+        """At most `max_length` tokens of `text`, between prefix and suffix.
+
+        behind: for soft tokens behind it; the prompt ends where they begin.
+        """
+        ids = self.ids(text)
+        if not behind:
+            return np.array([*self.prefix, *ids[:max_length], *self.suffix], np.int32)
+        if len(ids) <= max_length:
+            ids = self.ids(text + self.joint)  # its tokens may reach into the text
+        else:
+            ids = [*ids[:max_length], *self.ids(self.joint)]
+        return np.array([*self.prefix, *ids], np.int32)
 
     def target(self, text: str, max_length: int) -> np.ndarray:
         """At most `max_length` tokens, the end-of-sequence token counted."""
@@ -162,11 +197,15 @@ class Tokenizer:
         tokens = tokens[: ends[0]] if len(ends) else tokens
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
-    def layout(self, soft_tokens: int) -> str:
+    def layout(self, soft_tokens: int, behind: bool = False) -> str:
         """What the LLM reads, for people: fixed parts as they are, line breaks escaped."""
 
-        def shown(ids: list[int]) -> str:
-            return json.dumps(self.tokenizer.decode(ids), ensure_ascii=False)[1:-1]
+        def escaped(text: str) -> str:
+            return json.dumps(text, ensure_ascii=False)[1:-1]
 
-        parts = [shown(self.prefix), f"[{soft_tokens} soft tokens] [input]", shown(self.suffix)]
-        return "".join([*parts, f" | [answer]{shown(self.end)}"])
+        def shown(ids: list[int]) -> str:
+            return escaped(self.tokenizer.decode(ids))
+
+        soft = f"[{soft_tokens} soft tokens]"
+        body = f"[input]{escaped(self.joint)} {soft}" if behind else f"{soft} [input]"
+        return f"{shown(self.prefix)}{body}{shown(self.suffix)} | [answer]{shown(self.end)}"

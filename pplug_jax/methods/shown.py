@@ -15,6 +15,12 @@ from pplug_jax.methods.users import strangers
 from pplug_jax.plugs.registry import PLUGS
 
 
+def stands_behind(method: Method, config: ml_collections.ConfigDict) -> bool:
+    """Whether the method has soft tokens behind the input; config: `table.configured`."""
+    soft = method.plug and PLUGS[method.kind].soft_tokens(config, method.reading)
+    return config.plug.place == "behind" and bool(soft)
+
+
 def shown(
     task: Task,
     tokenizer: Tokenizer,
@@ -40,7 +46,7 @@ def shown(
             for example in examples
         )
         tokenized = [
-            each._replace(prompt=tokenizer.prompt(prompt, length))
+            each._replace(prompt=tokenizer.prompt(prompt, length, stands_behind(method, config)))
             for each, prompt in zip(tokenized, prompts, strict=True)
         ]
     reads = method.plug and PLUGS[method.kind].reads_input

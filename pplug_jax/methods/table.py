@@ -47,6 +47,7 @@ class Method:
 
 # The plug of the paper, and its history dropout in the official code's data.
 PAPER_PLUG = {
+    "plug.place": "front",
     "plug.history_dropout": 0.5,
     "plug.persona_dropout": 0.0,
     "plug.num_persona_tokens": 1,

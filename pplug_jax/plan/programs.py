@@ -15,7 +15,9 @@ from pplug_jax.errors import ConfigError
 from pplug_jax.feed.batches import Batch, round_up
 from pplug_jax.feed.features import FEATURES
 from pplug_jax.llm import abstract_llm
+from pplug_jax.llm.prompts import Behind, Front, Place
 from pplug_jax.llm.shapes import PUBLISHED, published_directory
+from pplug_jax.methods.shown import stands_behind
 from pplug_jax.methods.table import Method, asked_for, configured
 from pplug_jax.plugs.forward import answer_tokens, gold_losses
 from pplug_jax.plugs.registry import PLUGS
@@ -27,6 +29,7 @@ from pplug_jax.train.step import abstract_optimizer, jit_step, make_optimizer
 # Tokens around the input: what the chat templates of the presets have at most (Llama's, with its
 # dates), or the start token and the separator.
 CHAT_TOKENS, PLAIN_TOKENS = 48, 3
+CHAT_SUFFIX, PLAIN_SUFFIX = 8, 2  # those of them that stand behind the input
 
 
 def config_directory(path: str, field: str) -> Path:
@@ -84,11 +87,16 @@ class Programs:
         self.settings = configured(config, self.method, config.seed)
         self.weights = self.models.abstract_weights(self.method, self.settings)
         around = CHAT_TOKENS if config.llm.chat else PLAIN_TOKENS
+        suffix = CHAT_SUFFIX if config.llm.chat else PLAIN_SUFFIX
         self.kind = PLUGS[self.method.kind]
         prompt, target = config.data.max_input_length + around, config.data.max_target_length
-        decoder_only = self.models.abstract_llm.decoder_only
+        self.place: Place = Front(1)
+        if stands_behind(self.method, self.settings):
+            prompt -= suffix
+            self.place = Behind((0,) * suffix)
+        joined = self.models.abstract_llm.decoder_only and isinstance(self.place, Front)
         self.lengths = Lengths(
-            text=round_up(prompt + target - 1 if decoder_only else prompt),
+            text=round_up(prompt + target - 1 if joined else prompt),
             prompt=round_up(prompt),
             soft=self.kind.soft_tokens(self.settings, self.method.reading),
             target=round_up(target),
@@ -99,7 +107,11 @@ class Programs:
     @property
     def row_tokens(self) -> int:
         """What the LLM reads of a row to learn its target, padding included."""
-        apart = 0 if self.models.abstract_llm.decoder_only else self.lengths.target
+        apart = self.lengths.target
+        if isinstance(self.place, Behind):
+            apart += len(self.place.suffix)
+        elif self.models.abstract_llm.decoder_only:
+            apart = 0
         return self.lengths.soft + self.lengths.text + apart
 
     def batch(self, rows: int) -> Batch:
@@ -146,7 +158,7 @@ class Programs:
             self.models.abstract_llm,
             self.batch(train.batch_size),
             optimizer=optimizer,
-            prefix_length=1,
+            place=self.place,
             accumulation=train.accumulation,
             remat=train.remat if remat is None else remat,
             reading=self.method.reading,
@@ -156,7 +168,12 @@ class Programs:
         """The evaluation of the gold outputs."""
         batch = self.batch(self.config.eval.batch_size)
         return self._trace(
-            gold_losses.trace, self.weights, self.models.abstract_llm, batch, 1, self.method.reading
+            gold_losses.trace,
+            self.weights,
+            self.models.abstract_llm,
+            batch,
+            self.place,
+            self.method.reading,
         )
 
     def answer(self) -> jax.stages.Traced:
@@ -168,7 +185,7 @@ class Programs:
             self.models.abstract_llm,
             self.batch(settings.batch_size),
             reading=self.method.reading,
-            prefix_length=1,
+            place=self.place,
             max_new_tokens=settings.max_new_tokens,
             num_beams=settings.num_beams,
             length_penalty=settings.length_penalty,

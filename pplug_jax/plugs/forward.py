@@ -8,8 +8,10 @@ import jax.numpy as jnp
 
 from pplug_jax.feed.batches import Batch
 from pplug_jax.llm import LLM
+from pplug_jax.llm.decoder import Context
 from pplug_jax.llm.generate import generate
 from pplug_jax.llm.loss import cross_entropy
+from pplug_jax.llm.prompts import Front, Place
 from pplug_jax.plugs.base import Plug
 from pplug_jax.plugs.reading import PAPER, Reading
 
@@ -24,45 +26,69 @@ def adapt(
 
 
 def inputs_embeds(
-    llm: LLM, soft: jax.Array | None, text: jax.Array, mask: jax.Array, prefix_length: int
-) -> tuple[jax.Array, jax.Array]:
-    """A prompt or text as embeddings, the soft tokens behind its first `prefix_length` tokens.
+    llm: LLM,
+    soft: jax.Array | None,
+    text: jax.Array,
+    mask: jax.Array,
+    place: Place,
+    target: jax.Array | None = None,
+    target_mask: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, dict[str, Context]]:
+    """A prompt as embeddings with the soft tokens in their place, and the target to learn from it.
 
     Args:
-        soft: (B, k + 1, D), or None for no soft tokens. text, mask: (B, L) int32 and bool.
+        soft: (B, k + 1, D), or None for no soft tokens.
+        text, mask: (B, L) int32 and bool. In front a decoder-only LLM's text may hold the target.
+            Behind it is the prompt up to the soft tokens, and one row may serve several of `soft`
+            that follow each other.
+        target, target_mask: (B, T) int32 and bool, for soft tokens behind.
 
     Returns:
-        (B, k + 1 + L, D) and its mask (B, k + 1 + L).
+        embeddings (B, S, D), their mask (B, S), and the `context` that they go on from, if any.
     """
     embeds = llm.embed(text)
     if soft is None:
-        return embeds, mask
+        return embeds, mask, {}
     soft = soft.astype(embeds.dtype)
     there = jnp.ones(soft.shape[:2], bool)
-    return (
-        jnp.concatenate([embeds[:, :prefix_length], soft, embeds[:, prefix_length:]], axis=1),
-        jnp.concatenate([mask[:, :prefix_length], there, mask[:, prefix_length:]], axis=1),
-    )
+    if isinstance(place, Front):
+        n = place.prefix_length
+        return (
+            jnp.concatenate([embeds[:, :n], soft, embeds[:, n:]], axis=1),
+            jnp.concatenate([mask[:, :n], there, mask[:, n:]], axis=1),
+            {},
+        )
+    # Nothing here depends on the plug, unless that changes the LLM. So JAX differentiates none of
+    # it, and keeps keys and values alone.
+    context = llm.read(embeds, mask)
+    suffix = jnp.array(place.suffix, jnp.int32)
+    tokens = jnp.broadcast_to(suffix, (len(soft), len(suffix)))
+    there = jnp.pad(there, ((0, 0), (0, len(suffix))), constant_values=True)
+    if target is not None:  # nothing is predicted from its last token
+        tokens = jnp.concatenate([tokens, target[:, :-1]], axis=1)
+        there = jnp.concatenate([there, target_mask[:, 1:]], axis=1)
+    return jnp.concatenate([soft, llm.embed(tokens)], axis=1), there, {"context": context}
 
 
 def token_losses(
     weights: Weights | None,
     llm: LLM,
     batch: Batch,
-    prefix_length: int,
+    place: Place,
     remat: bool = False,
     reading: Reading = PAPER,
 ) -> jax.Array:
     """-log p(y_t | I, P, x, y_<t) of the target's tokens, (B, T) float32, 0 at padding."""
     llm, soft = adapt(weights, llm, batch, reading, remat)
-    embeds, mask = inputs_embeds(llm, soft, batch.text, batch.text_mask, prefix_length)
-    hidden = llm.target_hidden(embeds, mask, batch.target, batch.target_mask, remat)
+    target = batch.target, batch.target_mask
+    embeds, mask, context = inputs_embeds(llm, soft, batch.text, batch.text_mask, place, *target)
+    hidden = llm.target_hidden(embeds, mask, *target, remat, **context)
     return cross_entropy(llm, hidden, batch.target) * batch.target_mask
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("reading", "prefix_length", "max_new_tokens", "num_beams", "length_penalty"),
+    static_argnames=("reading", "place", "max_new_tokens", "num_beams", "length_penalty"),
 )
 def answer_tokens(
     weights: Weights | None,
@@ -70,17 +96,17 @@ def answer_tokens(
     batch: Batch,
     *,
     reading: Reading,
-    prefix_length: int,
+    place: Place,
     **decoding: Any,
 ) -> jax.Array:
     llm, soft = adapt(weights, llm, batch, reading)
-    embeds, mask = inputs_embeds(llm, soft, batch.prompt, batch.prompt_mask, prefix_length)
-    return generate(llm, embeds, mask, **decoding)
+    embeds, mask, context = inputs_embeds(llm, soft, batch.prompt, batch.prompt_mask, place)
+    return generate(llm, embeds, mask, **decoding, **context)
 
 
-@functools.partial(jax.jit, static_argnames=("prefix_length", "reading"))
+@functools.partial(jax.jit, static_argnames=("place", "reading"))
 def gold_losses(
-    weights: Weights | None, llm: LLM, batch: Batch, prefix_length: int, reading: Reading
+    weights: Weights | None, llm: LLM, batch: Batch, place: Place, reading: Reading
 ) -> jax.Array:
-    losses = token_losses(weights, llm, batch, prefix_length, reading=reading)
+    losses = token_losses(weights, llm, batch, place, reading=reading)
     return jnp.stack([jnp.sum(losses, axis=1), jnp.sum(batch.target_mask, axis=1)], axis=1)

@@ -99,14 +99,12 @@ class Personalizer:
         """
         models = self.models
         soft = self._soft_prompt(input, history)
-        prompt = models.tokenizer.prompt(input, models.config.data.max_input_length)[None]
-        embeds, mask = inputs_embeds(
-            self.llm,
-            soft,
-            prompt,
-            np.ones(prompt.shape, bool),
-            models.tokenizer.prefix_length,
-        )
+        behind = models.config.plug.place == "behind"
+        length = models.config.data.max_input_length
+        prompt = models.tokenizer.prompt(input, length, behind)[None]
+        there = np.ones(prompt.shape, bool)
+        place = models.tokenizer.place(behind)
+        embeds, mask, context = inputs_embeds(self.llm, soft, prompt, there, place)
         tokens = generate(
             self.llm,
             embeds,
@@ -114,5 +112,6 @@ class Personalizer:
             max_new_tokens=models.config.eval.max_new_tokens,
             num_beams=models.config.eval.num_beams,
             length_penalty=models.config.eval.length_penalty,
+            **context,
         )
         return models.tokenizer.decode(np.asarray(tokens[0]))

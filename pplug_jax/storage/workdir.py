@@ -62,10 +62,11 @@ def upgraded(config: dict[str, Any]) -> dict[str, Any]:
         ConfigError: it has a setting that is gone.
     """
     config = {"variants": ""} | config
-    plug = dict(config.get("plug", {}))
+    plug = {"place": "front"} | config.get("plug", {})
+    config["plug"] = plug
     if "features" in plug or "form" not in plug:
         return config
     if plug.pop("heads", 0):
         raise ConfigError("config.plug.heads is gone; this workdir was made by an older version")
     plug["features"] = [name for name in ("difference", "form") if plug.pop(name)]
-    return config | {"plug": plug}
+    return config

@@ -12,7 +12,7 @@ from pplug_jax.data.tasks import Task
 from pplug_jax.feed.batches import Tokenized
 from pplug_jax.feed.features import compare_with_peers
 from pplug_jax.feed.peers import Peers
-from pplug_jax.methods.shown import shown
+from pplug_jax.methods.shown import shown, stands_behind
 from pplug_jax.methods.table import Method, asked_for, configured
 from pplug_jax.methods.users import own_items, split_users
 from pplug_jax.plugs.registry import PLUGS
@@ -51,8 +51,12 @@ class TrainingInputs:
             rows = models.history_rows(examples)
             kept, held_out = split_users(rows, share, models.config.seed)
             self.examples, self.held_out = Subset(examples, kept), Subset(examples, held_out)
-        self.tokenized = functools.cache(lambda own: models.tokenize(self._with_own_items(own)))
-        self.tokenized_held_out = functools.cache(lambda: models.tokenize(self.held_out))
+        self.tokenized = functools.cache(
+            lambda own, behind: models.tokenize(self._with_own_items(own), behind)
+        )
+        self.tokenized_held_out = functools.cache(
+            lambda behind: models.tokenize(self.held_out, behind)
+        )
 
     def _with_own_items(self, count: int) -> WithOwnItems:
         return WithOwnItems(self.models.task, self.examples, count, self.models.config.seed)
@@ -73,9 +77,10 @@ class TrainingInputs:
             Peers.of(self.models.store, rows).save(self.models.workdir)
 
     def __call__(self, method: Method, config: ml_collections.ConfigDict) -> list[Tokenized]:
-        own = config.train.own_items
-        return self._shown(method, config, self._with_own_items(own), self.tokenized(own))
+        own, behind = config.train.own_items, stands_behind(method, config)
+        return self._shown(method, config, self._with_own_items(own), self.tokenized(own, behind))
 
     def validation(self, method: Method, config: ml_collections.ConfigDict) -> list[Tokenized]:
         """The examples that are held out, as the method shows them."""
-        return self._shown(method, config, self.held_out, self.tokenized_held_out())
+        tokenized = self.tokenized_held_out(stands_behind(method, config))
+        return self._shown(method, config, self.held_out, tokenized)

@@ -166,7 +166,7 @@ def _lowering(
                 models.abstract_llm,
                 place_batch(empty, models.mesh),
                 optimizer=optimizer,
-                prefix_length=models.tokenizer.prefix_length,
+                place=models.place(method, config),
                 accumulation=config.train.accumulation,
                 remat=config.train.remat,
                 reading=method.reading,
@@ -249,7 +249,7 @@ def validation_loss(
     """The mean loss per target token, without dropout."""
     size = config.train.batch_size
     assemble = models.assemble(method, config, examples, size)
-    loss = jax.jit(loss_fn, static_argnames=("prefix_length", "reading"))
+    loss = jax.jit(loss_fn, static_argnames=("place", "reading"))
     total = np.zeros(2)
     for bucket, indices in plan_batches(np.arange(len(examples)), assemble.buckets.of, size):
         with jax.set_mesh(models.mesh):
@@ -258,7 +258,7 @@ def validation_loss(
                 weights,
                 models.llm,
                 batch,
-                prefix_length=models.tokenizer.prefix_length,
+                place=models.place(method, config),
                 reading=method.reading,
             )
         total += np.array(found)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from pplug_jax.feed.batches import Batch
 from pplug_jax.llm import LLM
+from pplug_jax.llm.prompts import Place
 from pplug_jax.plugs.forward import Weights, token_losses
 from pplug_jax.plugs.reading import PAPER, Reading
 from pplug_jax.runtime.mesh import replicated
@@ -85,12 +86,12 @@ def loss_fn(
     weights: Weights,
     llm: LLM,
     batch: Batch,
-    prefix_length: int = 0,
+    place: Place,
     remat: bool = False,
     reading: Reading = PAPER,
 ) -> tuple[jax.Array, jax.Array]:
     """The sum over target tokens of -log p(y_t | I, P, x, y_<t), and their number; () float32."""
-    losses = token_losses(weights, llm, batch, prefix_length, remat, reading)
+    losses = token_losses(weights, llm, batch, place, remat, reading)
     return jnp.sum(losses), jnp.sum(batch.target_mask).astype(jnp.float32)
 
 
@@ -101,7 +102,7 @@ def train_step(
     batch: Batch,
     *,
     optimizer: optax.GradientTransformation,
-    prefix_length: int,
+    place: Place,
     accumulation: int = 1,
     remat: bool = False,
     reading: Reading = PAPER,
@@ -113,7 +114,7 @@ def train_step(
 
     def part_grads(total: Any, part: Batch) -> tuple[Any, None]:
         values, grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            weights, llm, part, prefix_length, remat, reading
+            weights, llm, part, place, remat, reading
         )
         return jax.tree.map(jnp.add, total, (values, grads)), None
 
@@ -141,7 +142,7 @@ def jit_step(weights: Weights, opt_state: optax.OptState) -> Callable[..., Any]:
     layout = jax.tree.map(lambda x: x.sharding, (weights, opt_state))
     return jax.jit(
         train_step,
-        static_argnames=("optimizer", "prefix_length", "accumulation", "remat", "reading"),
+        static_argnames=("optimizer", "place", "accumulation", "remat", "reading"),
         donate_argnames=("weights", "opt_state"),
         out_shardings=(*layout, None),
     )

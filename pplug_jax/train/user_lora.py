@@ -12,6 +12,7 @@ from flax import nnx
 
 from pplug_jax.feed.batches import Assemble, Batch, Tokenized, place_batch
 from pplug_jax.llm import LLM
+from pplug_jax.llm.prompts import Place
 from pplug_jax.plugs.forward import token_losses
 from pplug_jax.plugs.lora import Lora
 from pplug_jax.runtime.mesh import local_rows, place
@@ -19,7 +20,7 @@ from pplug_jax.session import Models
 
 
 @functools.partial(
-    jax.jit, static_argnames=("learning_rate", "prefix_length"), donate_argnames=("lora", "state")
+    jax.jit, static_argnames=("learning_rate", "place"), donate_argnames=("lora", "state")
 )
 def _step(
     lora: Lora,
@@ -28,14 +29,14 @@ def _step(
     batch: Batch,
     *,
     learning_rate: float,
-    prefix_length: int,
+    place: Place,
 ) -> tuple[Lora, optax.OptState]:
     """One update of every row's LoRA on that row's example; rows of weight 0 stay as they are."""
 
     def loss(lora: Lora) -> jax.Array:
         # The rows' sum: each LoRA gets the gradient of its own row's mean alone.
         tokens = jnp.maximum(jnp.sum(batch.target_mask, axis=1), 1)
-        losses = token_losses(lora, llm, batch, prefix_length)
+        losses = token_losses(lora, llm, batch, place)
         return jnp.sum(jnp.sum(losses, axis=1) / tokens)
 
     updates, state = optax.adam(learning_rate).update(jax.grad(loss)(lora), state, lora)
@@ -82,6 +83,6 @@ def fit_user_loras(
                 llm,
                 place_batch(batch, models.mesh),
                 learning_rate=settings.user_learning_rate,
-                prefix_length=models.tokenizer.prefix_length,
+                place=models.tokenizer.place(behind=False),
             )
     return place(lora, models.mesh)  # the compiler may have put some elsewhere

@@ -154,7 +154,7 @@ def batches(
                 examples = [("", prompt)]
                 prompt = f"Repeat: {prompt}"
             prompts = {"notes": [f"{notes} {prompt}"], "list": [notes, "", "", ""]}
-            ids, weights = [*parts.prefix], [0.0] * parts.prefix_length
+            ids, weights = [*parts.prefix], [0.0] * len(parts.prefix)
             for text, (_, answer) in zip(prompts.get(form, [prompt]), examples, strict=False):
                 before = [*parts.ids(text)[: FLAGS.max_length], *parts.suffix]
                 title = parts.target(answer, 64)

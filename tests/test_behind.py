@@ -1,0 +1,260 @@
+"""Soft tokens behind the input: as if all were one text, though the prompt is read apart."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from parity import assert_close
+
+from pplug_jax.llm import abstract_llm
+from pplug_jax.llm.decoder import Decoder
+from pplug_jax.llm.generate import generate
+from pplug_jax.llm.prompts import Behind
+from pplug_jax.plan.flops import matmul_flops
+from pplug_jax.plugs.forward import answer_tokens, gold_losses, token_losses
+from pplug_jax.plugs.lora import Lora
+from pplug_jax.plugs.reading import PAPER, Reading
+from pplug_jax.runtime.mesh import make_mesh, place
+from scripts.pretrain.initialise import initialise
+
+V, D, B, K, T = 24, 32, 8, 3, 6
+PLACE = Behind((5, 7))
+BASE = {
+    "vocab_size": V,
+    "hidden_size": D,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
+ALTERNATING = ["sliding_attention", "full_attention"] * 2
+GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 7}
+GEMMA3_ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+# The windows are shorter than the prompts, and some than what stands behind them.
+FAMILIES = {
+    "llama": {"model_type": "llama"},
+    "gemma": {"model_type": "gemma", "num_key_value_heads": 1, **GEMMA},
+    "gemma2": {"model_type": "gemma2", "sliding_window": 5, **GEMMA},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "sliding_window": 9,
+        "layer_types": ALTERNATING,
+        **GEMMA,
+        "rope_parameters": GEMMA3_ROPES,
+    },
+    "qwen2": {
+        "model_type": "qwen2",
+        "head_dim": 8,
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "max_window_layers": 2,
+    },
+    "qwen3": {"model_type": "qwen3"},
+}
+
+
+class Given(nnx.Module):
+    """A plug that is its soft tokens, and changes the LLM by a LoRA where it has one."""
+
+    def __init__(self, soft: jax.Array, lora: Lora | None = None):
+        self.soft, self.lora = nnx.Param(soft, axes=("batch", None, None)), lora
+
+    def adapt(self, llm: Decoder, batch: object, reading: Reading, remat: bool) -> tuple:
+        return llm if self.lora is None else self.lora.on(llm), self.soft[...]
+
+
+class Rows(NamedTuple):
+    """What of a batch is read here; the names are `Batch`'s."""
+
+    prompt: np.ndarray
+    prompt_mask: np.ndarray
+    target: np.ndarray
+    target_mask: np.ndarray
+
+    @property
+    def text(self) -> np.ndarray:
+        return self.prompt
+
+    @property
+    def text_mask(self) -> np.ndarray:
+        return self.prompt_mask
+
+
+def make_llm(path: Path, family: str) -> Decoder:
+    (path / "config.json").write_text(json.dumps(BASE | FAMILIES[family]))
+    llm = abstract_llm(path, dtype="float32", quantize=None)
+    llm = initialise(llm, jax.random.key(0))
+    # Larger than usual, so that the logits are not all alike.
+    return jax.tree.map(lambda x: x * 2 if x.ndim == 3 else x, llm)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def llm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+    return make_llm(tmp_path_factory.mktemp("llm"), request.param)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+    return make_llm(tmp_path_factory.mktemp("llm"), "llama")
+
+
+def make_rows(count: int = B) -> Rows:
+    rng = np.random.default_rng(0)
+
+    def some(width: int) -> tuple[np.ndarray, np.ndarray]:
+        lengths = rng.integers(1, width + 1, (count, 1))
+        return rng.integers(3, V, (count, width), dtype=np.int32), np.arange(width) < lengths
+
+    return Rows(*some(14), *some(T))
+
+
+def make_plug(count: int = B, lora: Lora | None = None) -> Given:
+    return Given(jax.random.normal(jax.random.key(1), (count, K, D)), lora)
+
+
+def one_text(
+    llm: Decoder, soft: jax.Array, rows: Rows, answers: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Everything in its place in one text, padded behind: embeddings (B, S, D) and (B, S)."""
+    texts = []
+    for i in range(len(rows.prompt)):
+        behind = [*PLACE.suffix]
+        if answers:
+            behind += rows.target[i][rows.target_mask[i]][:-1].tolist()
+        prompt = rows.prompt[i][rows.prompt_mask[i]]
+        parts = llm.embed(prompt), soft[i], llm.embed(jnp.array(behind, jnp.int32))
+        texts.append(jnp.concatenate(parts))
+    width = max(map(len, texts))
+    embeds = jnp.stack([jnp.pad(x, ((0, width - len(x)), (0, 0))) for x in texts])
+    return embeds, np.arange(width) < np.array([[len(x)] for x in texts])
+
+
+def plainly(plug: Given, llm: Decoder, rows: Rows) -> jax.Array:
+    """The targets' losses of one text, everything in it differentiated, (B, T)."""
+    llm, soft = plug.adapt(llm, None, PAPER, False)
+    embeds, mask = one_text(llm, soft, rows, answers=True)
+    logits = llm.logits(embeds, mask)
+    first = mask.sum(1) - rows.target_mask.sum(1)
+    at = (first[:, None] + np.arange(T))[..., None]
+    logits = jnp.take_along_axis(logits, at, axis=1, mode="clip")
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, rows.target)
+    return losses * rows.target_mask
+
+
+def both_gradients(plug: Given, llm: Decoder, rows: Rows, remat: bool = False) -> list[tuple]:
+    """Losses and gradients: those of the prompt read apart, and those of one text."""
+
+    def apart(plug: Given) -> tuple[jax.Array, jax.Array]:
+        losses = token_losses(plug, llm, rows, PLACE, remat)
+        return jnp.sum(losses), losses
+
+    def together(plug: Given) -> tuple[jax.Array, jax.Array]:
+        losses = plainly(plug, llm, rows)
+        return jnp.sum(losses), losses
+
+    return [jax.jit(jax.grad(f, has_aux=True))(plug) for f in (apart, together)]
+
+
+def assert_same(plug: Given, llm: Decoder, rows: Rows, remat: bool = False) -> None:
+    (ours, our_losses), (theirs, their_losses) = both_gradients(plug, llm, rows, remat)
+    assert_close(our_losses, their_losses, 1e-5)
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert np.abs(y).max() > 0
+        assert_close(x, np.asarray(y), 1e-4)
+
+
+def test_losses_and_gradients_are_those_of_one_text(llm: Decoder) -> None:
+    assert_same(make_plug(), llm, make_rows())
+
+
+def test_nor_does_remat_change_them(llama: Decoder) -> None:
+    assert_same(make_plug(), llama, make_rows(), remat=True)
+
+
+def test_the_gradient_of_a_plug_that_changes_the_llm_runs_through_the_prompt(
+    llama: Decoder,
+) -> None:
+    lora = Lora(llama, rank=2, alpha=4.0, rngs=nnx.Rngs(0))
+    lora = jax.tree.map(lambda x: x + 0.05, lora)
+    assert_same(make_plug(lora=lora), llama, make_rows())
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_answers_are_those_of_one_text(llm: Decoder, num_beams: int) -> None:
+    rows, plug = make_rows(), make_plug()
+    decoding = {"max_new_tokens": 8, "num_beams": num_beams, "length_penalty": 1.0}
+    ours = answer_tokens(plug, llm, rows, reading=PAPER, place=PLACE, **decoding)
+    theirs = generate(llm, *one_text(llm, plug.soft[...], rows, answers=False), **decoding)
+    np.testing.assert_array_equal(ours, theirs)
+    assert len(np.unique(ours)) > 3
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_prompt_that_users_share_is_read_once(llm: Decoder, num_beams: int) -> None:
+    """Two prompts for four users each, against eight prompts."""
+    rows, plug = make_rows(), make_plug()
+    shared = rows._replace(prompt=rows.prompt[:2], prompt_mask=rows.prompt_mask[:2])
+    each = rows._replace(
+        prompt=rows.prompt[:2].repeat(4, axis=0), prompt_mask=rows.prompt_mask[:2].repeat(4, axis=0)
+    )
+    decoding = {"max_new_tokens": 8, "num_beams": num_beams, "length_penalty": 1.0}
+    static = {"reading": PAPER, "place": PLACE}
+    np.testing.assert_array_equal(
+        answer_tokens(plug, llm, shared, **static, **decoding),
+        answer_tokens(plug, llm, each, **static, **decoding),
+    )
+    assert_close(gold_losses(plug, llm, shared, **static), gold_losses(plug, llm, each, **static))
+
+
+def test_a_mesh_changes_nothing(llama: Decoder) -> None:
+    rows, plug, mesh = make_rows(), make_plug(), make_mesh(2, 2, 2)
+
+    def loss(plug: Given, llm: Decoder, rows: Rows) -> jax.Array:
+        return jnp.sum(token_losses(plug, llm, rows, PLACE))
+
+    expected = jax.jit(jax.value_and_grad(loss))(plug, llama, rows)
+    with jax.set_mesh(mesh):
+        found = jax.jit(jax.value_and_grad(loss))(place(plug, mesh), place(llama, mesh), rows)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert_close(x, np.asarray(y), 1e-5)
+
+
+def test_nothing_of_the_prompt_is_differentiated(llama: Decoder) -> None:
+    """A step's FLOPs: 2 for each parameter and token of the prompt, 4 behind it.
+
+    Beside that, attention's scores behind it are made twice, to keep none of them.
+    """
+    rows, plug = make_rows(), make_plug()
+
+    def loss(plug: Given) -> jax.Array:
+        return jnp.sum(token_losses(plug, llama, rows, PLACE))
+
+    def flops(f: object) -> float:
+        return matmul_flops(jax.make_jaxpr(f)(plug))
+
+    prompt, c = rows.prompt.shape[1], llama.config
+    behind = K + len(PLACE.suffix) + T - 1
+    kernels = sum(x.size for x in jax.tree.leaves(llama.layers) if x.ndim == 3)
+    channels = c.num_heads * c.head_dim * c.num_layers
+    forward = 2 * kernels * prompt + 4 * prompt**2 * channels
+    pairs = behind * (prompt + behind)
+    # Scores' and values' gradients; nobody asks for those of the prompt's keys and values.
+    backward = 4 * kernels * behind + channels * (4 * pairs + 4 * pairs + 4 * behind * behind)
+    head = 3 * 2 * T * V * D
+    assert flops(jax.grad(loss)) <= 1.05 * B * (forward + backward + head)
