@@ -17,6 +17,7 @@ from pplug_jax.config import check_batches
 from pplug_jax.data.lamp import Example, Item
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.encoder import load_encoder
+from pplug_jax.encoder.bert import Bert
 from pplug_jax.encoder.encode import abstract_bert, load_bert
 from pplug_jax.errors import ConfigError, InputError
 from pplug_jax.feed.batches import Assemble, Buckets, Tokenized, history_rows, tokenize
@@ -25,8 +26,9 @@ from pplug_jax.feed.peers import Peers
 from pplug_jax.feed.store import HistoryStore
 from pplug_jax.llm import LLM, abstract_llm, llm_loader
 from pplug_jax.llm.prompts import Place, Tokenizer
-from pplug_jax.methods.shown import stands_behind
+from pplug_jax.methods.shown import PLAIN, Layout, layout_of
 from pplug_jax.methods.table import Method, configured, methods_of
+from pplug_jax.plugs.base import Kind
 from pplug_jax.plugs.forward import Weights
 from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.runtime.mesh import local_rows, make_mesh, parts, place, place_abstract
@@ -101,7 +103,8 @@ class Models:
             item_prefix=config.encoder.item_prefix,
         )
         local = HISTORY if is_remote(workdir) else workdir / HISTORY
-        self.store = HistoryStore(config.data.history_store or local, self.encoder)
+        self._history_path = config.data.history_store or local
+        self.store = HistoryStore(self._history_path, self.encoder)
 
     def _llm_loader(self, path: Path) -> Callable[[], LLM]:
         if is_saved(self.converted):
@@ -147,7 +150,7 @@ class Models:
             for each in examples
         ]
 
-    def tokenize(self, examples: Iterable[Example], behind: bool = False) -> list[Tokenized]:
+    def tokenize(self, examples: Iterable[Example], layout: Layout = PLAIN) -> list[Tokenized]:
         """`feed.batches.tokenize` with this task, tokenizer, store and the config's lengths."""
         data = self.config.data
         return tokenize(
@@ -159,12 +162,18 @@ class Models:
             max_target_length=data.max_target_length,
             max_history=data.max_history,
             history_labels=data.history_labels,
-            behind=behind,
+            behind=layout.behind,
+            queries=self.queries if layout.encoded else None,
         )
+
+    @functools.cached_property
+    def queries(self) -> HistoryStore:
+        """The vectors of inputs, for plugs that leave Enc_inp as it was."""
+        return HistoryStore(self._history_path, self.encoder, queries=True)
 
     def place(self, method: Method, config: ml_collections.ConfigDict) -> Place:
         """Where the method's soft tokens stand."""
-        return self.tokenizer.place(stands_behind(method, config))
+        return self.tokenizer.place(layout_of(method, config).behind)
 
     @functools.cached_property
     def peers(self) -> Peers:
@@ -188,14 +197,15 @@ class Models:
 
         training: the seed and shares of `Assemble`'s dropout.
         """
-        features = PLUGS[method.kind].features(config)
+        features, layout = PLUGS[method.kind].features(config), layout_of(method, config)
         return Assemble(
             examples,
-            self.buckets(examples, config.data.buckets, stands_behind(method, config)),
+            self.buckets(examples, config.data.buckets, layout.behind),
             self.store,
             local_rows(self.mesh, batch_size),
             features=features,
             peers=self.peers if compare_with_peers(features) else None,
+            queries=self.queries if layout.encoded else None,
             **training,
         )
 
@@ -205,7 +215,7 @@ class Models:
         # Of an older workdir's methods some may be gone.
         methods = [known[name] for name in self.config.methods if name in known]
         settings = [configured(self.config, method, 0) for method in methods]
-        behind = any(map(stands_behind, methods, settings))
+        behind = any(layout_of(*each).behind for each in zip(methods, settings, strict=True))
         if behind and not self.abstract_llm.decoder_only:
             raise ConfigError(
                 "config.plug.place 'behind': an LLM with an encoder reads the whole prompt at "
@@ -237,6 +247,11 @@ class Models:
             "dtype": config.dtype,
         }
 
+    def _abstract_encoder(self, kind: Kind, config: ml_collections.ConfigDict) -> Bert | None:
+        if not kind.reads_input:
+            return None
+        return abstract_bert(self.encoder_path, **self._input_encoder(config.plug))
+
     def abstract_weights(self, method: Method, config: ml_collections.ConfigDict) -> Weights:
         """What the method trains: shapes, dtypes and places on the mesh, to restore into.
 
@@ -244,11 +259,10 @@ class Models:
         """
         kind = PLUGS[method.kind]
         build = functools.partial(kind.build, config, self.abstract_llm)
-        encoder = None
-        if kind.reads_input:
-            encoder = abstract_bert(self.encoder_path, **self._input_encoder(config.plug))
         scale = jax.ShapeDtypeStruct((), jnp.float32)
-        shapes = jax.eval_shape(build, encoder, scale, jax.random.key(0))
+        shapes = jax.eval_shape(
+            build, self._abstract_encoder(kind, config), scale, jax.random.key(0)
+        )
         return place_abstract(shapes, self.mesh)
 
     def restore_weights(
@@ -268,10 +282,13 @@ class Models:
         A plug's Enc_inp has the encoder's weights, a LoRA changes nothing yet.
         """
         kind = PLUGS[method.kind]
-        build = jax.jit(functools.partial(kind.build, config, self.abstract_llm))
-        encoder, scale = None, 1.0
-        if kind.reads_input:
+        build = functools.partial(kind.build, config, self.abstract_llm)
+        scale = self._soft_norm if kind.soft_tokens(config, method.reading) else 1.0
+        arguments = scale, jax.random.key(config.seed)
+        if kind.trains_encoder(config):
             encoder = load_bert(self.encoder_path, self.mesh, **self._input_encoder(config.plug))
-        if kind.soft_tokens(config, method.reading):
-            scale = self._soft_norm
-        return place(build(encoder, scale, jax.random.key(config.seed)), self.mesh)
+            weights = jax.jit(build)(encoder, *arguments)
+        else:
+            build = functools.partial(build, self._abstract_encoder(kind, config))
+            weights = jax.jit(build)(*arguments)
+        return place(weights, self.mesh)

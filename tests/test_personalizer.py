@@ -21,6 +21,7 @@ from pplug_jax.data.lamp import Example
 from pplug_jax.errors import InputError
 from pplug_jax.feed.batches import Assemble
 from pplug_jax.feed.peers import Peers
+from pplug_jax.methods.shown import Layout, layout_of
 from pplug_jax.methods.table import METHODS
 from pplug_jax.plugs.persona import UserEmbedder
 from pplug_jax.session import Models
@@ -28,6 +29,7 @@ from pplug_jax.storage.checkpoint import Checkpoints, _named
 from pplug_jax.storage.files import write_json
 
 INPUT = "Generate a title for the following abstract of a paper: Rivers are measured."
+SETTINGS = OPTIONS | {"frozen": {"encoder_rate": 0.0}}
 SHARED = {"title": "A joint paper", "abstract": "By two authors.", "date": "2004"}
 
 
@@ -68,10 +70,10 @@ def serving(models: Models, **settings: Any) -> Personalizer:
     return Personalizer(of_run, trained_plug(models, **settings))
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", SETTINGS)
 def test_a_served_soft_prompt_is_that_of_the_evaluation(models: Models, option: str) -> None:
-    plug = trained_plug(models, **OPTIONS[option])
-    personalizer = serving(models, **OPTIONS[option])
+    plug = trained_plug(models, **SETTINGS[option])
+    personalizer = serving(models, **SETTINGS[option])
     profile = tuple(sorted([*(item(option, i) for i in range(7)), SHARED], key=lambda x: x["date"]))
     texts = [models.item_text(item) for item in profile]
     # New texts, but for the one that is in the pool too; the order of the dates is found.
@@ -82,10 +84,12 @@ def test_a_served_soft_prompt_is_that_of_the_evaluation(models: Models, option: 
     models.store.add(texts)
     undated = tuple({k: v for k, v in item.items() if k != "date"} for item in profile)
     examples = [Example("0", INPUT, None, history) for history in (profile, undated, ())]
-    tokenized = models.tokenize(examples)
+    encoded = layout_of(METHODS["pplug"], personalizer.models.config).encoded
+    tokenized = models.tokenize(examples, Layout(encoded=encoded))
     buckets = models.buckets(tokenized, 1)
     peers = Peers.load(models.store, models.workdir)
     extended = {"features": ("age", "difference", "form"), "peers": peers}
+    extended["queries"] = models.queries if encoded else None
     batch = Assemble(tokenized, buckets, models.store, range(8), **extended)((0, 0, np.arange(3)))
     soft = np.asarray(jax.jit(lambda plug, inputs: plug(*inputs))(plug, batch.plug_inputs))
     empty = personalizer.soft_prompt(INPUT)
@@ -97,6 +101,55 @@ def test_a_served_soft_prompt_is_that_of_the_evaluation(models: Models, option: 
     assert np.abs(served - empty)[1:].max(axis=1).min() > 0.1  # in every token but I
     told = by_form or plug.recency_rate is not None
     assert (np.abs(served - as_texts).max() > 1e-3) == told
+
+
+INPUTS = [INPUT, INPUT + " " + "Rivers are measured again, and at greater length. " * 3]
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+@pytest.mark.parametrize("place", ["front", "behind"])
+def test_users_of_one_input_get_what_each_gets_alone(
+    models: Models, place: str, num_beams: int
+) -> None:
+    personalizer = serving(models, place=place, encoder_rate=0.0)
+    personalizer.models.config.eval.update(max_new_tokens=12, num_beams=num_beams, batch_size=2)
+    histories = [[item(user, i) for i in range(count)] for user, count in zip("xyz", (3, 0, 7))]
+    for input in INPUTS:
+        together = personalizer.generate_many(input, histories)
+        assert together == [personalizer.generate(input, history) for history in histories]
+        assert len(set(together)) > 1
+        soft = personalizer.soft_prompts(input, histories)
+        for found, history in zip(soft, histories, strict=True):
+            expected = personalizer.soft_prompt(input, history)
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert personalizer.generate_many(INPUT, []) == []
+    assert personalizer.soft_prompts(INPUT, []).shape == (0, *soft.shape[1:])
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_soon_no_request_compiles_anything(models: Models, rate: float) -> None:
+    personalizer = serving(models, place="behind", encoder_rate=rate)
+    personalizer.models.config.eval.update(max_new_tokens=4, num_beams=1)
+    personalizer.models.config.data.max_history = 40
+
+    def serve(words: int, items: int) -> None:
+        history = [f"text {i}" + " and more" * (words % 7) for i in range(items)]
+        personalizer.generate(INPUT + " word" * words, history)
+
+    for words in range(0, 120, 12):
+        for items in (0, 1, 2, 4, 8, 16, 32):
+            serve(words, items)
+    compiled = []
+    listener = lambda event, _, **about: compiled.append(event) if "backend_compile" in event else 0
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        for request in range(10):
+            serve(11 * request + 5, 3 * request)
+        assert not compiled
+        jax.jit(lambda x: x + 1)(np.ones(3))
+        assert compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
 
 
 def test_a_plug_that_needs_peers_says_so(models: Models, tmp_path: Path) -> None:
@@ -201,3 +254,19 @@ def test_a_broken_config_is_named(models: Models, tmp_path: Path, content: str) 
             InputError, match=rf"{tmp_path}/config\.json: (not JSON|expected an obj)"
         ):
             read(tmp_path)
+
+
+def test_a_checkpoint_that_holds_an_encoder_that_was_never_trained(
+    models: Models, tmp_path: Path
+) -> None:
+    """Plugs once kept it, with moments."""
+    with_encoder, plug = trained_plug(models), trained_plug(models, encoder_rate=0.0)
+    assert plug.input_encoder is None
+    with contextlib.closing(Checkpoints(tmp_path)) as kept:
+        kept.save(1, with_encoder, {"mu": with_encoder})
+        kept.wait()
+        weights, state, _ = kept.restore(plug, {"mu": plug})
+        alone = kept.restore_weights(plug)
+    for restored in (weights, state["mu"], alone):
+        assert restored.input_encoder is None
+        np.testing.assert_array_equal(restored.projector.up[...], with_encoder.projector.up[...])

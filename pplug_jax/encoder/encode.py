@@ -254,6 +254,8 @@ class Encoder:
         pieces = parts(self.mesh, "batch")
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         order = np.argsort([-len(ids) for ids in tokens], kind="stable")
+        # A few texts need not fill a batch, but neither compile one for every number of them.
+        batch_size = min(batch_size, 1 << max(0, len(tokens) - 1).bit_length())
         vectors = np.zeros((len(tokens), self.size), np.float32)
         while len(order):
             longest = len(tokens[order[0]])

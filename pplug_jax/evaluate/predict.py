@@ -15,8 +15,8 @@ import numpy as np
 
 from pplug_jax.data import submission
 from pplug_jax.data.lamp import Example
-from pplug_jax.feed.batches import Batch, Tokenized, place_batch, plan_batches
-from pplug_jax.methods.shown import shown, stands_behind
+from pplug_jax.feed.batches import Batch, Tokenized, place_batch, plan_batches, with_queries
+from pplug_jax.methods.shown import Layout, layout_of, shown
 from pplug_jax.methods.table import Method, methods_of
 from pplug_jax.methods.users import own_items
 from pplug_jax.plugs.base import parameter_count
@@ -120,14 +120,13 @@ def answer(
     method: Method,
     config: ml_collections.ConfigDict,
     examples: Sequence[Example],
-    tokenized: Callable[[bool], Sequence[Tokenized]],
+    tokenized: Callable[[Layout], Sequence[Tokenized]],
     directory: Path,
     weights: Callable[[], Weights],
 ) -> Answers:
     """Runs a method on the held-out examples, unless its answers by the same weights are there.
 
-    config: `methods.configured`. tokenized: makes the examples' tokens, where they are needed, for
-    soft tokens behind their prompts or not.
+    config: `methods.configured`. tokenized: makes the examples' tokens, where they are needed.
     weights: gives the method's trained ones, where they are needed.
 
     Writes predictions/ and, of a plug that reads the user, personas/ in `directory`.
@@ -150,11 +149,12 @@ def answer(
         trainable = trained.trained(methods_of(models.config)[method.plug].reading)
     start = time.monotonic()
     show = functools.partial(shown, models.task, models.tokenizer, models.store, method, config)
-    inputs = show(examples, tokenized(stands_behind(method, config)))
+    inputs = show(examples, tokenized(layout_of(method, config)))
     preparing = 1000 * (time.monotonic() - start) / len(inputs) if method.retrieval else 0.0
     own = []
     if method.user_lora:
-        own = [show((), models.tokenize(own_items(task, example))) for example in examples]
+        layout = layout_of(method, config)
+        own = [show((), models.tokenize(own_items(task, example), layout)) for example in examples]
     texts, losses, milliseconds = predict(models, method, config, trained, inputs, own)
     answers = Answers(
         {example.id: text for example, text in zip(examples, texts, strict=True)},
@@ -221,10 +221,18 @@ def write_personas(
     input. other_item: (n,) that item's place, -1 for none. persona: (n, D) float32, the mean of
     the persona tokens.
     """
-    others = []
-    for example, each in zip(examples, inputs, strict=True):
-        text = example.profile[-1][models.task.cut] if len(each.rows) else ""
-        others.append(each._replace(query=np.array(models.encoder.queries([text])[0], np.int32)))
+    texts = [
+        example.profile[-1][models.task.cut] if len(each.rows) else ""
+        for example, each in zip(examples, inputs, strict=True)
+    ]
+    if layout_of(method, config).encoded:
+        others = with_queries(inputs, texts, models.queries)
+    else:
+        queries = models.encoder.queries(texts)
+        others = [
+            each._replace(query=np.array(query, np.int32))
+            for each, query in zip(inputs, queries, strict=True)
+        ]
     found = []
     for tokenized in (inputs, others):
         assemble = models.assemble(method, config, tokenized, config.eval.batch_size)

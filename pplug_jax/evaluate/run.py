@@ -49,7 +49,7 @@ def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
     """
     config, task, workdir = models.config, models.task, models.workdir
     methods = methods_of(config)
-    tokenized = functools.cache(lambda behind: models.tokenize(examples, behind))
+    tokenized = functools.cache(lambda layout: models.tokenize(examples, layout))
     # Another split than the workdir's own leaves that one's results as they are.
     own = read_object(workdir / CONFIG)["data"]["eval_split"]
     stem = RESULTS if config.data.eval_split == own else f"{RESULTS}.{config.data.eval_split}"

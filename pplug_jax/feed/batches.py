@@ -29,7 +29,8 @@ class Batch(NamedTuple):
     prompt, prompt_mask: (B, L) int32 and bool, the LLM's input without the soft tokens.
     target, target_mask: (B, T) int32 and bool, the gold output with its end-of-sequence token.
     text, text_mask: (B, S) int32 and bool, what the LLM reads to learn the target, `Buckets.text`.
-    query, query_mask: (B, Q) int32 and bool, the input as the input encoder's tokens.
+    query, query_mask: (B, Q) int32 and bool, the input as the input encoder's tokens; or what a
+        frozen one makes of it, (B, E) float32, and (B, 1) bool, which says nothing.
     history, history_mask: (B, H, E) float32 and (B, H) bool, the encoded history.
     index: (B,) int32, each row's place in the list of examples. weight: (B,) float32, 1 or 0.
     features: {name: (B, H, width) float32}, what else is told of the items, `feed.features`.
@@ -59,7 +60,7 @@ class Tokenized(NamedTuple):
     """One example's variable-length arrays.
 
     rows: (n,) int64, its history's rows in the store. told: {name: (n, width)}, the features that
-    the history alone tells.
+    the history alone tells. query_row: the query's row in the store of queries, if it is there.
     """
 
     prompt: np.ndarray
@@ -67,6 +68,7 @@ class Tokenized(NamedTuple):
     query: np.ndarray
     rows: np.ndarray
     told: dict[str, np.ndarray]
+    query_row: int = -1
 
     def with_history_of(self, other: "Tokenized | None") -> "Tokenized":
         """This example for another's user, or for one without a history."""
@@ -95,18 +97,25 @@ def tokenize(
     max_history: int,
     history_labels: bool = True,
     behind: bool = False,
+    queries: HistoryStore | None = None,
 ) -> list[Tokenized]:
     """Tokenises `examples`, which are gone through once.
 
     Of a history longer than `max_history` the last items are kept, LaMP's newest. With
     `history_labels` an item is read with its label. behind: the prompts are for soft tokens behind
-    them, `Tokenizer.prompt`.
+    them, `Tokenizer.prompt`. queries: a store that the queries' vectors are added to.
     """
-    return [
+    texts = []
+
+    def query_of(example: Example) -> str:
+        texts.append(task.query_text(example.input))
+        return texts[-1]
+
+    tokenized = [
         Tokenized(
             tokenizer.prompt(example.input, max_input_length, behind),
             tokenizer.target(example.target or "", max_target_length),
-            np.array(store.encoder.queries([task.query_text(example.input)])[0], np.int32),
+            np.array(store.encoder.queries([query_of(example)])[0], np.int32),
             history_rows(task, example, store, max_history, history_labels),
             {
                 name: values[-max_history:]
@@ -115,6 +124,16 @@ def tokenize(
         )
         for example in examples
     ]
+    return tokenized if queries is None else with_queries(tokenized, texts, queries)
+
+
+def with_queries(
+    tokenized: Iterable[Tokenized], texts: Sequence[str], queries: HistoryStore
+) -> list[Tokenized]:
+    """The examples with these texts' vectors as their queries, which all processes add together."""
+    queries.add(texts)
+    rows = queries.rows(texts).tolist()
+    return [x._replace(query_row=row) for x, row in zip(tokenized, rows, strict=True)]
 
 
 def round_up(length: int) -> int:
@@ -242,7 +261,8 @@ class Assemble:
     """(step, bucket, indices) -> this process' rows of the batch.
 
     rows: which they are, `mesh.local_rows`. features: what the batch tells of the items. peers:
-    those of the run, where a feature compares with them.
+    those of the run, where a feature compares with them. queries: the store of the queries'
+    vectors, where the batch has these.
     """
 
     def __init__(
@@ -257,6 +277,7 @@ class Assemble:
         persona_dropout: float = 0.0,
         features: Sequence[str] = (),
         peers: Peers | None = None,
+        queries: HistoryStore | None = None,
     ):
         self.examples, self.buckets, self.store, self.rows = examples, buckets, store, rows
         self.seed, self.history_dropout, self.persona_dropout = (
@@ -264,18 +285,23 @@ class Assemble:
             history_dropout,
             persona_dropout,
         )
-        self.features, self.peers = features, peers
+        self.features, self.peers, self.queries = features, peers, queries
 
     def __call__(self, planned: tuple[int, int, np.ndarray]) -> Batch:
         step, bucket, indices = planned
         shape = self.buckets.shapes[bucket]._asdict()
         H, E = self.buckets.history, self.store.encoder.size
         B = len(self.rows)
+        if self.queries:
+            del shape["query"]
         widths = shape | {"target": self.buckets.target}
         batch = {name: np.zeros((B, width), np.int32) for name, width in widths.items()}
         batch |= {f"{name}_mask": np.zeros((B, width), bool) for name, width in widths.items()}
         for name in shape:
             batch[f"{name}_mask"][:, 0] = True  # rows that fill up have a token to attend to
+        if self.queries:
+            batch["query"] = np.zeros((B, E), np.float32)
+            batch["query_mask"] = np.ones((B, 1), bool)
         batch["history"] = np.zeros((B, H, E), np.float32)
         batch["history_mask"] = np.zeros((B, H), bool)
         features = {
@@ -292,6 +318,8 @@ class Assemble:
                 ids = self.buckets.text(example) if name == "text" else getattr(example, name)
                 batch[name][i, : len(ids)] = ids
                 batch[f"{name}_mask"][i, : len(ids)] = True
+            if self.queries:
+                batch["query"][i] = self.queries.vectors(example.query_row)
             rng = np.random.default_rng((self.seed, 1, step, int(row)))
             kept = drop_history(len(example.rows), rng, self.history_dropout)
             if self.persona_dropout and rng.random() < self.persona_dropout:

@@ -11,6 +11,7 @@ writes.
 """
 
 import contextlib
+import hashlib
 import itertools
 import os
 import secrets
@@ -47,10 +48,18 @@ def _chunks(texts: Iterable[str], wanted: set[bytes]) -> Iterator[list[str]]:
 
 
 class HistoryStore:
-    """Vectors (N, E) float16 of unique texts, memory-mapped."""
+    """Vectors (N, E) float16 of unique texts, memory-mapped.
 
-    def __init__(self, directory: str | Path, encoder: Encoder):
-        self.directory = Path(directory) / encoder.fingerprint
+    queries: the texts are inputs and encoded as such, for a plug that leaves Enc_inp as it is.
+    """
+
+    def __init__(self, directory: str | Path, encoder: Encoder, queries: bool = False):
+        name = encoder.fingerprint
+        if queries:
+            prefix = hashlib.sha256(encoder.query_prefix.encode()).hexdigest()[:8]
+            name += f"-queries-{prefix}"
+        self.directory = Path(directory) / name
+        self.queries = queries
         with contextlib.suppress(OSError):
             self.directory.mkdir(parents=True, exist_ok=True)
         self.encoder = encoder
@@ -139,15 +148,17 @@ class HistoryStore:
         count = len(new)
         if not new:
             return 0
+        what = "inputs" if self.queries else "histories"
+        settings = {"queries": True} if self.queries else {}
         try:
-            with Progress("encoding histories", count, "texts") as progress:
+            with Progress(f"encoding {what}", count, "texts") as progress:
                 # Like lengths together, so that little is padded; chunk by chunk, so that a killed
                 # run keeps what it had.
                 for chunk in _chunks(texts, new):
-                    vectors = self.encoder.encode(chunk, batch_size, progress.advance)
+                    vectors = self.encoder.encode(chunk, batch_size, progress.advance, **settings)
                     if self._writes:
                         self._append(list(map(text_key, chunk)), vectors)
-            wait_for_all("the histories are encoded")
+            wait_for_all(f"the {what} are encoded")
         finally:
             self._open()
         return count

@@ -1,6 +1,7 @@
 """What a method's examples show of the user."""
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import ml_collections
 
@@ -15,10 +16,29 @@ from pplug_jax.methods.users import strangers
 from pplug_jax.plugs.registry import PLUGS
 
 
-def stands_behind(method: Method, config: ml_collections.ConfigDict) -> bool:
-    """Whether the method has soft tokens behind the input; config: `table.configured`."""
-    soft = method.plug and PLUGS[method.kind].soft_tokens(config, method.reading)
-    return config.plug.place == "behind" and bool(soft)
+class Layout(NamedTuple):
+    """How a method's examples are tokenised.
+
+    behind: its soft tokens stand behind the input. encoded: its plug reads the queries' vectors,
+    which it does not train.
+    """
+
+    behind: bool = False
+    encoded: bool = False
+
+
+PLAIN = Layout()
+
+
+def layout_of(method: Method, config: ml_collections.ConfigDict) -> Layout:
+    """config: `table.configured`."""
+    if not method.plug:
+        return PLAIN
+    kind = PLUGS[method.kind]
+    soft = kind.soft_tokens(config, method.reading)
+    weighs = kind.reads_input and not method.reading.uniform
+    encoded = weighs and not kind.trains_encoder(config)
+    return Layout(config.plug.place == "behind" and soft > 0, encoded)
 
 
 def shown(
@@ -31,7 +51,7 @@ def shown(
     tokenized: Sequence[Tokenized],
 ) -> list[Tokenized]:
     """The examples with what the method shows of the user: demonstrations, a history, or none."""
-    length = config.data.max_input_length
+    length, behind = config.data.max_input_length, layout_of(method, config).behind
     if method.retrieval:
         retrieve = retrievers(store, config.data.history_labels)[method.retrieval]
         top_k = method.top_k or config.eval.top_k
@@ -46,7 +66,7 @@ def shown(
             for example in examples
         )
         tokenized = [
-            each._replace(prompt=tokenizer.prompt(prompt, length, stands_behind(method, config)))
+            each._replace(prompt=tokenizer.prompt(prompt, length, behind))
             for each, prompt in zip(tokenized, prompts, strict=True)
         ]
     reads = method.plug and PLUGS[method.kind].reads_input

@@ -17,7 +17,7 @@ from pplug_jax.feed.features import FEATURES
 from pplug_jax.llm import abstract_llm
 from pplug_jax.llm.prompts import Behind, Front, Place
 from pplug_jax.llm.shapes import PUBLISHED, published_directory
-from pplug_jax.methods.shown import stands_behind
+from pplug_jax.methods.shown import layout_of
 from pplug_jax.methods.table import Method, asked_for, configured
 from pplug_jax.plugs.forward import answer_tokens, gold_losses
 from pplug_jax.plugs.registry import PLUGS
@@ -91,7 +91,8 @@ class Programs:
         self.kind = PLUGS[self.method.kind]
         prompt, target = config.data.max_input_length + around, config.data.max_target_length
         self.place: Place = Front(1)
-        if stands_behind(self.method, self.settings):
+        self.layout = layout_of(self.method, self.settings)
+        if self.layout.behind:
             prompt -= suffix
             self.place = Behind((0,) * suffix)
         joined = self.models.abstract_llm.decoder_only and isinstance(self.place, Front)
@@ -125,6 +126,12 @@ class Programs:
             where = sharding(self.mesh, ("batch", *[None] * (len(shape) - 1)), shape)
             return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
+        query = {
+            "query": array(jnp.int32, lengths.query),
+            "query_mask": array(bool, lengths.query),
+        }
+        if self.layout.encoded:
+            query = {"query": array(jnp.float32, width), "query_mask": array(bool, 1)}
         return Batch(
             prompt=array(jnp.int32, lengths.prompt),
             prompt_mask=array(bool, lengths.prompt),
@@ -132,8 +139,7 @@ class Programs:
             text_mask=array(bool, lengths.text),
             target=array(jnp.int32, lengths.target),
             target_mask=array(bool, lengths.target),
-            query=array(jnp.int32, lengths.query),
-            query_mask=array(bool, lengths.query),
+            **query,
             history=array(jnp.float32, items, width),
             history_mask=array(bool, items),
             index=array(jnp.int32),

@@ -29,14 +29,17 @@ class Plug(Protocol):
 class Kind(NamedTuple):
     """How the plugs of a kind are made from a config, `methods.configured`.
 
-    build: (config, the LLM's shapes, Enc_inp or None, the soft tokens' scale, key) -> the plug.
-    reads_input: it has Enc_inp, an encoder of its own for the input, and reads the history.
+    build: (config, the LLM's shapes, Enc_inp, the soft tokens' scale, key) -> the plug. Enc_inp is
+        abstract where it is not trained, and None where no input is read.
+    reads_input: it weighs the history by the input, as Enc_inp reads that.
+    trains_encoder: it has an Enc_inp of its own. Otherwise the history's encoder takes its place.
     soft_tokens: how many it makes of a row.
     features: those of the history's items that it reads.
     """
 
     build: Callable[[ml_collections.ConfigDict, LLM, Bert | None, jax.Array, jax.Array], nnx.Module]
     reads_input: bool = False
+    trains_encoder: Callable[[ml_collections.ConfigDict], bool] = lambda config: False
     soft_tokens: Callable[[ml_collections.ConfigDict, Reading], int] = lambda config, reading: 0
     features: Callable[[ml_collections.ConfigDict], tuple[str, ...]] = lambda config: ()
 

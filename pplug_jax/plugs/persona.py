@@ -119,20 +119,21 @@ class UserEmbedder(nnx.Module):
     """The plug: all that is trained.
 
     Args of the constructor:
-        input_encoder: Enc_inp, its weights `nnx.Param`.
-        llm_size: D. scale: the soft tokens' norm at initialisation, kept with the weights.
+        input_encoder: Enc_inp, its weights `nnx.Param`; None: it stays as it was, and the plug is
+            given what it makes of the input. In the paper it is trained.
+        size: E. llm_size: D. scale: the soft tokens' norm at initialisation, kept with the weights.
         num_persona_tokens: k; 1 is the paper. projector_size: the persona projector's
             hidden units; 0 is D, the paper.
         temperature: of the attention; 1.0 is the paper. learned_temperature: train it from there.
         recency: learn how much less an older item weighs.
         features: k tokens more from each of these features of the items.
-        frozen_encoder: Enc_inp gets no gradient; in the paper it does.
         dtype: of the computation; parameters stay float32.
     """
 
     def __init__(
         self,
-        input_encoder: Bert,
+        input_encoder: Bert | None,
+        size: int,
         llm_size: int,
         scale: jax.Array | float,
         *,
@@ -142,11 +143,9 @@ class UserEmbedder(nnx.Module):
         learned_temperature: bool = False,
         recency: bool = False,
         features: Sequence[str] = (),
-        frozen_encoder: bool = False,
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
-        size = input_encoder.config.hidden_size
         self.input_encoder = input_encoder
         hidden = projector_size or llm_size
         self.projector = Projector(size, hidden, llm_size, num_persona_tokens, rngs)
@@ -174,7 +173,6 @@ class UserEmbedder(nnx.Module):
             made = Projector(width, hidden, llm_size, num_persona_tokens, rngs)
             setattr(self, f"{name}_projector", made)
             setattr(self, f"null_{name}", null_tokens())
-        self.frozen_encoder = frozen_encoder
         self.temperature = temperature
         self.scale = Frozen(jnp.float32(scale), axes=())
         self.dtype = dtype
@@ -193,7 +191,9 @@ class UserEmbedder(nnx.Module):
         """The soft prompt [I ; P], and behind it the features' tokens.
 
         Args:
-            query, query_mask: (B, Q) int32 and bool, the input as Enc_inp's tokens.
+            query, query_mask: (B, Q) int32 and bool, the input as Enc_inp's tokens; without an
+                Enc_inp its vector, (B, E) float32, and anything. One row may stand for as many of
+                the history's, which follow each other, as there are.
             history, history_mask: (B, H, E) and (B, H) bool, the encoded history; a row without
                 items gets the null persona.
             features: {name: (B, H, width) float32}, what else is told of the items; those of
@@ -246,9 +246,10 @@ class UserEmbedder(nnx.Module):
         temperature: Any = (
             self.temperature if self.log_temperature is None else jnp.exp(self.log_temperature[...])
         )
-        vectors = self.input_encoder(query, query_mask, remat)
-        if self.frozen_encoder:
-            vectors = jax.lax.stop_gradient(vectors)
+        vectors = query
+        if self.input_encoder is not None:
+            vectors = self.input_encoder(query, query_mask, remat)
+        vectors = jnp.repeat(vectors, len(history) // len(vectors), axis=0)
         history = jnp.where(history_mask[..., None], history, 0).astype(jnp.float32)
         penalty = None
         if self.recency_rate is not None:
@@ -261,7 +262,7 @@ class UserEmbedder(nnx.Module):
 
     def trained(self, reading: Reading) -> int:
         idle = []
-        if self.frozen_encoder or reading.uniform:
+        if reading.uniform and self.input_encoder is not None:
             idle.append(self.input_encoder)
         if not reading.instruction:
             idle += [self.instruction_projector, self.instruction]
@@ -279,13 +280,18 @@ def _size(part: nnx.Module | nnx.Param) -> int:
     return part.get_value().size if isinstance(part, nnx.Param) else parameter_count(part)
 
 
+def _trains_encoder(config: ml_collections.ConfigDict) -> bool:
+    return config.plug.encoder_rate > 0
+
+
 def _build(
     config: ml_collections.ConfigDict, llm: LLM, encoder: Bert, scale: jax.Array, key: jax.Array
 ) -> UserEmbedder:
-    """Enc_inp is the encoder given; the other parts are drawn from the key."""
+    """Enc_inp is the encoder given, if it is trained; the other parts are drawn from the key."""
     plug = config.plug
     return UserEmbedder(
-        encoder,
+        encoder if _trains_encoder(config) else None,
+        encoder.config.hidden_size,
         llm.config.hidden_size,
         scale,
         num_persona_tokens=plug.num_persona_tokens,
@@ -294,7 +300,6 @@ def _build(
         learned_temperature=plug.learned_temperature,
         recency=plug.recency,
         features=plug.features,
-        frozen_encoder=plug.encoder_rate == 0,
         dtype=plug.dtype,
         rngs=nnx.Rngs(key),
     )
@@ -303,6 +308,7 @@ def _build(
 KIND = Kind(
     _build,
     reads_input=True,
+    trains_encoder=_trains_encoder,
     soft_tokens=lambda config, reading: soft_tokens(config.plug, reading),
     features=lambda config: features_of(config.plug),
 )

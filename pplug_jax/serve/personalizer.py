@@ -1,5 +1,6 @@
 """Serving: a trained plug, its frozen LLM and a history in, a personal answer out."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,24 +11,55 @@ from etils import epath
 
 from pplug_jax.data.lamp import check_history, check_input
 from pplug_jax.errors import InputError
+from pplug_jax.feed.batches import round_up
 from pplug_jax.feed.features import compare_with_peers, of_history, of_items
+from pplug_jax.llm import LLM
 from pplug_jax.llm.generate import generate
+from pplug_jax.llm.prompts import Place
+from pplug_jax.methods.shown import layout_of
 from pplug_jax.methods.table import METHODS
 from pplug_jax.plugs.forward import inputs_embeds
 from pplug_jax.plugs.persona import UserEmbedder
-from pplug_jax.plugs.reading import features_of
+from pplug_jax.plugs.reading import features_of, soft_tokens
 from pplug_jax.session import Models
 from pplug_jax.storage.files import read_object
 from pplug_jax.storage.workdir import CONFIG, upgraded
 
+METHOD = METHODS["pplug"]
+History = Sequence[str | dict[str, Any]]
+
 
 @jax.jit
-def _soft_prompt(plug: UserEmbedder, *arrays: jax.Array) -> jax.Array:
+def _soft_prompts(plug: UserEmbedder, *arrays: Any) -> jax.Array:
     return plug(*arrays)
 
 
+@functools.partial(
+    jax.jit, static_argnames=("place", "max_new_tokens", "num_beams", "length_penalty")
+)
+def _answers(
+    llm: LLM, soft: jax.Array, prompt: jax.Array, mask: jax.Array, *, place: Place, **decoding: Any
+) -> jax.Array:
+    embeds, there, context = inputs_embeds(llm, soft, prompt, mask, place)
+    return generate(llm, embeds, there, **decoding, **context)
+
+
+def padded_length(length: int) -> int:
+    """The next of the few lengths that programs are compiled for: 16, 32, 64, 128, .."""
+    return 1 << (round_up(length) - 1).bit_length()
+
+
+def pad(array: np.ndarray, *lengths: int) -> np.ndarray:
+    """Zeros behind the first axes, up to these lengths."""
+    widths = [(0, n - have) for n, have in zip(lengths, array.shape, strict=False)]
+    return np.pad(array, [*widths, *[(0, 0)] * (array.ndim - len(lengths))])
+
+
 class Personalizer:
-    """Answers for any user, also one never seen before: only their history is needed."""
+    """Answers for any user, also one never seen before: only their history is needed.
+
+    Lengths are padded to a few sizes, so that soon no request compiles anything.
+    """
 
     def __init__(self, models: Models, plug: UserEmbedder):
         self.models = models
@@ -35,6 +67,7 @@ class Personalizer:
         self.plug = plug
         self.features = features_of(models.config.plug)
         self.peers = models.peers if compare_with_peers(self.features) else None
+        self.layout = layout_of(METHOD, models.config)
 
     @classmethod
     def from_checkpoint(cls, workdir: epath.PathLike) -> "Personalizer":
@@ -48,11 +81,13 @@ class Personalizer:
         if not path.is_file():
             raise InputError(f"{path}: no such file; {workdir} is not the workdir of a run")
         config = ml_collections.ConfigDict(upgraded(read_object(path)))
-        models, method = Models(config, workdir), METHODS["pplug"]
-        return cls(models, models.restore_weights(method, config, workdir))
+        models = Models(config, workdir)
+        return cls(models, models.restore_weights(METHOD, config, workdir))
 
-    def soft_prompt(self, input: str, history: Sequence[str | dict[str, Any]] = ()) -> np.ndarray:
-        """The soft tokens [I ; P] for this input, (k + 1, D) float32; k more for each feature.
+    def soft_prompt(self, input: str, history: History = ()) -> np.ndarray:
+        """Return the soft tokens [I ; P] for this input, (k + 1, D) float32.
+
+        There are k more for each feature. They belong where `config.plug.place` says.
 
         Args:
             input: the task's input, instruction included.
@@ -63,55 +98,112 @@ class Personalizer:
             InputError: an item lacks a field of the task or has a mistyped one; the message names
                 its place.
         """
-        return np.asarray(self._soft_prompt(input, history)[0], np.float32)
+        return self.soft_prompts(input, [history])[0]
 
-    def _soft_prompt(self, input: str, history: Sequence[str | dict[str, Any]]) -> jax.Array:
-        models, encoder = self.models, self.models.encoder
+    def soft_prompts(self, input: str, histories: Sequence[History]) -> np.ndarray:
+        """Return the soft tokens of each of these users for one input, (U, k + 1, D) float32.
+
+        Takes and raises what `soft_prompt` does.
+        """
+        made = [self._soft_prompts(input, some) for some in self._in_batches(histories)]
+        soft = [np.asarray(x, np.float32)[:count] for x, count in made]
+        none = 0, soft_tokens(self.models.config.plug), self.llm.config.hidden_size
+        return np.concatenate([np.zeros(none, np.float32), *soft])
+
+    def generate(self, input: str, history: History = ()) -> str:
+        """Return the LLM's answer to `input` for the user of `history`, decoded as in evaluation.
+
+        Takes and raises what `soft_prompt` does.
+        """
+        return self.generate_many(input, [history])[0]
+
+    def generate_many(self, input: str, histories: Sequence[History]) -> list[str]:
+        """Return the answers to one input for each of these users, as `generate` gives them.
+
+        Soft tokens behind the input let the LLM read it once for `config.eval.batch_size` users.
+        """
+        models, config = self.models, self.models.config
+        tokenizer, behind = models.tokenizer, self.layout.behind
         check_input(input)
+        ids = tokenizer.prompt(input, config.data.max_input_length, behind)
+        length = padded_length(len(ids))
+        prompt, mask = pad(ids, length)[None], (np.arange(length) < len(ids))[None]
+        answers = []
+        for some in self._in_batches(histories):
+            soft, count = self._soft_prompts(input, some)
+            copies = 1 if behind else len(soft)
+            tokens = _answers(
+                self.llm,
+                soft,
+                np.repeat(prompt, copies, axis=0),
+                np.repeat(mask, copies, axis=0),
+                place=tokenizer.place(behind),
+                max_new_tokens=config.eval.max_new_tokens,
+                num_beams=config.eval.num_beams,
+                length_penalty=config.eval.length_penalty,
+            )
+            answers += [tokenizer.decode(row) for row in np.asarray(tokens)[:count]]
+        return answers
+
+    def _in_batches(self, histories: Sequence[History]) -> list[Sequence[History]]:
+        size = self.models.config.eval.batch_size
+        return [histories[i : i + size] for i in range(0, len(histories), size)]
+
+    def _soft_prompts(self, input: str, histories: Sequence[History]) -> tuple[jax.Array, int]:
+        """Those of the users, with rows behind them that fill up; and the users' number."""
+        check_input(input)
+        read = [self._read(history) for history in histories]
+        texts = [text for texts, _ in read for text in texts]
+        # The store's precision, so that a served persona is the one that was trained and tested.
+        vectors = self.models.encoder.encode(texts).astype(np.float16).astype(np.float32)
+        ends = np.cumsum([len(texts) for texts, _ in read])[:-1]
+        users = [
+            (own, self._features(texts, told, own))
+            for (texts, told), own in zip(read, np.split(vectors, ends), strict=True)
+        ]
+        rows = 1 << (len(users) - 1).bit_length()
+        items = padded_length(max(len(own) for own, _ in users))
+
+        def batch(arrays: Sequence[np.ndarray]) -> np.ndarray:
+            return pad(np.stack([pad(array, items) for array in arrays]), rows)
+
+        masks = [np.ones(len(own), bool) for own, _ in users]
+        features = {
+            name: batch([features[name] for _, features in users]) for name in self.features
+        }
+        history = batch([own for own, _ in users])
+        return _soft_prompts(self.plug, *self._query(input), history, batch(masks), features), len(
+            users
+        )
+
+    def _query(self, input: str) -> tuple[np.ndarray, np.ndarray]:
+        """The input as the plug reads it, `Batch.query` and its mask, of one row."""
+        encoder, text = self.models.encoder, self.models.task.query_text(input)
+        if self.layout.encoded:
+            vector = encoder.encode([text], queries=True).astype(np.float16).astype(np.float32)
+            return vector, np.ones((1, 1), bool)
+        ids = np.array(encoder.queries([text])[0], np.int32)
+        length = min(padded_length(len(ids)), encoder.model.config.max_length)
+        return pad(ids, length)[None], (np.arange(length) < len(ids))[None]
+
+    def _read(self, history: History) -> tuple[list[str], dict[str, np.ndarray]]:
+        """The newest items' texts, and what the whole history tells of them."""
+        models = self.models
         by_date = models.config.data.sort_by_date
         history = check_history(models.task, history, sort_by_date=by_date)
         texts = [item if isinstance(item, str) else models.item_text(item) for item in history]
         items = [{} if isinstance(item, str) else item for item in history]
         newest = slice(-models.config.data.max_history, None)
-        texts = texts[newest]
-        told = {name: values[newest] for name, values in of_items(models.task, items).items()}
-        query = np.array(encoder.queries([models.task.query_text(input)]), np.int32)
-        # The store's precision, so that a served persona is the one that was trained and tested.
-        vectors = encoder.encode(texts).astype(np.float16).astype(np.float32)
+        told = of_items(models.task, items)
+        return texts[newest], {name: values[newest] for name, values in told.items()}
+
+    def _features(
+        self, texts: Sequence[str], told: dict[str, np.ndarray], vectors: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        store = self.models.store
 
         def means() -> np.ndarray:
-            own = models.store.rows([text for text in texts if text in models.store])
-            return self.peers.means_of(vectors, own)
+            known = store.rows([text for text in texts if text in store])
+            return self.peers.means_of(vectors, known)
 
-        features = of_history(self.features, told, vectors, means)
-
-        def row(items: np.ndarray) -> np.ndarray:
-            # One masked item stands in for an empty history, whose width would be 0.
-            return np.pad(items, [(0, not texts), *[(0, 0)] * (items.ndim - 1)])[None]
-
-        arrays = jax.tree.map(row, (vectors, np.ones(len(texts), bool), features))
-        return _soft_prompt(self.plug, query, np.ones(query.shape, bool), *arrays)
-
-    def generate(self, input: str, history: Sequence[str | dict[str, Any]] = ()) -> str:
-        """The LLM's answer to `input` for the user of `history`, decoded as in the evaluation.
-
-        Takes and raises what `soft_prompt` does.
-        """
-        models = self.models
-        soft = self._soft_prompt(input, history)
-        behind = models.config.plug.place == "behind"
-        length = models.config.data.max_input_length
-        prompt = models.tokenizer.prompt(input, length, behind)[None]
-        there = np.ones(prompt.shape, bool)
-        place = models.tokenizer.place(behind)
-        embeds, mask, context = inputs_embeds(self.llm, soft, prompt, there, place)
-        tokens = generate(
-            self.llm,
-            embeds,
-            mask,
-            max_new_tokens=models.config.eval.max_new_tokens,
-            num_beams=models.config.eval.num_beams,
-            length_penalty=models.config.eval.length_penalty,
-            **context,
-        )
-        return models.tokenizer.decode(np.asarray(tokens[0]))
+        return of_history(self.features, told, vectors, means)

@@ -386,4 +386,7 @@ def _restore_args(tree: Any) -> ocp.args.PyTreeRestore:
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
         for name, x in _named(tree).items()
     }
-    return ocp.args.PyTreeRestore(wanted, ocp.checkpoint_utils.construct_restore_args(wanted))
+    # Older ones may hold more: a plug once kept an encoder that it did not train.
+    return ocp.args.PyTreeRestore(
+        wanted, ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+    )

@@ -12,7 +12,7 @@ from pplug_jax.data.tasks import Task
 from pplug_jax.feed.batches import Tokenized
 from pplug_jax.feed.features import compare_with_peers
 from pplug_jax.feed.peers import Peers
-from pplug_jax.methods.shown import shown, stands_behind
+from pplug_jax.methods.shown import layout_of, shown
 from pplug_jax.methods.table import Method, asked_for, configured
 from pplug_jax.methods.users import own_items, split_users
 from pplug_jax.plugs.registry import PLUGS
@@ -52,10 +52,10 @@ class TrainingInputs:
             kept, held_out = split_users(rows, share, models.config.seed)
             self.examples, self.held_out = Subset(examples, kept), Subset(examples, held_out)
         self.tokenized = functools.cache(
-            lambda own, behind: models.tokenize(self._with_own_items(own), behind)
+            lambda own, layout: models.tokenize(self._with_own_items(own), layout)
         )
         self.tokenized_held_out = functools.cache(
-            lambda behind: models.tokenize(self.held_out, behind)
+            lambda layout: models.tokenize(self.held_out, layout)
         )
 
     def _with_own_items(self, count: int) -> WithOwnItems:
@@ -77,10 +77,10 @@ class TrainingInputs:
             Peers.of(self.models.store, rows).save(self.models.workdir)
 
     def __call__(self, method: Method, config: ml_collections.ConfigDict) -> list[Tokenized]:
-        own, behind = config.train.own_items, stands_behind(method, config)
-        return self._shown(method, config, self._with_own_items(own), self.tokenized(own, behind))
+        own, layout = config.train.own_items, layout_of(method, config)
+        return self._shown(method, config, self._with_own_items(own), self.tokenized(own, layout))
 
     def validation(self, method: Method, config: ml_collections.ConfigDict) -> list[Tokenized]:
         """The examples that are held out, as the method shows them."""
-        tokenized = self.tokenized_held_out(stands_behind(method, config))
+        tokenized = self.tokenized_held_out(layout_of(method, config))
         return self._shown(method, config, self.held_out, tokenized)
