@@ -5,11 +5,14 @@ and 88 items (54) on average (Salemi et al. 2024, arXiv 2404.05970, table 1); a 
 tokens, and the paper cuts inputs at 256.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
-from pplug_jax.feed.batches import Tokenized
+from pplug_jax.encoder.bert import Bert
+from pplug_jax.feed.batches import Tokenized, with_queries
 from pplug_jax.feed.store import HistoryStore
 
 
@@ -37,6 +40,21 @@ def draw_examples(count: int, texts: int, vocabulary: int = 30_000) -> list[Toke
             )
         )
     return examples
+
+
+def with_vectors(
+    examples: Sequence[Tokenized], queries: HistoryStore, encoder: Bert
+) -> list[Tokenized]:
+    """The examples with what `encoder` makes of their queries, in the store of queries."""
+    width = encoder.config.max_length
+
+    @jax.jit
+    def encode(tokens: jax.Array, length: jax.Array) -> jax.Array:
+        return encoder(tokens[None], (np.arange(width) < length)[None])[0]
+
+    vectors = [encode(np.resize(x.query, width), len(x.query)) for x in examples]
+    queries.encoder.encode = lambda texts, *_, **__: np.array([vectors[int(x)] for x in texts])
+    return with_queries(examples, [str(i) for i in range(len(examples))], queries)
 
 
 def fill_store(store: HistoryStore) -> None:

@@ -3,7 +3,8 @@
 Written from the paper's equations (PPlug, arXiv 2409.11901, section 3) on Hugging Face's models:
 every array is padded to its maximum, every history item goes through the whole projector, and a
 decoder-only LLM makes logits at every place. A `lean` recipe does none of these: it is PyTorch with
-what in our step is algorithm, so that what remains between the two is the compiler's.
+what in our step is algorithm, so that what remains between the two is the compiler's. Where our
+plug leaves the input encoder as it is, so does the lean one, and is given the inputs' vectors.
 """
 
 from collections.abc import Sequence
@@ -25,9 +26,13 @@ IGNORED = -100  # transformers' label where nothing is predicted
 
 
 class Plug(torch.nn.Module):
-    """[I ; P] with the weights of `ours`. lean: project the weighted sum, not every item."""
+    """[I ; P] with the weights of `ours`.
 
-    def __init__(self, encoder: transformers.BertModel, ours: UserEmbedder, lean: bool):
+    encoder: of the inputs, trained; None: these come as vectors. lean: project the weighted sum,
+    not every item.
+    """
+
+    def __init__(self, encoder: transformers.BertModel | None, ours: UserEmbedder, lean: bool):
         super().__init__()
         self.encoder, self.scale, self.lean = encoder, float(ours.scale[...]), lean
         self.projector = copied(ours.projector)
@@ -42,7 +47,7 @@ class Plug(torch.nn.Module):
         history_mask: torch.Tensor,
     ) -> torch.Tensor:
         """(B, Q) twice, (B, H, E) and (B, H), no history empty -> (B, 2, D)."""
-        vectors = self.encoder(query, query_mask).last_hidden_state[:, 0]
+        vectors = query if self.encoder is None else self._encoded(query, query_mask)
         scores = torch.einsum("be,bhe->bh", F.normalize(vectors, dim=-1), history)
         weights = scores.masked_fill(~history_mask, -torch.inf).softmax(dim=1)
         first, gelu, second = self.projector
@@ -53,6 +58,9 @@ class Plug(torch.nn.Module):
             persona = torch.einsum("bh,bhd->bd", weights, second(units))
         instruction = self.instruction_projector(self.instruction).expand_as(persona)
         return self.scale * torch.stack([instruction, persona], dim=1)
+
+    def _encoded(self, query: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.encoder(query, mask).last_hidden_state[:, 0]
 
 
 def copied(ours: Projector) -> torch.nn.Sequential:
@@ -136,7 +144,11 @@ class Recipe:
         else:
             tokens, mask = pad([x.prompt for x in examples], PROMPT - SOFT)
             labels = padded(targets, width(targets, TARGET), IGNORED)
-        query = pad([x.query for x in examples], QUERY)
+        if self.plug.encoder is None:
+            vectors = [self.data.queries.vectors(x.query_row) for x in examples]
+            query = torch.tensor(np.stack(vectors)), torch.zeros(len(examples), 0)
+        else:
+            query = pad([x.query for x in examples], QUERY)
         history = pad([self.data.store.vectors(x.rows) for x in examples], HISTORY)
         device = self.plug.instruction.device
         return Inputs(*(x.to(device) for x in (tokens, mask, labels, *query, *history)))
@@ -175,4 +187,4 @@ class Recipe:
         inputs = self.inputs(planned[2])
         answers = 0 if self.causal else inputs.labels.numel()
         text = SOFT * len(inputs.tokens) + inputs.tokens.numel() + answers
-        return np.array([text, inputs.query.numel(), inputs.history_mask.numel()])
+        return np.array([text, inputs.query_mask.numel(), inputs.history_mask.numel()])

@@ -1,6 +1,7 @@
 """A training step, ours against the original recipe in PyTorch: `python -m benchmarks.train_step`
 
     python -m benchmarks.train_step --llm=t5 --batch=16 --dtype=bfloat16 --peak
+    python -m benchmarks.train_step --place=behind --encoder=frozen
 
 Random weights, the same for all, on examples as long as LaMP-5's (`benchmarks.lamp_like`), in the
 batches of our plan. Ours is timed as a run does it, from the tokenised examples through buckets
@@ -8,10 +9,15 @@ and placing to the update. `original` pads to the maxima; `lean` is PyTorch with
 ours, on the same batches of like lengths (`benchmarks.original`). So original to lean is what the
 algorithm gains, lean to ours what the compiler does. The losses of all updates must agree.
 
+With soft tokens behind the input ours is timed beside ours in front; their losses are those of two
+methods. With a frozen encoder ours and lean are given the inputs' vectors. The original trains its
+encoder all the same, so that only its first loss must agree.
+
 Read the Llama's `original` with care: a head of 32000 words is a third of so small an LLM, and of a
 large one a twentieth, so that logits at every place cost it more here.
 """
 
+import copy
 import ctypes
 import gc
 import subprocess
@@ -22,18 +28,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import torch
 import transformers
 from absl import app, flags
 
-from benchmarks.lamp_like import draw_examples, fill_store
+from benchmarks.lamp_like import draw_examples, fill_store, with_vectors
 from benchmarks.original import SOFT, Planned, Plug, Recipe
 from benchmarks.ours import Ours
 from benchmarks.timing import in_turn, report
 from configs import common
 from pplug_jax.feed.batches import Plan
+from pplug_jax.llm.prompts import Behind, Front
 from pplug_jax.methods.table import METHODS
 from pplug_jax.plugs.reading import Reading
 from pplug_jax.scoring.tables import show_table
@@ -42,6 +50,8 @@ from pplug_jax.session import ASSETS, Models
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("llm", "llama", ["llama", "t5"], "The frozen LLM, of some 40 million parameters.")
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "The LLM's; the plug is float32.")
+flags.DEFINE_enum("place", "front", ["front", "behind"], "Where our soft tokens stand.")
+flags.DEFINE_enum("encoder", "trained", ["trained", "frozen"], "Ours and lean's for the inputs.")
 flags.DEFINE_integer("batch", 8, "Examples of a batch.")
 flags.DEFINE_integer("steps", 3, "Batches, of which each timed call works off all.")
 flags.DEFINE_bool("peak", False, "Measure each peer's memory too, in a process of its own.")
@@ -76,6 +86,7 @@ T5 = transformers.T5Config(
 MINI_LM = transformers.BertConfig(
     hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
 )
+PADDED = ("llm", "query", "history")
 HEADER = (
     "peer",
     "examples/s",
@@ -113,11 +124,20 @@ def read_config(directory: Path) -> ml_collections.ConfigDict:
     config.encoder.path = str(directory / "encoder")
     config.train.batch_size = FLAGS.batch
     config.plug.history_dropout = 0.0
+    config.plug.encoder_rate = 1.0 if FLAGS.encoder == "trained" else 0.0
     return config
 
 
 def prefix_length() -> int:
     return 1 if FLAGS.llm == "llama" else 0
+
+
+def placed(models: Models, place: str) -> Models:
+    """The same with soft tokens elsewhere."""
+    other = copy.copy(models)
+    other.config = models.config.copy_and_resolve_references()
+    other.config.plug.place = place
+    return other
 
 
 def peak_megabytes(call: Callable[[], Any]) -> float:
@@ -148,29 +168,40 @@ def measured_apart(name: str) -> float:
 def make_peers(scratch: Path) -> tuple[dict[str, Ours | Recipe], list[Planned]]:
     """The peers with equal weights, ours first, and the batches."""
     write_models(scratch)
-    config = read_config(scratch)
+    config, method = read_config(scratch), METHODS["pplug"]
     models = Models(config, scratch / "run")
     fill_store(models.store)
-    data = models.assemble(
-        METHODS["pplug"], config, draw_examples(EXAMPLES, len(models.store)), FLAGS.batch
-    )
+    examples = draw_examples(EXAMPLES, len(models.store))
+    if FLAGS.encoder == "frozen":
+        examples = with_vectors(examples, models.queries, models.encoder.model)
+    data = models.assemble(method, config, examples, FLAGS.batch)
     plan = Plan(data.buckets.of, FLAGS.batch, 1.0, 0)
-    weights = models.new_weights(METHODS["pplug"], config)
+    weights = models.new_weights(method, config)
     kind = {"llama": transformers.LlamaForCausalLM, "t5": transformers.T5ForConditionalGeneration}
     dtype = getattr(torch, FLAGS.dtype)
     llm = kind[FLAGS.llm].from_pretrained(scratch / "llm", dtype=dtype)
 
     def recipe(lean: bool) -> Recipe:
-        bert = transformers.BertModel.from_pretrained(scratch / "encoder", add_pooling_layer=False)
+        bert = None
+        if FLAGS.encoder == "trained" or not lean:
+            path = scratch / "encoder"
+            bert = transformers.BertModel.from_pretrained(path, add_pooling_layer=False)
         return Recipe(data, llm, Plug(bert, weights, lean), prefix_length(), config.train)
 
     # Ours is made last, for its steps take the weights away.
     recipes = {"original": recipe(lean=False), "lean": recipe(lean=True)}
-    peers = {"ours": Ours(models, data, weights, prefix_length())} | recipes
-    return peers, [plan[step] for step in range(FLAGS.steps)]
+    peers = {"ours": Ours(models, data, weights, Front(prefix_length()))}
+    if FLAGS.place == "behind":
+        # The same tokens; the last of a prompt is its suffix.
+        shorter = [x._replace(prompt=x.prompt[:-1]) for x in examples]
+        models = placed(models, "behind")
+        data = models.assemble(method, models.config, shorter, FLAGS.batch)
+        copied = jax.tree.map(jnp.copy, weights)
+        peers = {"ours": Ours(models, data, copied, Behind((3,))), "ours, front": peers["ours"]}
+    return peers | recipes, [plan[step] for step in range(FLAGS.steps)]
 
 
-def show_parts(ours: Ours, plan: list[Planned]) -> dict[str, float]:
+def show_parts(name: str, ours: Ours, plan: list[Planned]) -> dict[str, float]:
     """Where our time goes: seconds of a step, and of a step without some of its parts."""
     calls = {
         "a step": ours.step,
@@ -187,8 +218,19 @@ def show_parts(ours: Ours, plan: list[Planned]) -> dict[str, float]:
         (name, f"{1e3 * took:.0f}", f"{took / seconds['a step']:.0%}")
         for name, took in seconds.items()
     ]
-    show_table("where our time goes", ("", "ms", "share"), rows)
+    show_table(f"where the time of {name} goes", ("", "ms", "share"), rows)
     return seconds
+
+
+def loss_differences(losses: dict[str, list[float]]) -> dict[str, float | None]:
+    """The largest to ours in front, of the updates that must agree."""
+    reference = losses.get("ours, front", losses["ours"])
+    differences = {name: np.abs(np.subtract(found, reference)) for name, found in losses.items()}
+    if FLAGS.encoder == "frozen":
+        differences["original"] = differences["original"][:1]
+    if FLAGS.place == "behind":
+        differences["ours"] = None
+    return {name: None if x is None else float(x.max()) for name, x in differences.items()}
 
 
 def main(_: list[str]) -> None:
@@ -212,17 +254,20 @@ def main(_: list[str]) -> None:
         [(len(x.prompt) + SOFT + len(x.target), len(x.query), len(x.rows)) for x in examples], 0
     )
     peaks = {name: measured_apart(name) if FLAGS.peak else None for name in peers}
-    seconds = in_turn(cases)
+    seconds, differences = in_turn(cases), loss_differences(losses)
     records = [
         {
             "peer": name,
             "examples_per_second": len(examples) / seconds[name],
             "tokens_per_second": real[0] / seconds[name],
             "ours_is_faster_by": seconds[name] / seconds["ours"],
-            "padding": dict(zip(("llm", "query", "history"), 1 - real / places[name])),
+            "padding": {  # a frozen encoder's query has no places
+                what: 1 - tokens / width if width else None
+                for what, tokens, width in zip(PADDED, real, places[name], strict=True)
+            },
             "peak_megabytes": peaks[name],
             "first_loss": losses[name][0],
-            "loss_difference": float(np.abs(np.subtract(losses[name], losses["ours"])).max()),
+            "loss_difference": differences[name],
         }
         for name in peers
     ]
@@ -232,24 +277,25 @@ def main(_: list[str]) -> None:
             f"{r['examples_per_second']:.2f}",
             f"{r['tokens_per_second']:.0f}",
             f"{r['ours_is_faster_by']:.2f}x",
-            *(f"{share:.0%}" for share in r["padding"].values()),
+            *("" if share is None else f"{share:.0%}" for share in r["padding"].values()),
             f"{r['peak_megabytes']:.0f}" if FLAGS.peak else "",
             f"{r['first_loss']:.5f}",
-            f"{r['loss_difference']:.1e}",
+            "" if r["loss_difference"] is None else f"{r['loss_difference']:.1e}",
         )
         for r in records
     ]
     records.append({"flops": flops, "ideal_flops": ideal, "ratio": flops / ideal})
-    records.append(show_parts(ours, plan))
+    records += [show_parts(name, peers[name], plan) for name in peers if name.startswith("ours")]
     report(
         "train_step",
-        f"a training step: {FLAGS.llm}, {FLAGS.dtype}, batches of {FLAGS.batch}",
+        f"a training step: {FLAGS.llm}, {FLAGS.dtype}, batches of {FLAGS.batch}, soft tokens "
+        f"{FLAGS.place}, the input encoder {FLAGS.encoder}",
         HEADER,
         rows,
         records,
     )
     print(f"FLOPs of our step over those that it needs: {flops / ideal:.3f}")
-    worst = max(r["loss_difference"] for r in records[: len(peers)])
+    worst = max(x for x in differences.values() if x is not None)
     assert worst <= TOLERANCE[FLAGS.dtype], f"the losses differ by {worst}"
 
 

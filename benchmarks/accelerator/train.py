@@ -29,6 +29,7 @@ from benchmarks.original import SOFT, Planned, Plug, Recipe
 from benchmarks.ours import Ours
 from benchmarks.timing import medians
 from pplug_jax.feed.batches import Plan
+from pplug_jax.llm.prompts import Front
 from pplug_jax.methods.table import METHODS
 from pplug_jax.plan.flops import matmul_flops
 
@@ -94,7 +95,7 @@ class Step:
 
     def __init__(self, models: RandomModels, work: Work, remat: bool = False):
         weights = models.new_weights(METHODS["pplug"], models.config)
-        self.ours = Ours(models, work.data, weights, prefix_length=1)
+        self.ours = Ours(models, work.data, weights, place=Front(1))
         with jax.set_mesh(models.mesh):
             *_, self.batch = arguments = self.ours.arguments(work.planned)
             trace = functools.partial(self.ours.update.trace, *arguments, **self.ours.static)
