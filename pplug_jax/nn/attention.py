@@ -1,4 +1,4 @@
-"""The one attention call of every model: by XLA, or of long texts on TPUs by the splash kernel."""
+"""The one attention call of every model: by XLA, or for long texts on TPUs by the splash kernel."""
 
 import math
 
@@ -23,16 +23,17 @@ def attend(
     cap: float | None = None,
     bias: jax.Array | None = None,
 ) -> jax.Array:
-    """Softmax attention, the softmax in float32.
+    """Compute softmax attention, with the softmax in float32.
 
     Args:
         query: (B, L, heads, head_dim).
-        key, value: (B, S, kv_heads, head_dim); each serves heads / kv_heads query heads.
-        mask: (B, L, S) or (B, 1, S) bool, True where a query sees a key. With an `OwnText` the
-            kernel is taken, which has no bias.
+        key: (B, S, kv_heads, head_dim); each head serves heads / kv_heads query heads.
+        value: as `key`.
+        mask: (B, L, S) or (B, 1, S) bool, True where a query sees a key. An `OwnText` chooses the
+            splash kernel, which has no bias.
         scale: of the scores; None is 1/sqrt(head_dim).
-        cap: scores x become cap * tanh(x / cap), as Gemma 2's.
-        bias: (B or 1, heads, L, S), added to the scores, as T5's.
+        cap: scores x become cap * tanh(x / cap), as in Gemma 2.
+        bias: (B or 1, heads, L, S), added to the scores, as in T5.
 
     Returns:
         (B, L, heads, head_dim).
@@ -49,7 +50,7 @@ def attend(
     size = -(-L // count)
 
     def chunks(x: jax.Array, axis: int) -> jax.Array:
-        """Cuts the queries' axis; an axis of 1 stands for all of them."""
+        """Cut the queries' axis; an axis of 1 stands for all of them."""
         if x.shape[axis] == 1:
             return jnp.broadcast_to(x, (count, *x.shape))
         padding = [(0, size * count - L if i == axis else 0) for i in range(x.ndim)]
@@ -79,7 +80,7 @@ def _attend(
     cap: float | None,
     bias: jax.Array | None,
 ) -> jax.Array:
-    """All queries at once."""
+    """Compute attention for all queries at once."""
     B, L, N, D = query.shape
     K = key.shape[2]
 

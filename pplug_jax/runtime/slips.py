@@ -1,4 +1,4 @@
-"""Says in one line what is wrong with a command line, and what is near to what was written."""
+"""Say in one line what is wrong with a command line, and what was probably meant."""
 
 import difflib
 import runpy
@@ -12,7 +12,7 @@ from absl import flags
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Return the arguments that are no flags, as absl's own parser; a mistake ends the process."""
+    """Parse flags as absl does, and return the other arguments; a mistake ends the process."""
     try:
         rest = flags.FLAGS(argv)
         # What could not be loaded is something that raises its error where it is first used.
@@ -27,7 +27,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def near(given: str, known: Iterable[str]) -> str:
-    """Return a question such as " (did you mean 'lamp5'?)", or nothing where nothing is near."""
+    """Return a question such as " (did you mean 'lamp5'?)", or "" if nothing is near."""
     found = difflib.get_close_matches(given, list(known), n=1)
     return f" (did you mean {found[0]!r}?)" if found else ""
 
@@ -37,7 +37,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _mistake(argv: Sequence[str]) -> str | None:
-    """What is wrong with --config and the fields that are set; None where that is not it."""
+    """Return what is wrong with --config and the given fields, or None if they are right."""
     # absl takes flags with one dash too.
     argv = [f"-{each}" if each.startswith("-") and each[1:2].isalpha() else each for each in argv]
     given = _value_of("--config", argv)
@@ -67,7 +67,7 @@ def _mistake(argv: Sequence[str]) -> str | None:
 
 
 def _value_of(flag: str, argv: Sequence[str]) -> str | None:
-    """The last value that the flag is given, by = or as the next argument."""
+    """Return the last value that the flag is given, by = or as the next argument."""
     value = None
     for this, following in zip(argv, [*argv[1:], None], strict=True):
         if this == flag:
@@ -86,7 +86,7 @@ def _has(config: Any, field: str) -> bool:
 
 
 def names_of(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
-    """Every setting's name with the groups that it is in."""
+    """Return every setting's name, with the groups that it is in."""
     names = []
     for name, value in config.items():
         inner = isinstance(value, ml_collections.ConfigDict)
