@@ -62,6 +62,7 @@ def settings(source: str) -> list[Setting]:
             first -= 1
         lines = range(first, statement.end_lineno + 1)
         about = " ".join(comments[line][0] for line in lines if line in comments)
+        about = about[:1].upper() + about[1:]
         section = name.rpartition(".")[0]
         fields.append(Setting(section, name, default, about))
     return fields

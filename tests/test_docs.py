@@ -1,0 +1,44 @@
+"""The documentation says what the code has."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from configs.common import base_config
+from pplug_jax.storage.workdir import flatten
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def test_every_setting_is_described() -> None:
+    pytest.importorskip("mkdocs")
+    path = ROOT / "docs" / "config_reference.py"
+    spec = importlib.util.spec_from_file_location("config_reference", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    settings = module.settings(module.SOURCE.read_text(encoding="utf-8"))
+    assert [s.name for s in settings if not s.about] == []
+    assert {setting.name for setting in settings} == set(flatten(base_config().to_dict()))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_settings_and_files_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    known = flatten(base_config().to_dict())
+    groups = {name.partition(".")[0] for name in known if "." in name}
+    for name in re.findall(r"--config\.([a-z_.]+[a-z_])", text):
+        assert name in known, name
+    for group, field in re.findall(r"`([a-z]+)\.([a-z_]+)(?:=[^`]*)?`", text):
+        if group in groups:
+            assert f"{group}.{field}" in known, f"{group}.{field}"
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / link).exists() or link.endswith(("config.md", "api.md")), link
+    for file in re.findall(r"`((?:configs|tests|benchmarks|launch|examples)/[\w/.]+\w)[`:]", text):
+        assert (ROOT / file).exists(), file
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 700
