@@ -1,4 +1,6 @@
-"""The tables of `--mode=plan`: one slice in full, the smallest slices that fit, the best mesh."""
+"""Print the tables of `--mode=plan`: one slice in full, the smallest slices that fit, the best
+mesh.
+"""
 
 import itertools
 import math
@@ -23,7 +25,14 @@ from pplug_jax.scoring.tables import show_table
 
 
 class _Program(NamedTuple):
-    """A column of the full plan. tokens: of a step, padding included. useful: as `TrainPlan`'s."""
+    """A column of the full plan.
+
+    Attributes:
+        tokens: tokens of a step, padding included.
+        memory: as `TrainPlan.memory`.
+        cost: as `TrainPlan.cost`.
+        useful: as `TrainPlan.useful`.
+    """
 
     tokens: int
     memory: Memory
@@ -32,7 +41,7 @@ class _Program(NamedTuple):
 
 
 def show_plan(config: ml_collections.ConfigDict, where: Slice) -> None:
-    """Compiles all programs for the config's mesh, and prints what each needs."""
+    """Compile all programs for the config's mesh, and print what each needs."""
     programs = Programs(config, make_mesh(**config.mesh, devices=where.devices))
     _describe(programs, where)
     training = plan_training(programs, where)
@@ -122,7 +131,8 @@ def _show_programs(columns: dict[str, _Program], where: Slice) -> None:
 
 
 def roomy_mesh(config: ml_collections.ConfigDict, where: Slice) -> Mesh:
-    """The mesh with the fewest chips a copy whose arrays leave half of the HBM to activations.
+    """Return the mesh with the fewest chips a copy whose arrays leave half of the HBM to
+    activations.
 
     Tensor parallelism only takes the chips that the batch has no rows for.
     """
@@ -139,7 +149,7 @@ def roomy_mesh(config: ml_collections.ConfigDict, where: Slice) -> Mesh:
 
 
 def show_slices(config: ml_collections.ConfigDict) -> None:
-    """Compiles the training step for ever larger slices of each kind of chip, until it fits."""
+    """Compile the training step for ever larger slices of each kind of chip, until it fits."""
     rows = []
     for kind, chip in CHIPS.items():
         for shape in chip.slices:
@@ -177,7 +187,7 @@ def _row(where: Slice, found: TrainPlan) -> list[str]:
 
 
 def meshes(chips: int) -> Iterator[tuple[int, int, int]]:
-    """All (data, fsdp, tensor) of so many chips, in powers of 2."""
+    """Yield all (data, fsdp, tensor) of so many chips, in powers of 2."""
     powers = [2**i for i in range(chips.bit_length())]
     for fsdp, tensor in itertools.product(powers, powers):
         if chips % (fsdp * tensor) == 0:
@@ -185,9 +195,9 @@ def meshes(chips: int) -> Iterator[tuple[int, int, int]]:
 
 
 def suggest(config: ml_collections.ConfigDict, where: Slice) -> None:
-    """Compiles the training step for all meshes of a slice, and prints the fastest that fit.
+    """Compile the training step for all meshes of a slice, and print the fastest that fit.
 
-    On each mesh the config's batch is tried and twice that, in ever more parts until it fits.
+    Each mesh is tried with the config's batch and twice that, in ever more parts until it fits.
     """
     found: list[TrainPlan] = []
     for shape in meshes(len(where.devices)):
@@ -216,7 +226,7 @@ def _try(
     batch_size: int,
     accumulation: int,
 ) -> TrainPlan | None:
-    """Training with these settings; None if they leave some chip without a row."""
+    """Plan training with these settings; return None if they leave some chip without a row."""
     config = config.copy_and_resolve_references().unlock()
     config.train.batch_size, config.train.accumulation = batch_size, accumulation
     try:
@@ -228,9 +238,12 @@ def _try(
 
 
 def plan(config: ml_collections.ConfigDict, topology: str, search: bool) -> None:
-    """Prints what the config's run needs of `topology`, such as `v5e:4x4`, or of `all`.
+    """Print what the config's run needs of a slice, or of all.
 
-    search: try other meshes and batches instead of the config's.
+    Args:
+        config: the settings.
+        topology: a slice such as `v5e:4x4`, or `all`.
+        search: try other meshes and batches instead of the config's.
 
     Raises:
         InputError: a setting that cannot work, an unknown topology, or no TPU compiler.

@@ -1,4 +1,4 @@
-"""How far an answer's style is from the user's own: what ROUGE does not see."""
+"""Measure how far an answer's style is from the user's own, which ROUGE does not see."""
 
 from collections.abc import Sequence
 
@@ -9,17 +9,17 @@ from pplug_jax.data.tasks import Task
 
 
 def features(text: str) -> np.ndarray:
-    """Whether there is a colon, how many words, and which share of them begin with a capital."""
+    """Return whether there is a colon, the number of words, and the share of capitalised words."""
     words = text.split()
     capitals = sum(word[0].isupper() for word in words) / max(1, len(words))
     return np.array([":" in text, len(words), capitals], np.float64)
 
 
 def distances(task: Task, examples: Sequence[Example], predictions: Sequence[str]) -> np.ndarray:
-    """Each example's distance from the user's mean and 1, (n, 2); 0 and 0 without a history.
+    """Return each example's distance from the user's mean and 1, (n, 2); 0 and 0 without a history.
 
-    The mean over `features` of the absolute difference between the answer and the mean of the
-    user's own, in standard deviations of all that users have written.
+    The distance is the mean over `features` of the absolute difference between the answer and the
+    mean of what the user wrote, in standard deviations of what all users wrote.
     """
     own = [
         np.array([features(item[task.answer]) for item in example.profile]) for example in examples

@@ -1,4 +1,4 @@
-"""What examples' statistics say of methods: scores, tables' columns, and differences in words."""
+"""Turn examples' statistics into scores, columns of tables, and differences in words."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from pplug_jax.scoring.metrics import METRICS, compare, interval, value_of
 def scores(
     statistics: dict[str, np.ndarray], samples: int, users: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    """{metric: {value, low, high}}."""
+    """Return {metric: {value, low, high}}."""
     found = {}
     for metric, rows in statistics.items():
         low, high = interval(metric, rows, samples, users=users)
@@ -21,7 +21,7 @@ def scores(
 
 
 def mean_statistics(seeds: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """{metric: each example's statistics, averaged over the seeds}."""
+    """Return {metric: each example's statistics, averaged over the seeds}."""
     return {metric: np.mean([each[metric] for each in seeds], axis=0) for metric in seeds[0]}
 
 
@@ -30,9 +30,9 @@ def title_of(results: dict[str, Any]) -> str:
 
 
 def metric_columns(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The metrics that all methods have, as a header and a list of cells for each method.
+    """Return the metrics that all methods have, as a header and a list of cells for each method.
 
-    The task's own metrics are told with their intervals.
+    The task's own metrics have their intervals.
     """
     entries = list(results["methods"].values())
     metrics = [metric for metric in METRICS if all(metric in entry for entry in entries)]
@@ -55,7 +55,7 @@ def verdicts(
     samples: int,
     users: Sequence[str] = (),
 ) -> list[str]:
-    """What the paired differences between pplug and every other method say, in words."""
+    """Say in words what the paired differences between pplug and every other method mean."""
     if "pplug" not in statistics:
         return []
     said = []
