@@ -330,8 +330,7 @@ def read(
     """Return the examples of `split`, in the file's order.
 
     Without outputs (benchmarks withhold those of the test split) the targets are None. An empty
-    profile
-    is allowed.
+    profile is allowed.
 
     Args:
         directory: the task's files.

@@ -88,8 +88,7 @@ class _Text:
     """A moving window on a file's text.
 
     text[at:] was read and not yet taken; `start` is the byte, `line` and `column` (from 0) the
-    place of
-    text[at].
+    place of text[at].
     """
 
     def __init__(self, path: Path, file: BinaryIO):

@@ -160,7 +160,7 @@ def notes(seed: int, split: str, number: int | str) -> list[str]:
 
 
 def user(seed: int, number: int, split: str, history: tuple[int, int]) -> Example:
-    """Make user `number` of `split`: a question, its gold title, and a profile of `history` papers."""
+    """Make user `number` of `split`: a question, its gold title, a profile of `history` papers."""
     rng = user_rng(seed, split, number)
     style = style_of(rng)
     # A user comes back to the same few subjects, so that retrieval has something to find.

@@ -61,12 +61,10 @@ class PersonalTexts(tfds.core.ShardBasedBuilder):
     tasks.
 
     The elements have the file's order and the texts `id`, `user` (empty if the files name no
-    users),
-    `input` and `target`. If the output is withheld, `has_target` is False and `target` empty.
-    `profile`
-    is the sequence of the items in the file's order: the task's fields, and `id` and `date`, empty
-    if
-    an item lacks them. What LaMP-QA's judge needs stands under its own names, as JSON.
+    users), `input` and `target`. If the output is withheld, `has_target` is False and `target`
+    empty. `profile` is the sequence of the items in the file's order: the task's fields, and `id`
+    and `date`, empty if an item lacks them. What LaMP-QA's judge needs stands under its own names,
+    as JSON.
     """
 
     VERSION = tfds.core.Version("1.0.0")

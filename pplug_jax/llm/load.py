@@ -149,10 +149,8 @@ def _find_tied(
     """Find the matrices that may be stored under one of several names, or under all.
 
     As in `transformers` 5 the tensors decide. A head that differs from the embedding is not tied to
-    it,
-    whatever `config.tie_word_embeddings` says; if only one of two tied names exists, it stands for
-    both.
-    This changes `config` and `sources` accordingly.
+    it, whatever `config.tie_word_embeddings` says; if only one of two tied names exists, it stands
+    for both. This changes `config` and `sources` accordingly.
 
     Raises:
         InputError: T5's encoder or decoder has an embedding of its own.

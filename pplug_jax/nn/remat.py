@@ -12,10 +12,8 @@ def checkpointed(layer: Callable, remat: bool) -> Callable:
     nothing.
 
     Norms, activations, rotations and attention are computed again. Attention's arrays of (B, heads,
-    L,
-    S) would be the largest. This is a sixth more matmul work of attention alone, a third where
-    weights
-    are trained. It takes no time that could be measured, and saves two fifths of the memory
+    L, S) would be the largest. This is a sixth more matmul work of attention alone, a third where
+    weights are trained. It takes no time that could be measured, and saves two fifths of the memory
     (docs/notes/speed.md).
 
     Args:

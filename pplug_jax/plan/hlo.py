@@ -80,7 +80,7 @@ class _Instruction(NamedTuple):
 
     @property
     def forwards(self) -> bool:
-        """Whether it is a collective, or a part of one that runs beside other work."""
+        """Return whether it is a collective, or a part of one that runs beside other work."""
         return self.collective is not None or "AsyncCollective" in self.rest
 
     def called(self, *attributes: str) -> list[str]:
@@ -318,8 +318,7 @@ def traffic(text: str, while_trips: int | None = None) -> Traffic:
     """Return what the program `compiled.as_text()` moves when it runs once.
 
     An array counts at every instruction that reads or writes it in HBM. Fused instructions are one,
-    and
-    arrays in on-chip memory count for nothing.
+    and arrays in on-chip memory count for nothing.
 
     Args:
         text: the program.

@@ -22,9 +22,8 @@ def start() -> None:
     """Join the job that the environment names; without one, the process is alone.
 
     A job is one or several Cloud TPU slices, a SLURM step, Open MPI or an indexed Kubernetes job
-    (all
-    found by JAX), or what JAX_COORDINATOR_ADDRESS (HOST:PORT), JAX_NUM_PROCESSES and JAX_PROCESS_ID
-    say. Call it before JAX is used.
+    (all found by JAX), or what JAX_COORDINATOR_ADDRESS (HOST:PORT), JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID say. Call it before JAX is used.
 
     Raises:
         InputError: the variables make no sense, or the other processes do not answer.

@@ -73,8 +73,7 @@ def sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> Na
     """Return how an array of `shape` with logical `axes` lies on the mesh.
 
     A dimension that its mesh axes do not divide is replicated, which is never wrong, only larger.
-    Odd
-    vocabularies of LLMs are padded before they come here.
+    Odd vocabularies of LLMs are padded before they come here.
     """
     spec = [
         RULES.get(axis) if size % parts(mesh, axis) == 0 else None

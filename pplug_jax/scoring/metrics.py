@@ -174,9 +174,9 @@ def example_statistics(
     evaluation (arXiv 2304.11406) and LongLaMP's (arXiv 2407.11016), on stripped strings:
 
     - accuracy, macro_f1: exactly a label, in its case. An output that is no label is wrong and
-    belongs to no class. A class that nobody has or predicts has F1 0.
+      belongs to no class. A class that nobody has or predicts has F1 0.
     - mae, rmse: the prediction as Python's `float`; an output that is no finite number becomes the
-    end of the scale, 1 or 5, that is further from the reference.
+      end of the scale, 1 or 5, that is further from the reference.
     - exact_match: the strings are equal.
     - rouge1, rougeL: the F-measure of `rouge_score` without stemming (Lin 2004).
     - meteor: NLTK's, of NLTK's words (Lavie and Agarwal 2007; alpha 0.9, beta 3, gamma 0.5).
@@ -210,8 +210,7 @@ def score(task: str, predictions: Sequence[str], references: Sequence[str]) -> d
     """Return the task's metrics over all examples, e.g. {"rouge1": .., "rougeL": ..}.
 
     For ROUGE this is the plain mean. LaMP's own script prints the median of bootstrap means, which
-    agrees
-    to about the fourth decimal. `example_statistics` has definitions and errors.
+    agrees to about the fourth decimal. `example_statistics` has definitions and errors.
 
     Args:
         task: a task's name, as LaMP_5.
@@ -300,10 +299,8 @@ def compare(
     """Compare two methods in the metric on the same examples: a minus b.
 
     The interval is the bootstrap's over users. The p-value is that of the permutation test that
-    swaps
-    the methods within users: the share of swaps, the observed one included, that differ as much. It
-    is
-    exact if all 2^U swaps are no more than `samples` (Phipson and Smyth 2010).
+    swaps the methods within users: the share of swaps, the observed one included, that differ as
+    much. It is exact if all 2^U swaps are no more than `samples` (Phipson and Smyth 2010).
 
     Args:
         metric: its name.

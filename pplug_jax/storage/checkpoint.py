@@ -228,8 +228,7 @@ class Checkpoints:
         """Return the arrays of the first step that is whole for every process, and that step.
 
         All processes take the first one's steps, and the worst of their findings counts. `cut` gets
-        the
-        steps that are not whole.
+        the steps that are not whole.
         """
         problems = []
         for step in self._agreed(steps):
@@ -386,8 +385,7 @@ def _array_handler() -> ocp.PyTreeCheckpointHandler:
     """Make a handler that lets one device write what all devices hold.
 
     Orbax would otherwise cut each array into a slice per device. A plug of 45 arrays on 8 devices
-    would
-    compile 136 slicings at its first checkpoint.
+    would compile 136 slicings at its first checkpoint.
     """
     array = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, array))

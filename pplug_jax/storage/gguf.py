@@ -82,8 +82,7 @@ def directory_of(file: Path) -> Path:
     """Return a directory that presents `file` as a model in Hugging Face format.
 
     It lies beside the hub's cache, under HF_HOME. It holds config.json, the tokenizer, and links to
-    the
-    file and its further parts, under their names.
+    the file and its further parts, under their names.
 
     Raises:
         InputError: not a whole GGUF file, or an architecture or a tokenizer that is not supported.

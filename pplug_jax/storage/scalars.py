@@ -17,8 +17,7 @@ class Writer:
     """Write the scalars of a method to files that all methods of a workdir share.
 
     Only the first of several processes writes. In a bucket, metrics.jsonl appears anew at each
-    `flush`.
-    A run that continues from step `start` removes what a killed one had written beyond it.
+    `flush`. A run that continues from step `start` removes what a killed one had written beyond it.
 
     Args:
         workdir: the run's directory.
