@@ -110,8 +110,8 @@ def _item(item: Any, task: Task, where: str) -> Item:
     """Return the item with every field of the task as a string; an optional field may be empty."""
     texts = {}
     for field in (*task.fields, *task.optional, task.label):
-        there = isinstance(item, dict) and item.get(field) is not None
-        if field and (there or field in task.fields):
+        given = isinstance(item, dict) and item.get(field) is not None
+        if field and (given or field in task.fields):
             # Scores come as numbers too.
             kind = (str, int, float) if field == task.label else str
             texts[field] = str(_field(item, field, kind, where))

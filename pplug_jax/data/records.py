@@ -196,8 +196,8 @@ def array(path: Path) -> Iterator[tuple[Place, Any]]:
         if wrapped:
             text.take(wrapped.end())
         if text.skip() != "[":
-            found = type(text.value()).__name__
-            raise DataError(path, f"expected a list of records, found {found}")
+            kind = type(text.value()).__name__
+            raise DataError(path, f"expected a list of records, found {kind}")
         text.take(text.at + 1)
         while (character := text.skip()) != "]":
             start, line = text.start, text.line

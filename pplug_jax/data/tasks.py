@@ -116,8 +116,8 @@ class Task:
 
 
 def _groups(pattern: str, input: str) -> str:
-    found = re.search(pattern, input, re.DOTALL)
-    return _joined(found.groups()) if found else input.strip()
+    match = re.search(pattern, input, re.DOTALL)
+    return _joined(match.groups()) if match else input.strip()
 
 
 def _joined(texts: Sequence[str | None]) -> str:

@@ -58,10 +58,10 @@ def check(hf: transformers.PreTrainedConfig, **supported: Any) -> None:
         InputError: names the setting.
     """
     for field, value in supported.items():
-        found = getattr(hf, field, None)
-        if found is not None and found != value:
+        given = getattr(hf, field, None)
+        if given is not None and given != value:
             raise InputError(
-                f"config.json: {field}={found!r} is not supported for model_type {hf.model_type} "
+                f"config.json: {field}={given!r} is not supported for model_type {hf.model_type} "
                 f"(only {value!r})"
             )
 

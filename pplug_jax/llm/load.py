@@ -230,12 +230,12 @@ def llm_loader(
 
     All checks run now, so errors appear before the (slow) load.
     """
-    found = _read_checkpoint(path, dtype, quantize, weights=True)
+    checkpoint = _read_checkpoint(path, dtype, quantize, weights=True)
     return hf.weights_loader(
-        found.module,
+        checkpoint.module,
         path,
-        found.tensors,
-        found.sources,
+        checkpoint.tensors,
+        checkpoint.sources,
         mesh,
         ignore=IGNORED,
         store=functools.partial(_store, quantize=quantize),

@@ -63,8 +63,8 @@ def attend(
 
     def chunk(cut: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
         query, mask, bias = cut
-        own = (x.astype(y.dtype) for x, y in zip(wide, (key, value), strict=True))
-        return _attend(query, *own, mask, scale, cap, bias)
+        keys_and_values = (x.astype(y.dtype) for x, y in zip(wide, (key, value), strict=True))
+        return _attend(query, *keys_and_values, mask, scale, cap, bias)
 
     cut = chunks(query, 1), chunks(mask, 1), None if bias is None else chunks(bias, 2)
     h = jax.lax.map(jax.checkpoint(chunk, prevent_cse=False), cut)

@@ -105,7 +105,9 @@ def find_slice(name: str) -> Slice:
     # Hosts have four chips, unless told otherwise.
     settings = chip.settings | ({"chips_per_host_bounds": (1, 1, 1)} if shape == "1x1" else {})
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **settings).devices
+        devices = topologies.get_topology_desc(
+            platform="tpu", topology_name=name, **settings
+        ).devices
     except jax.errors.JaxRuntimeError as error:
         if "INVALID_ARGUMENT" not in str(error):
             raise
@@ -113,4 +115,4 @@ def find_slice(name: str) -> Slice:
             f"--topology={name}: the TPU compiler does not know this shape ({error}); known are "
             f"{', '.join(chip.slices)}"
         ) from error
-    return Slice(name, chip, tuple(map(int, shape.split("x"))), list(found))
+    return Slice(name, chip, tuple(map(int, shape.split("x"))), list(devices))

@@ -85,22 +85,22 @@ class _Instruction(NamedTuple):
 
     def called(self, *attributes: str) -> list[str]:
         names = "|".join(attributes)
-        found = re.findall(rf"\b(?:{names})=(?:%?([\w.-]+)|{{([^}}]*)}})", self.rest)
-        return [name.strip(" %") for one, many in found for name in (one or many).split(",")]
+        matches = re.findall(rf"\b(?:{names})=(?:%?([\w.-]+)|{{([^}}]*)}})", self.rest)
+        return [name.strip(" %") for one, many in matches for name in (one or many).split(",")]
 
 
 _Computation = dict[str, _Instruction]  # in order; the last one is the root
 
 
 def _arrays(shape: str) -> tuple[_Array, ...]:
-    found = []
+    arrays = []
     for dtype, dims, layout in re.findall(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?", shape):
         bits = re.match(r"[a-z]+(\d+)", dtype)
         width = 1 if dtype == "pred" else int(bits[1]) / 8 if bits else 0
         space = re.search(r"S\((\d+)\)", layout)
         size = width * math.prod(int(n) for n in dims.split(",") if n)
-        found.append(_Array(size, space is None or space[1] == "0"))
-    return tuple(found)
+        arrays.append(_Array(size, space is None or space[1] == "0"))
+    return tuple(arrays)
 
 
 def _closing(text: str, start: int) -> int:

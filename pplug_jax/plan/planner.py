@@ -125,8 +125,8 @@ def _show_programs(columns: dict[str, _Program], where: Slice) -> None:
     show_table("One step of each program", ["", *columns], rows)
     rows = []
     for kind in COLLECTIVES:
-        found = (program.cost.moved.collectives[kind] for program in columns.values())
-        rows.append([kind, *(f"{n:.0f}, {size / 1e6:,.1f} MB" if n else "" for n, size in found)])
+        moved = (program.cost.moved.collectives[kind] for program in columns.values())
+        rows.append([kind, *(f"{n:.0f}, {size / 1e6:,.1f} MB" if n else "" for n, size in moved)])
     show_table("Collectives of a step, and bytes that a chip receives", ["", *columns], rows)
 
 
@@ -154,9 +154,9 @@ def show_slices(config: ml_collections.ConfigDict) -> None:
     for kind, chip in CHIPS.items():
         for shape in chip.slices:
             where = find_slice(f"{kind}:{shape}")
-            found = plan_training(Programs(config, roomy_mesh(config, where)), where)
-            rows.append(_row(where, found))
-            if found.memory.fits:
+            train_plan = plan_training(Programs(config, roomy_mesh(config, where)), where)
+            rows.append(_row(where, train_plan))
+            if train_plan.memory.fits:
                 rows[-1][0] += " *"
                 break
     show_table("* the smallest slice of its kind that training fits", _HEADER, rows)
@@ -199,20 +199,20 @@ def suggest(config: ml_collections.ConfigDict, where: Slice) -> None:
 
     Each mesh is tried with the config's batch and twice that, in ever more parts until it fits.
     """
-    found: list[TrainPlan] = []
+    plans: list[TrainPlan] = []
     for shape in meshes(len(where.devices)):
         for batch_size in (config.train.batch_size, 2 * config.train.batch_size):
             accumulation = config.train.accumulation
             while tried := _try(config, where, shape, batch_size, accumulation):
-                found.append(tried)
+                plans.append(tried)
                 if tried.memory.fits or not tried.memory.temporaries:
                     break
                 accumulation *= 2
             if accumulation > config.train.accumulation:
                 break  # more rows would only be more parts
-    fit = [each for each in found if each.cost]
+    fit = [option for option in plans if option.cost]
     fit.sort(key=lambda each: each.cost.seconds(where) / each.batch_size)
-    rows = [_row(where, each) for each in fit + [each for each in found if not each.cost]]
+    rows = [_row(where, option) for option in fit + [option for option in plans if not option.cost]]
     show_table(f"{where.name}, the shortest time an example first", _HEADER, rows)
     if fit:
         batch = {"batch_size": fit[0].batch_size, "accumulation": fit[0].accumulation}

@@ -78,12 +78,12 @@ def report(workdirs: Sequence[Path]) -> Path:
     }
     lower = [name for name, metric in METRICS.items() if metric.lower_is_better]
     data = {
-        "methods": list(dict.fromkeys(name for each in runs for name in each.results["methods"])),
+        "methods": list(dict.fromkeys(name for shown in runs for name in shown.results["methods"])),
         "metrics": run.metrics,
         "lower": lower,
-        "runs": [{"metrics": each.metrics, "methods": each.results["methods"]} for each in runs],
+        "runs": [{"metrics": shown.metrics, "methods": shown.results["methods"]} for shown in runs],
         "losses": losses,
-        "bins": [each.name for each in examples["bins"]],
+        "bins": [group.name for group in examples["bins"]],
         "lengths": examples["by_length"],
         "top_k": by_top_k,
         "explorer": examples["explorer"],
@@ -132,7 +132,7 @@ def _examples(run: Run, folder: Path) -> dict[str, Any]:
         by_length = scores_by_length(
             bins, over_seeds(statistics), run.config.eval.bootstrap_samples, split.users
         )
-        names = [each.name for each in bins]
+        names = [group.name for group in bins]
         named = {
             metric: {name: dict(zip(names, scores, strict=True)) for name, scores in of.items()}
             for metric, of in by_length.items()

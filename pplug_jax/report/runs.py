@@ -135,8 +135,8 @@ def read_run(workdir: Path) -> Run:
     config, results = (_load(workdir / name) for name in (CONFIG, f"{RESULTS}.json"))
     if config.get("task") not in TASKS or not results.get("methods"):
         raise InputError(f"{workdir} has no results of a known task: evaluate again")
-    there = flatten(config)
-    if missing := [field for field in FIELDS if field not in there]:
+    settings = flatten(config)
+    if missing := [field for field in FIELDS if field not in settings]:
         raise InputError(
             f"{workdir / CONFIG} has no {', '.join(missing)}: the workdir was made by an "
             "older version; run the command again with a new --workdir"
@@ -184,10 +184,10 @@ def read_predictions(run: Run, folder: Path, split: Split) -> dict[str, list[str
     for name in run.results["methods"]:
         path = predictions_path(folder, run.results["split"], name)
         if path.is_file():
-            found = submission.read(path, run.task)
-            if missing := [id for id in split.ids if id not in found]:
+            given = submission.read(path, run.task)
+            if missing := [id for id in split.ids if id not in given]:
                 raise InputError(f"{path} has no answer to id {missing[0]!r}: evaluate again")
-            answers[name] = [found[id] for id in split.ids]
+            answers[name] = [given[id] for id in split.ids]
     return answers
 
 

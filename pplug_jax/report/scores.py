@@ -52,14 +52,14 @@ def scores_by_length(
     bins: Sequence[Bin], statistics: Mapping[str, Statistics], samples: int, users: Sequence[str]
 ) -> dict[str, dict[str, list[Score]]]:
     """Return {metric: {method: each bin's score}}."""
-    found: dict[str, dict[str, list[Score]]] = defaultdict(lambda: defaultdict(list))
+    by_length: dict[str, dict[str, list[Score]]] = defaultdict(lambda: defaultdict(list))
     for name, rows in statistics.items():
-        for each in bins:
-            members = {metric: of[each.members] for metric, of in rows.items()}
-            theirs = [users[i] for i in each.members]
+        for group in bins:
+            members = {metric: of[group.members] for metric, of in rows.items()}
+            theirs = [users[i] for i in group.members]
             for metric, score in scores(members, samples, theirs).items():
-                found[metric][name].append(score)
-    return found
+                by_length[metric][name].append(score)
+    return by_length
 
 
 def scores_by_top_k(runs: Sequence[Run]) -> dict[str, dict[str, dict[int, Score]]]:

@@ -57,15 +57,17 @@ def make_mesh(
             f"{math.prod(shape)} devices, but there are {len(devices)}: change config.mesh"
         )
     types = (AxisType.Auto,) * len(AXES)
-    found = len({getattr(device, "slice_index", 0) for device in devices})
+    slices_present = len({getattr(device, "slice_index", 0) for device in devices})
     # Unlike `jax.make_mesh`, which refuses an axis that is a part of one of the slice's own.
     split = {"allow_split_physical_axes": True}
-    if found == 1:  # one slice, or a platform without, which may be told to act as several
+    if slices_present == 1:  # one slice, or a platform without, which may be told to act as several
         placed = create_device_mesh(shape, devices, **split)
-    elif slices == found:
+    elif slices == slices_present:
         placed = create_hybrid_device_mesh((1, *shape[1:]), (slices, 1, 1, 1), devices, **split)
     else:
-        raise InputError(f"there are {found} slices: set config.mesh.slices={found}")
+        raise InputError(
+            f"there are {slices_present} slices: set config.mesh.slices={slices_present}"
+        )
     return Mesh(placed, AXES, axis_types=types)
 
 

@@ -28,8 +28,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 def near(given: str, known: Iterable[str]) -> str:
     """Return a question such as " (did you mean 'lamp5'?)", or "" if nothing is near."""
-    found = difflib.get_close_matches(given, list(known), n=1)
-    return f" (did you mean {found[0]!r}?)" if found else ""
+    matches = difflib.get_close_matches(given, list(known), n=1)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
 def _first_line(error: Exception) -> str:
@@ -39,13 +39,13 @@ def _first_line(error: Exception) -> str:
 def _mistake(argv: Sequence[str]) -> str | None:
     """Return what is wrong with --config and the given fields, or None if they are right."""
     # absl takes flags with one dash too.
-    argv = [f"-{each}" if each.startswith("-") and each[1:2].isalpha() else each for each in argv]
+    argv = [f"-{word}" if word.startswith("-") and word[1:2].isalpha() else word for word in argv]
     given = _value_of("--config", argv)
     if given is None:
         return "--config is missing; for example --config=configs/lamp5.py"
     path, _, argument = given.partition(":")
     if not Path(path).is_file():
-        known = [each.as_posix() for each in Path("configs").glob("*.py")]
+        known = [file.as_posix() for file in Path("configs").glob("*.py")]
         return f"--config={path}: there is no such file{near(path, known)}"
     try:
         get_config = runpy.run_path(path).get("get_config")
@@ -53,13 +53,13 @@ def _mistake(argv: Sequence[str]) -> str | None:
             return f"--config={path}: the file has no function get_config, so it is no config"
         config = get_config(*[argument] if argument else [])
         if not isinstance(config, ml_collections.ConfigDict):
-            found = type(config).__name__
+            kind = type(config).__name__
             return (
-                f"--config={path}: get_config must return an ml_collections.ConfigDict, not {found}"
+                f"--config={path}: get_config must return an ml_collections.ConfigDict, not {kind}"
             )
     except Exception as error:  # noqa: BLE001
         return f"--config={given}: {_first_line(error)}"
-    fields = [each.removeprefix("--config.").partition("=")[0] for each in argv[1:]]
+    fields = [flag.removeprefix("--config.").partition("=")[0] for flag in argv[1:]]
     for flag, field in zip(argv[1:], fields, strict=True):
         if flag.startswith("--config.") and not _has(config, field):
             return f"--config.{field}: there is no such setting{near(field, names_of(config))}"

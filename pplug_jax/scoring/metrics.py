@@ -236,8 +236,8 @@ def _by_user(
     sums = np.zeros((len(places), statistics.shape[1]))
     np.add.at(sums, place, statistics)
     numbers = np.bincount(place)[:, None]
-    there = sums[:, 1] > 0 if METRICS[metric].value is _ratio else slice(None)
-    return sums[there], numbers[there]
+    divisible = sums[:, 1] > 0 if METRICS[metric].value is _ratio else slice(None)
+    return sums[divisible], numbers[divisible]
 
 
 def _value(metric: str, sums: np.ndarray, numbers: np.ndarray, drawn: np.ndarray) -> np.ndarray:
@@ -317,7 +317,7 @@ def compare(
         raise ValueError(
             f"statistics of shapes {a.shape} and {b.shape} are not of the same examples"
         )
-    (sums, numbers), (others, _) = (_by_user(metric, each, users) for each in (a, b))
+    (sums, numbers), (others, _) = (_by_user(metric, statistics, users) for statistics in (a, b))
     n = len(sums)
     both = np.concatenate([sums, others]), np.concatenate([numbers, numbers])
 

@@ -21,14 +21,18 @@ def distances(task: Task, examples: Sequence[Example], predictions: Sequence[str
     The distance is the mean over `features` of the absolute difference between the answer and the
     mean of what the user wrote, in standard deviations of what all users wrote.
     """
-    own = [
+    written = [
         np.array([features(item[task.answer]) for item in example.profile]) for example in examples
     ]
-    there = [i for i, texts in enumerate(own) if len(texts)]
-    found = np.zeros((len(examples), 2))
-    if there:
-        deviation = np.concatenate([own[i] for i in there]).std(axis=0)
+    with_history = [i for i, texts in enumerate(written) if len(texts)]
+    result = np.zeros((len(examples), 2))
+    if with_history:
+        deviation = np.concatenate([written[i] for i in with_history]).std(axis=0)
         deviation = np.where(deviation > 0, deviation, 1)
-        differences = [np.abs(features(predictions[i]) - own[i].mean(axis=0)) for i in there]
-        found[there] = np.stack([np.mean(differences / deviation, axis=1), np.ones(len(there))], 1)
-    return found
+        differences = [
+            np.abs(features(predictions[i]) - written[i].mean(axis=0)) for i in with_history
+        ]
+        result[with_history] = np.stack(
+            [np.mean(differences / deviation, axis=1), np.ones(len(with_history))], 1
+        )
+    return result

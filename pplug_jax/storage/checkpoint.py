@@ -232,8 +232,8 @@ class Checkpoints:
         """
         problems = []
         for step in self._agreed(steps):
-            found, restored, problem = self._read(step, ocp.args.Composite(**args))
-            worst = worst_of_all(found)
+            finding, restored, problem = self._read(step, ocp.args.Composite(**args))
+            worst = worst_of_all(finding)
             problem = problem or "another process could not read it, and says why"
             if worst == READ:
                 return restored, step
@@ -270,9 +270,9 @@ class Checkpoints:
 
     def _complete(self, path: epath.Path, args: ocp.args.Composite) -> dict[str, Any]:
         # Listed, since `is_dir` takes every error for an absence.
-        there = {child.name for child in path.iterdir()}
+        names = {child.name for child in path.iterdir()}
         for item in args.keys():  # noqa: SIM118  no dict
-            if item not in there:
+            if item not in names:
                 raise FileNotFoundError(f"{path / item}: no such directory")
             next((path / item).iterdir(), None)
         return jax.block_until_ready(dict(self.reader.restore(path, args).items()))
@@ -362,10 +362,10 @@ def module_loader(directory: epath.Path, module: Any, origin: dict[str, Any]) ->
                 lambda: checkpointer.restore(directory, ocp.args.Composite(**items)),
             )
 
-    found = read_origin(directory)
-    if found | origin != found:
+    saved = read_origin(directory)
+    if saved | origin != saved:
         raise CheckpointError(
-            f"{directory} was converted from {found}, not from {origin}: "
+            f"{directory} was converted from {saved}, not from {origin}: "
             "delete it, or name another place with --config.llm.converted"
         )
     return lambda: _restored_like(module, restore(arrays=_restore_args(module))["arrays"])

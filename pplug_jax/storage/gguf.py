@@ -202,11 +202,11 @@ def read_config(file: Path) -> dict[str, Any]:
 
 def _settings(reader: Any, architecture: str) -> dict[str, Any]:
     """Return what the file itself says of SETTINGS, by config.json's names."""
-    found = {ours: _value(reader, f"{architecture}.{name}") for name, ours in SETTINGS.items()}
-    found = {name: value for name, value in found.items() if value is not None}
-    if "num_attention_heads" in found:
-        found.setdefault("num_key_value_heads", found["num_attention_heads"])
-    return found
+    settings = {ours: _value(reader, f"{architecture}.{name}") for name, ours in SETTINGS.items()}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if "num_attention_heads" in settings:
+        settings.setdefault("num_key_value_heads", settings["num_attention_heads"])
+    return settings
 
 
 def _stops(reader: Any) -> list[int]:
@@ -318,13 +318,13 @@ def tensors(file: Path) -> Iterable[tuple[str, _Tensor]]:
     names = TENSORS | (AROUND_MLP if architecture in ("gemma2", "gemma3") else {})
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     for tensor in _reader(file).tensors:
-        found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", tensor.name)
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", tensor.name)
         if tensor.name == ROPE_DIVISORS:
             continue
-        if found is None or found[2] not in names:
+        if match is None or match[2] not in names:
             yield tensor.name, _Tensor(tensor, None, 0.0)  # refused by name, where it is loaded
             continue
-        layer, name, kind = found.groups()
+        layer, name, kind = match.groups()
         order, offset = None, 0.0
         if architecture == "llama" and name in heads:
             # llama.cpp rotates neighbouring dimensions where `transformers` rotates halves.

@@ -178,8 +178,8 @@ def weights_loader(
             names it.
     """
     tensors = {
-        name.removeprefix(prefix): found
-        for name, found in stored.items()
+        name.removeprefix(prefix): tensor
+        for name, tensor in stored.items()
         if name.startswith(prefix)
     }
     graph, state = nnx.split(module)
@@ -201,10 +201,10 @@ def weights_loader(
         shape = stored_shape[1:] if stacked else stored_shape
         for name in names:
             file, tensor = tensors[name]
-            found = tuple(tensor.get_shape())
-            if found != (shape[::-1] if source.transpose else shape):
+            tensor_shape = tuple(tensor.get_shape())
+            if tensor_shape != (shape[::-1] if source.transpose else shape):
                 raise InputError(
-                    f"{file}: the tensor {name} has shape {found}, "
+                    f"{file}: the tensor {name} has shape {tensor_shape}, "
                     f"config.json asks for {shape[::-1] if source.transpose else shape}"
                 )
 
@@ -323,4 +323,4 @@ def save_weights(
 
 def common_prefix(tensors: Iterable[str], name: str) -> str:
     """Return what stands before `name` in a checkpoint (`bert.` if it was saved with a head)."""
-    return next((found.removesuffix(name) for found in tensors if found.endswith(name)), "")
+    return next((tensor.removesuffix(name) for tensor in tensors if tensor.endswith(name)), "")

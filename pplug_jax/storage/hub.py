@@ -83,11 +83,11 @@ def check_room(what: str, need: int, directory: Path) -> None:
     Raises:
         InputError: they do not fit.
     """
-    there = next(parent for parent in (directory, *directory.parents) if parent.is_dir())
-    free = shutil.disk_usage(there).free
+    disk = next(parent for parent in (directory, *directory.parents) if parent.is_dir())
+    free = shutil.disk_usage(disk).free
     if need > free:
         raise InputError(
-            f"{what} needs {need / 1e9:.1f} GB, but {there} has {free / 1e9:.1f} GB left: name a "
+            f"{what} needs {need / 1e9:.1f} GB, but {disk} has {free / 1e9:.1f} GB left: name a "
             "directory on a larger disk in HF_HOME (on a TPU VM, add a disk when you create it)"
         )
 
@@ -111,13 +111,13 @@ def _snapshot(repository: str, file: str | None) -> Path:
     """Fetch the repository's files that are read, or the parts of one .gguf file."""
     fetch = functools.partial(huggingface_hub.snapshot_download, repository)
     try:
-        there = {found.filename: found for found in fetch(dry_run=True)}
+        files = {entry.filename: entry for entry in fetch(dry_run=True)}
     except DryRunError:  # no network, or no such model; what was fetched before will do
         return Path(fetch(allow_patterns=[file or "config.json"]))
-    names = _parts(file, there) if file else chosen(there)
+    names = _parts(file, files) if file else chosen(files)
     if not names:
         raise InputError(f"{repository} has no {file or 'model files'}")
-    need = sum(there[name].file_size or 0 for name in names if there[name].will_download)
+    need = sum(files[name].file_size or 0 for name in names if files[name].will_download)
     check_room(repository, need, Path(huggingface_hub.constants.HF_HUB_CACHE))
     return Path(fetch(allow_patterns=names))
 
@@ -130,17 +130,17 @@ def _parts(file: str, names: Iterable[str]) -> list[str]:
 def _from_url(url: str) -> Path:
     try:
         remote, root = fsspec.url_to_fs(url)
-        found = retrying(f"listing {url}", lambda: _files_at(remote, root))
+        files = retrying(f"listing {url}", lambda: _files_at(remote, root))
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"{url} cannot be read: {error}") from error
-    if not found:
+    if not files:
         raise InputError(f"{url}: there are no model files ({', '.join(FILES)}, weights)")
     # Another name for other contents: what was fetched is never stale.
-    version = fsspec.utils.tokenize(url, [checksum for checksum, _ in found.values()])
+    version = fsspec.utils.tokenize(url, [checksum for checksum, _ in files.values()])
     directory = Path(huggingface_hub.constants.HF_HOME) / "urls" / version
-    wanted = {file: directory / name for name, file in _below(root, found).items()}
+    wanted = {file: directory / name for name, file in _below(root, files).items()}
     lacking = {file: target for file, target in wanted.items() if not target.is_file()}
-    check_room(url, sum(found[file][1] for file in lacking), directory)
+    check_room(url, sum(files[file][1] for file in lacking), directory)
     for file, target in lacking.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         # Whole or not at all, also if killed or if two processes fetch at once.
