@@ -1,5 +1,6 @@
 """The documentation says what the code has."""
 
+import ast
 import importlib.util
 import re
 from pathlib import Path
@@ -42,3 +43,29 @@ def test_settings_and_files_that_a_page_names_exist(page: Path) -> None:
 
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 700
+
+
+def messages() -> str:
+    """Return all texts of the package's code, with `...` where values stand."""
+    texts = []
+    for path in (ROOT / "pplug_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [str(getattr(part, "value", "")) for part in node.values]
+                literal = [isinstance(part, ast.Constant) for part in node.values]
+                texts.append(
+                    "".join(p if ok else "..." for p, ok in zip(parts, literal, strict=True))
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return "\n".join(texts)
+
+
+def test_troubleshooting_quotes_messages_of_the_code() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quotes = re.findall(r"^\| (`[^|]+`) \|", page, re.MULTILINE)
+    assert len(quotes) > 20
+    said = messages()
+    for quote in re.findall(r"`([^`]+)`", " ".join(quotes)):
+        for part in re.split(r"\.\.\.|\bnan\b", quote):
+            assert part.strip(" ,") in said, part

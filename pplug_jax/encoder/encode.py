@@ -160,8 +160,8 @@ def abstract_bert(
 def load_bert(path: str | Path, mesh: Mesh, **settings: Any) -> bert.Bert:
     """Load the directory's model; `settings` are those of `abstract_bert`."""
     module = abstract_bert(path, **settings)
-    found = read_tensors(transformer_directory(path))
-    tensors = {_modern(name): stored for name, stored in found.items()}
+    files = read_tensors(transformer_directory(path))
+    tensors = {_modern(name): stored for name, stored in files.items()}
     load = hf.weights_loader(
         module,
         path,
