@@ -37,8 +37,8 @@ def test_settings_and_files_that_a_page_names_exist(page: Path) -> None:
             assert f"{group}.{field}" in known, f"{group}.{field}"
     for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (page.parent / link).exists() or link.endswith(("config.md", "api.md")), link
-    for file in re.findall(r"`((?:configs|tests|benchmarks|launch|examples)/[\w/.]+\w)[`:]", text):
-        assert (ROOT / file).exists(), file
+    for file in re.findall(r"`([a-z_]+/[\w/.]+\.(?:py|sh|md|ipynb))[`:]", text):
+        assert (ROOT / file).exists() or (ROOT / "pplug_jax" / file).exists(), file
 
 
 def test_readme_is_short() -> None:
