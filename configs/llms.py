@@ -11,7 +11,7 @@ from pplug_jax.runtime.slips import near
 
 
 class Layout(NamedTuple):
-    """How a preset trains 64 rows on a slice of 8 chips: the fastest way that docs/pods.md plans.
+    """How a preset trains 64 rows on 8 chips: the fastest way that docs/notes/tpu.md plans.
 
     fsdp: chips that share one copy of the weights. accumulation: parts that the rows are worked off
     in. remat: forward passes are made twice, where there is no room for what they would leave.
@@ -96,6 +96,6 @@ def use(c: ml_collections.ConfigDict, argument: str) -> None:
     if machine:
         layout = getattr(preset, SLICES[machine])
         if layout is None:
-            raise ValueError(f"{argument}: {name} does not fit a {machine}; see docs/pods.md")
+            raise ValueError(f"{argument}: {name} does not fit a {machine}; see docs/notes/tpu.md")
         c.mesh.fsdp = layout.fsdp
         c.train.accumulation, c.train.remat = layout.accumulation, layout.remat

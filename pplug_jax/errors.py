@@ -4,17 +4,20 @@ from pathlib import Path
 
 
 class InputError(ValueError):
-    """What the user gave cannot work.
+    """The user gave something that cannot work.
 
     The message names file, record or field, and says what to do.
     """
 
 
 class DataError(InputError):
-    """A data file or a record of one that is not as its format says.
+    """A data file, or a record of one, is not as its format says.
 
-    file: its path. problem: what is wrong, what to do. where: the record in it, if it is about one.
-    line: where that record begins.
+    Args:
+        file: its path.
+        problem: what is wrong, and what to do.
+        where: the record in it, if the error is about one.
+        line: where that record begins.
     """
 
     def __init__(self, file: str | Path, problem: str, where: str = "", line: int | None = None):
@@ -23,7 +26,7 @@ class DataError(InputError):
 
 
 class ConfigError(InputError):
-    """A setting that cannot work; the message names the field."""
+    """A setting cannot work; the message names the field."""
 
 
 class CheckpointError(InputError):

@@ -1,4 +1,4 @@
-"""Reads a task's files to the end and says what is in them, and what is wrong with them."""
+"""Read a task's files to the end, and say what is in them and what is wrong with them."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,13 +17,15 @@ BAR = 40  # characters
 
 
 def check_data(directory: Path, task: Task, splits: Sequence[str] = ()) -> int:
-    """Prints counts, histograms of lengths and every bad record of the splits in the directory.
+    """Print counts, histograms of lengths and every bad record of the splits in the directory.
 
     Args:
-        splits: which of them; all, if none is named.
+        directory: the task's files.
+        task: the task.
+        splits: the splits to read; none means all.
 
     Returns:
-        How many records are bad.
+        The number of bad records.
 
     Raises:
         DataError: there is no split, or a file cannot be read to its end.
@@ -94,7 +96,7 @@ def _describe(split: str, examples: Examples, bad: int) -> None:
 
 
 def _histogram(title: str, lengths: Counter[int]) -> list[str]:
-    """Rows for the lengths 0, 1, 2-3, 4-7, 8-15 and so on."""
+    """Return rows for the lengths 0, 1, 2-3, 4-7, 8-15 and so on."""
     if not lengths:
         return []
     values = np.array(sorted(lengths))

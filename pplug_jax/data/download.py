@@ -1,4 +1,4 @@
-"""The public LaMP files, fetched whole: continued where a connection broke, checked, then named."""
+"""Fetch the public LaMP files whole: continue broken downloads, check them, then name them."""
 
 import contextlib
 import http.client
@@ -27,7 +27,7 @@ class _Broken(Exception):
 def file_urls(
     task: str, split: str, *, time_based: bool, base_url: str = BASE_URL
 ) -> dict[str, str]:
-    """The names of a split's files, and where they are served; the test outputs are withheld.
+    """Return the names of a split's files, and their URLs; the test outputs are withheld.
 
     The layout is that of https://lamp-benchmark.github.io/download: LaMP_2 alone is the retired
     news task, the movies are its `new`.
@@ -52,14 +52,21 @@ def download(
     time_based: bool,
     base_url: str = BASE_URL,
 ) -> list[Path]:
-    """Brings the files of `splits` into `directory`, and gives their paths.
+    """Bring the files of `splits` into `directory`, and return their paths.
 
-    A file there is whole, and is not fetched again; what an earlier call left of one, in
+    A file that is there is whole, and is not fetched again. What an earlier call left of one, in
     FILE.partial, is continued.
 
+    Args:
+        task: the task's name.
+        splits: the splits.
+        directory: where the files go.
+        time_based: LaMP split by time; otherwise by user.
+        base_url: the server.
+
     Raises:
-        InputError: the task is not served; no way to the server, no such file, or a web page in
-            its place; a file that is cut off as the server has it; a directory that cannot be
+        InputError: the task is not served; the server cannot be reached or has no such file, or a
+            web page in its place; the file is cut off on the server; the directory cannot be
             written. The message says what to fetch by other means, and where to put it.
     """
 
@@ -135,9 +142,9 @@ def _fetch(url: str, path: Path) -> None:
 
 
 def _receive(url: str, partial: Path, version: Path, title: str) -> None:
-    """One attempt at bringing `partial` to its whole length.
+    """Try once to bring `partial` to its whole length.
 
-    `version` holds the ETag (or the date) and the length of what `partial` is the beginning of.
+    `version` holds the ETag (or the date) and the length of the file that `partial` begins.
     """
     have = _size(partial)
     known = version.read_text("latin-1") if version.is_file() else ""
@@ -194,7 +201,7 @@ def _receive(url: str, partial: Path, version: Path, title: str) -> None:
 
 @contextlib.contextmanager
 def _network(url: str) -> Iterator[None]:
-    """Tells the network's errors, which time may mend or not, from the disk's."""
+    """Tell the network's errors, which time may or may not mend, from the disk's."""
     try:
         yield
     except urllib.error.HTTPError as error:
@@ -210,7 +217,7 @@ def _network(url: str) -> Iterator[None]:
 
 
 def _tag(response: http.client.HTTPResponse) -> str:
-    """What changes with the file; a weak ETag does not promise the same bytes."""
+    """Return what changes with the file; a weak ETag does not promise the same bytes."""
     etag = response.headers["ETag"] or ""
     return etag if etag.startswith('"') else response.headers["Last-Modified"] or ""
 

@@ -1,4 +1,4 @@
-"""What a text is known by in every history store."""
+"""Make the key under which every history store knows a text."""
 
 import hashlib
 

@@ -1,6 +1,6 @@
-"""LaMP's files, and those of benchmarks with one file a split, as examples.
+"""Read LaMP's files, and those of benchmarks with one file a split, as examples.
 
-Examples are read from their file whenever they are asked for: a split may be larger than the
+Examples are read from their file whenever they are asked for, as a split may be larger than the
 memory.
 """
 
@@ -24,9 +24,12 @@ Item = dict[str, Any]
 class Example:
     """A question of a user.
 
-    target: None where the outputs are withheld.
-    profile: the user's history items, as the files have them.
-    user: empty where the files do not tell users.
+    Attributes:
+        id: names the example in its file.
+        input: what the LLM is asked, instruction included.
+        target: the right output; None if it is withheld.
+        profile: the user's history items, as the files have them.
+        user: who asks; empty if the files do not say.
     """
 
     id: str
@@ -40,7 +43,7 @@ TWICE = "the id stands there more than once; ids must be unique"
 
 
 class _Bad(Exception):
-    """(where, problem): a record that is not as the format says."""
+    """A record that is not as the format says: (where, problem)."""
 
     def error(self, path: Path, line: int | None = None) -> DataError:
         where, problem = self.args
@@ -77,7 +80,7 @@ def _check_text(text: str, what: str, where: str) -> None:
 
 
 def date_order(item: Item) -> list[int]:
-    """Orders items by `date`, as the numbers in it; what tells no time is the oldest."""
+    """Return a key that orders items by the numbers in their `date`; one without is the oldest."""
     return [int(part) for part in re.findall(r"\d+", str(item["date"]))]
 
 
@@ -91,22 +94,24 @@ ORDERLY = re.compile(
 
 
 def is_misleading(date: Any) -> bool:
-    """Whether a date's numbers do not order by time, as those of March 1, 2024 or of no date."""
+    """Return whether a date's numbers do not order by time, as in March 1, 2024, or are missing."""
     return not ORDERLY.fullmatch(str(date))
 
 
 def by_date(profile: Sequence[Item]) -> Sequence[Item]:
-    """Oldest first, where every item has a date; else as it was, which LaMP's readers take for
-    the order of time."""
+    """Return the profile oldest first if every item has a date, and otherwise unchanged.
+
+    LaMP's readers take the file's order for that of time.
+    """
     return sorted(profile, key=date_order) if all("date" in item for item in profile) else profile
 
 
 def _item(item: Any, task: Task, where: str) -> Item:
-    """The item with every field of the task a string, an optional one perhaps an empty one."""
+    """Return the item with every field of the task as a string; an optional field may be empty."""
     texts = {}
     for field in (*task.fields, *task.optional, task.label):
-        there = isinstance(item, dict) and item.get(field) is not None
-        if field and (there or field in task.fields):
+        given = isinstance(item, dict) and item.get(field) is not None
+        if field and (given or field in task.fields):
             # Scores come as numbers too.
             kind = (str, int, float) if field == task.label else str
             texts[field] = str(_field(item, field, kind, where))
@@ -118,7 +123,7 @@ def _item(item: Any, task: Task, where: str) -> Item:
 
 
 def check_input(text: Any) -> None:
-    """An input that did not come from a file, checked as those that do.
+    """Check an input that did not come from a file as those that do.
 
     Raises:
         InputError: it is no text that a tokenizer reads.
@@ -132,14 +137,15 @@ def check_input(text: Any) -> None:
 
 
 def check_history(task: Task, history: Any, *, sort_by_date: bool) -> list[str | Item]:
-    """A history that did not come from a file, checked and ordered as those that do.
+    """Check and order a history that did not come from a file as those that do.
 
     Args:
+        task: the task whose fields the items have.
         history: items as the task's files have them, or texts alone.
         sort_by_date: order items that all have dates.
 
     Raises:
-        InputError: names the item's place and field.
+        InputError: an item is wrong; the message names its place and field.
     """
     # An array of no dimension looks iterable and is not.
     if (
@@ -168,9 +174,11 @@ def check_history(task: Task, history: Any, *, sort_by_date: bool) -> list[str |
 
 
 def in_order(profile: Sequence[Item], where: str) -> Sequence[Item]:
-    """`by_date`, and a word where dates do not tell the order.
+    """Return `by_date` of the profile, and warn if its dates do not tell the order.
 
-    where: what to call the profile.
+    Args:
+        profile: the items.
+        where: names the profile in the warning.
     """
     if all("date" in item for item in profile):
         for i, item in enumerate(profile):
@@ -182,7 +190,7 @@ def in_order(profile: Sequence[Item], where: str) -> Sequence[Item]:
 
 @functools.lru_cache(maxsize=1)
 def _warned() -> list[str]:
-    """What was said of dates already, once for the whole process."""
+    """Return the warnings about dates so far, one list for the whole process."""
     return []
 
 
@@ -199,11 +207,15 @@ def _warn_of_dates(found: str) -> None:
 def parse(
     task: Task, record: Any, where: str, *, default_id: str = "", sort_by_date: bool = True
 ) -> Example:
-    """A record as an example; LaMP's questions, whose outputs stand elsewhere, without target.
+    """Return a record as an example.
+
+    LaMP's questions get no target, as their outputs stand in another file.
 
     Args:
-        where: what to call the record before its id is known.
-        default_id: where the format asks for no id.
+        task: the task.
+        record: the record.
+        where: names the record before its id is known.
+        default_id: the id if the format asks for none.
         sort_by_date: order a profile whose items all have dates.
 
     Raises:
@@ -243,7 +255,7 @@ class Examples(Sequence[Example]):
         return len(self.places)
 
     def record(self, index: int) -> Item:
-        """The record as the file has it."""
+        """Return the record as the file has it."""
         return load(self.path, self.places[index])
 
     def __getitem__(self, index: int) -> Example:
@@ -257,7 +269,7 @@ class Examples(Sequence[Example]):
 
 
 def _outputs(path: Path, task: Task, on_bad: Callable[[DataError], None]) -> dict[str, str]:
-    """The outputs by id, from the form of a submission or, as LongLaMP's e-mails, a bare list."""
+    """Return the outputs by id, from a submission's form or, as in LongLaMP's e-mails, a list."""
     golds = document(path)
     if not isinstance(golds, list):
         try:
@@ -287,19 +299,19 @@ def _check_label(task: Task, output: str, where: str) -> None:
 
 
 def file_names(task: Task, split: str) -> list[str]:
-    """What a split's files are called; of one file, the first name that is there."""
+    """Return the names of a split's files; if it has one, the first name that exists."""
     if task.questions_and_outputs:
         return [f"{split}_questions.json", f"{split}_outputs.json"]
     return [f"{split}.jsonl", f"{split}.json"]
 
 
 def expected_files(task: Task, split: str) -> str:
-    """The same for people."""
+    """Return the names of a split's files in words."""
     return (" and " if task.questions_and_outputs else " or ").join(file_names(task, split))
 
 
 def splits(directory: str | Path, task: Task) -> list[str]:
-    """The splits whose files are in the directory."""
+    """Return the splits whose files are in the directory."""
     ends = [name.removeprefix("*") for name in file_names(task, "*")]
     if task.questions_and_outputs:
         ends = ends[:1]
@@ -315,19 +327,22 @@ def read(
     sort_by_date: bool = True,
     on_bad: Callable[[DataError], None] = raise_bad,
 ) -> Examples:
-    """The examples of `split`, in the file's order.
+    """Return the examples of `split`, in the file's order.
 
     Without outputs (benchmarks withhold those of the test split) the targets are None. An empty
     profile is allowed.
 
     Args:
+        directory: the task's files.
+        split: the split.
+        task: the task.
         sort_by_date: order a profile whose items all have dates.
-        on_bad: told of each record that is not as the format says; the record is left out.
+        on_bad: called with each record that is not as the format says; the record is left out.
 
     Raises:
-        DataError: a missing or broken file; unless `on_bad` does something else, a missing or
-            mistyped field, a duplicate id, an output that is no label of the task, a question
-            without an output or an output without a question.
+        DataError: a missing or broken file. By default also a missing or mistyped field, a
+            duplicate id, an output that is no label of the task, a question without an output or
+            the reverse.
     """
     path, other_path = (Path(directory) / name for name in file_names(task, split))
     outputs: dict[str, str] | None = None

@@ -1,6 +1,6 @@
-"""The records of a JSON file, one at a time, with their places to read each again.
+"""Read the records of a JSON file one at a time, with their places to read each again.
 
-A file is one list of records, or has a record a line (JSONL); it may be larger than the memory.
+A file is one list of records, or has a record a line (JSONL). It may be larger than the memory.
 """
 
 import codecs
@@ -22,7 +22,7 @@ LONGEST_TOKEN = 12  # characters: an escaped surrogate pair
 
 
 class Place(NamedTuple):
-    """Where a record lies: its first byte, its bytes, and its line, counted from 1."""
+    """The place of a record: its first byte, its bytes, and its line, counted from 1."""
 
     start: int
     size: int
@@ -30,12 +30,12 @@ class Place(NamedTuple):
 
 
 def raise_bad(error: DataError) -> None:
-    """What is done about a bad record unless told otherwise."""
+    """Raise the error: what is done about a bad record by default."""
     raise error
 
 
 def load(path: Path, place: Place) -> Any:
-    """The record at `place`."""
+    """Return the record at `place`."""
     with open(path, "rb") as file:
         file.seek(place.start)
         return json.loads(file.read(place.size).decode())
@@ -44,10 +44,12 @@ def load(path: Path, place: Place) -> Any:
 def records(
     path: Path, on_bad: Callable[[DataError], None] = raise_bad
 ) -> Iterator[tuple[Place, Any]]:
-    """The records of a list or of lines, whichever the file has; a .jsonl file has lines.
+    """Return the records of a list or of lines, whichever the file has; a .jsonl file has lines.
 
-    on_bad: told of a line that is not JSON, which is then left out. A list that is not JSON cannot
-    be read beyond that place.
+    Args:
+        path: the file.
+        on_bad: called for a line that is not JSON, which is then left out. A list that is not JSON
+            cannot be read beyond that place.
 
     Raises:
         DataError: no such file, not UTF-8, or a list that is not JSON.
@@ -83,10 +85,10 @@ def _said(error: Exception) -> str:
 
 
 class _Text:
-    """A window on a file's text that moves on.
+    """A moving window on a file's text.
 
-    text[at:] is what was read and not yet taken; `start` is the byte, `line` and `column` (from 0)
-    the place of text[at].
+    text[at:] was read and not yet taken; `start` is the byte, `line` and `column` (from 0) the
+    place of text[at].
     """
 
     def __init__(self, path: Path, file: BinaryIO):
@@ -97,7 +99,7 @@ class _Text:
         self.read = 0
 
     def more(self) -> bool:
-        """Reads as much again as is there, so that all attempts together stay linear."""
+        """Read as much again as the window holds, so that all attempts together stay linear."""
         data = self.file.read(max(CHUNK, len(self.text) - self.at))
         pending = len(self.decoder.getstate()[0])
         try:
@@ -111,7 +113,7 @@ class _Text:
         return bool(data)
 
     def take(self, end: int) -> None:
-        """Moves on to text[end]."""
+        """Move on to text[end]."""
         taken = self.text[self.at : end]
         self.start += len(taken.encode())
         newlines = taken.count("\n")
@@ -120,7 +122,7 @@ class _Text:
         self.at = end
 
     def skip(self) -> str:
-        """Moves over what is blank; the character there, or nothing at the file's end."""
+        """Move over blanks; return the character there, or "" at the file's end."""
         while True:
             self.take(BLANK.match(self.text, self.at).end())
             if self.at < len(self.text):
@@ -136,7 +138,7 @@ class _Text:
         )
 
     def value(self) -> Any:
-        """Takes the JSON value that begins here."""
+        """Take the JSON value that begins here."""
         while True:
             try:
                 value, end = json.JSONDecoder().raw_decode(self.text, self.at)
@@ -168,7 +170,7 @@ def _text(path: Path) -> Iterator[_Text]:
 
 
 def document(path: Path) -> Any:
-    """The one JSON value that a file is.
+    """Return the one JSON value that a file is.
 
     Raises:
         DataError: no such file, not UTF-8, or not JSON.
@@ -182,7 +184,7 @@ def document(path: Path) -> Any:
 
 
 def array(path: Path) -> Iterator[tuple[Place, Any]]:
-    """The elements of the list that a JSON file is.
+    """Yield the elements of the list that a JSON file is.
 
     Raises:
         DataError: no such file, not UTF-8, not JSON, or not a list.
@@ -194,8 +196,8 @@ def array(path: Path) -> Iterator[tuple[Place, Any]]:
         if wrapped:
             text.take(wrapped.end())
         if text.skip() != "[":
-            found = type(text.value()).__name__
-            raise DataError(path, f"expected a list of records, found {found}")
+            kind = type(text.value()).__name__
+            raise DataError(path, f"expected a list of records, found {kind}")
         text.take(text.at + 1)
         while (character := text.skip()) != "]":
             start, line = text.start, text.line

@@ -123,7 +123,7 @@ DEEDS = {
 
 
 def title(style: dict[str, str], content: dict[str, str]) -> str:
-    """The title that a user of `style` gives to a paper of `content`."""
+    """Return the title that a user of `style` gives to a paper of `content`."""
     kind, aspect = content["kind"], content["aspect"]
     core = FRAMES[kind][style[f"{kind}_frame"]]
     text = PLACES[style["aspect_place"]].format(
@@ -146,12 +146,12 @@ def style_of(rng: random.Random) -> dict[str, str]:
 
 
 def user_rng(seed: int, split: str, number: int | str) -> random.Random:
-    """The generator that draws a user, their style first."""
+    """Return the generator that draws a user, their style first."""
     return random.Random(f"{seed}/{split}/{int(number)}")
 
 
 def notes(seed: int, split: str, number: int | str) -> list[str]:
-    """The user's style in words, which no example shows; the bundled LLM learnt to obey such."""
+    """Return the user's style in words, which no example shows; the bundled LLM learnt them."""
     words = {": ": "colon", " - ": "dash"}
     return [
         words.get(option) or re.sub(r" *\{\w+\}", "", option)
@@ -160,7 +160,7 @@ def notes(seed: int, split: str, number: int | str) -> list[str]:
 
 
 def user(seed: int, number: int, split: str, history: tuple[int, int]) -> Example:
-    """User `number` of `split`: a question, its gold title, and a profile of `history` papers."""
+    """Make user `number` of `split`: a question, its gold title, a profile of `history` papers."""
     rng = user_rng(seed, split, number)
     style = style_of(rng)
     # A user comes back to the same few subjects, so that retrieval has something to find.
@@ -190,6 +190,6 @@ def user(seed: int, number: int, split: str, history: tuple[int, int]) -> Exampl
 def users(
     seed: int, split: str, count: int | None = None, history: tuple[int, int] = (8, 16)
 ) -> Iterator[Example]:
-    """The first `count` users of `split`; without `count`, without end."""
+    """Yield the first `count` users of `split`, or without `count` users without end."""
     for number in itertools.count() if count is None else range(count):
         yield user(seed, number, split, history)

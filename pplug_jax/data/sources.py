@@ -1,4 +1,4 @@
-"""The splits that a config names: the task's files, a TFDS data set, the embedded sample."""
+"""Read the splits that a config names: the task's files, a TFDS data set, the embedded sample."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from pplug_jax.storage.workdir import BAD_RECORDS
 
 
 def data_directory(config: ml_collections.ConfigDict) -> Path | None:
-    """Where the task's files are; None for the embedded sample."""
+    """Return the directory of the task's files, or None for the embedded sample."""
     if config.data.path:
         return Path(config.data.path)
     if config.data.sample_eval_users:
@@ -26,15 +26,15 @@ def data_directory(config: ml_collections.ConfigDict) -> Path | None:
 
 
 def data_name(config: ml_collections.ConfigDict) -> str:
-    """What the data are, for people."""
+    """Return what the data are, in words."""
     return config.data.path or str(data_directory(config) or "the embedded sample")
 
 
 def existing_directory(config: ml_collections.ConfigDict, split: str) -> Path:
-    """The directory of the task's files.
+    """Return the directory of the task's files.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: it does not exist.
     """
     directory = data_directory(config)
     if not directory.is_dir():
@@ -51,12 +51,16 @@ def read_split(
     role: str,
     on_bad: Callable[[DataError], None] = raise_bad,
 ) -> Sequence[Example]:
-    """The split to train on (role `train`) or the one held out (`eval`).
+    """Return the split to train on or to answer.
 
-    on_bad: told of each record that is left out.
+    Args:
+        config: the settings.
+        role: `train` or `eval`.
+        on_bad: called with each record that is left out.
 
     Raises:
-        ConfigError, DataError: a missing directory, a broken file, or no example at all.
+        ConfigError: a directory is missing.
+        DataError: a file is broken, or there is no example at all.
     """
     split, task = config.data[f"{role}_split"], TASKS[config.task]
     if data_directory(config) is None:
@@ -74,7 +78,7 @@ def read_split(
 
 
 def report_bad(workdir: Path, bad: Sequence[DataError]) -> None:
-    """Lists the records that were left out in `bad_records.jsonl`."""
+    """List the records that were left out in `bad_records.jsonl`."""
     path = workdir / BAD_RECORDS
     write_json_lines(
         path,

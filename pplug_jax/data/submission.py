@@ -1,4 +1,4 @@
-"""Predictions as the benchmarks' own evaluations read them."""
+"""Write predictions as the benchmarks' own evaluations read them."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from pplug_jax.storage.files import write_json, write_json_lines
 
 
 def write(path: Path, task: Task, answers: Mapping[str, str]) -> None:
-    """Writes {id: answer} in LaMP's form, which LongLaMP shares, or in LaMP-QA's."""
+    """Write {id: answer} in LaMP's form, which LongLaMP shares, or in LaMP-QA's."""
     if task.judged:
         content: Any = {id: [{"output": answer}] for id, answer in answers.items()}
     else:
@@ -21,7 +21,7 @@ def write(path: Path, task: Task, answers: Mapping[str, str]) -> None:
 
 
 def read(path: Path, task: Task) -> dict[str, str]:
-    """{id: answer} of a file that `write` made."""
+    """Return {id: answer} of a file that `write` made."""
     content = json.loads(path.read_text(encoding="utf-8"))
     if task.judged:
         return {id: outputs[0]["output"] for id, outputs in content.items()}
@@ -29,7 +29,7 @@ def read(path: Path, task: Task) -> dict[str, str]:
 
 
 def write_judged(path: Path, task: Task, examples: Examples, answers: Mapping[str, str]) -> None:
-    """Writes what a judge needs, a line for each example: question, answer, and the rubric."""
+    """Write what a judge needs, a line for each example: question, answer, and rubric."""
     fields = ("id", task.input_key, *task.judged)
     records = map(examples.record, range(len(examples)))
     write_json_lines(

@@ -1,4 +1,4 @@
-"""The task table: a row says what a task's texts are, how demonstrations look, what is scored."""
+"""The task table: a row says what a task's texts are, how they look in prompts, what is scored."""
 
 import dataclasses
 import re
@@ -10,28 +10,32 @@ from typing import Any
 class Task:
     """A benchmark's task.
 
-    name: as its files have it. metrics: the keys of its scores (`metrics.METRICS`), the first the
-    one that runs are compared by; none where only a judge can score. labels: all valid outputs,
-    where they are few.
-
-    fields, optional: the texts that a profile item must and may have. label: the item's field that
-    holds what the user chose (a tag, a score), `label_text` how the encoder reads it. history: the
-    item's fields as the encoder reads them. document: the same for retrieval, where it differs.
-
-    query: a pattern whose groups are the user's own text in the input, without the instruction.
-    retrieval_query: the same for retrieval, where it differs.
-
-    demonstrations: a profile item in a retrieval prompt, the first form whose fields it has; its
-    field `cut` gives way where space is short. joint: between two of them. prompt: demonstrations
-    and input together; `{before}` and `{after}` are the input up to the word `inserted_after` and
-    the rest.
-
-    question: an item as an input of its own, where items are like inputs; its output is the item's
-    field `answer`.
-
-    keys: where a benchmark with one file a split keeps what LaMP calls input and output, and the
-    user; `output` may be missing. questions_and_outputs: LaMP's two files a split instead.
-    judged: fields of a record that its judge needs.
+    Attributes:
+        name: the task's name in its files.
+        metrics: names of its scores (`metrics.METRICS`). The first decides comparisons; none if
+            only a judge can score.
+        fields: the texts that a profile item must have.
+        history: the item's fields as the encoder reads them.
+        demonstrations: the item in a retrieval prompt; the first form whose fields the item has.
+        cut: the field that is cut where space is short.
+        prompt: demonstrations and input together; `{before}` and `{after}` are the input up to the
+            word `inserted_after` and the rest.
+        query: a pattern whose groups are the user's own text in the input, without the instruction.
+        labels: all valid outputs, if they are few.
+        optional: the texts that a profile item may have.
+        label: the item's field that holds what the user chose (a tag, a score).
+        label_text: the label as the encoder reads it.
+        document: the item's fields as retrieval reads them, if they differ from `history`.
+        retrieval_query: the pattern of the query for retrieval, if it differs from `query`.
+        joint: stands between two demonstrations.
+        inserted_after: the word of the input that demonstrations follow.
+        question: the form of an item as an input of its own, if items are like inputs.
+        answer: the item's field that is the output then.
+        questions_and_outputs: whether a split has LaMP's two files; otherwise it has one.
+        input_key: the field of the input, in one file a split.
+        output_key: the field of the output, which may be missing.
+        user_key: the field of the user.
+        judged: fields of a record that its judge needs.
     """
 
     name: str
@@ -59,35 +63,37 @@ class Task:
     judged: tuple[str, ...] = ()
 
     def query_text(self, input: str) -> str:
-        """What the pooler compares with the history; all of an input of another form."""
+        """Return what the plug compares with the history; other forms of input are read whole."""
         return _groups(self.query, input)
 
     def retrieval_text(self, input: str) -> str:
-        """What retrieval compares with the history."""
+        """Return what retrieval compares with the history."""
         return _groups(self.retrieval_query or self.query, input)
 
     def item_text(self, item: dict[str, Any], label: bool = True) -> str:
-        """The item as the encoder reads it, with its label or without."""
+        """Return the item as the encoder reads it, with its label or without."""
         texts = [item.get(field) for field in self.history]
         if label and self.label and item.get(self.label):
             texts.append(self.label_text.format(**item))
         return _joined(texts)
 
     def document_text(self, item: dict[str, Any]) -> str:
-        """The item as retrieval reads it."""
+        """Return the item as retrieval reads it."""
         return _joined([item.get(field) for field in self.document or self.history])
 
     def own_example(self, item: dict[str, Any]) -> tuple[str, str]:
-        """The item as an input and its output."""
+        """Return the item as an input and its output."""
         question = self.question.format(labels=", ".join(self.labels), **item)
         return question, item[self.answer]
 
     def own_item(self, input: str, output: str) -> dict[str, str]:
-        """An input and its output as an item, without fields that the question does not show."""
+        """Return an input and its output as an item, without fields that the question does not
+        show.
+        """
         return {self.cut: self.query_text(input), self.answer: output}
 
     def demonstration(self, item: dict[str, Any]) -> str:
-        """The item in a prompt."""
+        """Return the item as it stands in a prompt."""
         fitting = (
             form
             for form in self.demonstrations
@@ -96,7 +102,7 @@ class Task:
         return next(fitting, self.demonstrations[-1]).format(**item)
 
     def demonstration_prompt(self, demonstrations: Sequence[str], input: str) -> str:
-        """The input with demonstrations; alone, where it lacks the word they stand behind."""
+        """Return the input with demonstrations; alone, if it lacks the word that they follow."""
         place = input.find(self.inserted_after)
         if place < 0:
             return input
@@ -110,8 +116,8 @@ class Task:
 
 
 def _groups(pattern: str, input: str) -> str:
-    found = re.search(pattern, input, re.DOTALL)
-    return _joined(found.groups()) if found else input.strip()
+    match = re.search(pattern, input, re.DOTALL)
+    return _joined(match.groups()) if match else input.strip()
 
 
 def _joined(texts: Sequence[str | None]) -> str:

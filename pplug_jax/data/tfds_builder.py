@@ -55,15 +55,16 @@ def _configs() -> Iterator[TaskConfig]:
 
 # TFDS's GeneratorBasedBuilder would hold a split in memory, and above 1 GB need TensorFlow.
 class PersonalTexts(tfds.core.ShardBasedBuilder):
-    """LaMP, LongLaMP, LaMP-QA and your own users, with a configuration a task.
+    """LaMP, LongLaMP, LaMP-QA and your own users, with a configuration for each task.
 
-    Of LaMP's tasks, LaMP_4 is the user-based setting and LaMP_4_time the time-based one.
+    LaMP_4 is LaMP-4's user-based setting and LaMP_4_time its time-based one; likewise the other
+    tasks.
 
-    The elements have the file's order, and the texts `id`, `user` (empty where the files do not
-    tell users), `input` and `target`; where the output is withheld, `has_target` is False and
-    `target` empty. `profile` is the sequence of the items, in the file's order: the task's fields,
-    and `id` and `date`, empty where an item lacks them. What LaMP-QA's judge needs stands under its
-    own names, as JSON.
+    The elements have the file's order and the texts `id`, `user` (empty if the files name no
+    users), `input` and `target`. If the output is withheld, `has_target` is False and `target`
+    empty. `profile` is the sequence of the items in the file's order: the task's fields, and `id`
+    and `date`, empty if an item lacks them. What LaMP-QA's judge needs stands under its own names,
+    as JSON.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -123,7 +124,7 @@ def _fields(task: Task) -> list[str]:
 
 
 def _elements(examples: Examples, indices: range) -> Iterator[tuple[str, Item]]:
-    """The examples as TFDS takes them, each after its key."""
+    """Yield the examples as TFDS takes them, each after its key."""
     task = examples.task
     for index in indices:
         example = examples[index]
@@ -158,7 +159,7 @@ class TfdsExamples(Sequence[Example]):
         return len(self.elements)
 
     def record(self, index: int) -> Item:
-        """The id, the question, and what its judge needs, named as in the file."""
+        """Return the id, the question, and what its judge needs, named as in the file."""
         element = self.elements[index]
         texts = {"id": element["id"].decode(), self.task.input_key: element["input"].decode()}
         return texts | {field: json.loads(element[field]) for field in self.task.judged}
@@ -187,14 +188,15 @@ class TfdsExamples(Sequence[Example]):
 def read_tfds(
     directory: str | os.PathLike[str], split: str, task: Task, *, sort_by_date: bool = True
 ) -> TfdsExamples:
-    """The examples of a prepared `split`, as `lamp.read` gives them and in its order.
+    """Return the examples of a prepared `split`, as `lamp.read` returns them and in its order.
 
-    Of a profile's items they have the task's fields, `id` and `date`, all as strings.
+    A profile's items have the task's fields, `id` and `date`, all as strings.
 
     Args:
         directory: one version of the data set, as .../personal_texts/LaMP_4_time/1.0.0; a gs:// one
             needs the package gcsfs.
-        split: a split, or in TFDS's notation a part of one, as train[:10%].
+        split: a split, or a part of one in TFDS's notation, as train[:10%].
+        task: the task.
         sort_by_date: order a profile whose items all have dates.
 
     Raises:

@@ -53,7 +53,7 @@ class BertConfig:
 
 
 def config_from_hf(hf: dict[str, Any]) -> BertConfig:
-    """A BERT config.json as our config.
+    """Return a BERT config.json as our config.
 
     Raises:
         InputError: another architecture, or a setting that this code does not implement.
@@ -93,9 +93,9 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> j
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """x (1 + erf(x / sqrt 2)) / 2, in float32 as PyTorch.
+    """Return x (1 + erf(x / sqrt 2)) / 2, in float32 as PyTorch does.
 
-    `jax.nn.gelu` is made of erfc, which takes a CPU twice as long.
+    `jax.nn.gelu` uses erfc, which takes a CPU twice as long.
     """
     y = x.astype(jnp.float32)
     return (0.5 * y * (1 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
@@ -124,7 +124,7 @@ class Layers(nnx.Module):
         self.config = config
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """x (B, L, E), mask (B, 1, L) bool -> (B, L, E)."""
+        """Run the layer: x (B, L, E), mask (B, 1, L) bool -> (B, L, E)."""
         dtype, eps = x.dtype, self.config.norm_eps
 
         def dense(x: jax.Array, name: str) -> jax.Array:
@@ -145,10 +145,13 @@ class Layers(nnx.Module):
 
 
 class Bert(nnx.Module):
-    """Built abstract; `hf.weights_loader` fills it.
+    """The encoder, built abstract; `hf.weights_loader` fills it.
 
-    variable: `nnx.Param` for the trained input encoder, `Frozen` for the history encoder.
-    dtype: of the computation; the weights keep the dtype they are loaded with.
+    Args:
+        config: its shapes.
+        pooling: `cls` or `mean`.
+        variable: `nnx.Param` for the trained input encoder, `Frozen` for the history encoder.
+        dtype: of the computation; the weights keep the dtype that they are loaded with.
     """
 
     def __init__(
@@ -174,7 +177,7 @@ class Bert(nnx.Module):
         self.dtype = dtype
 
     def hidden(self, tokens: jax.Array, mask: jax.Array, remat: bool = False) -> jax.Array:
-        """(B, L) int32, (B, L) bool -> the last hidden states (B, L, E)."""
+        """Return the last hidden states: (B, L) int32, (B, L) bool -> (B, L, E)."""
 
         def layer(x: jax.Array, weights: Layers) -> tuple[jax.Array, None]:
             return weights(rows(x), mask[:, None]), None
@@ -188,9 +191,12 @@ class Bert(nnx.Module):
         return x
 
     def __call__(self, tokens: jax.Array, mask: jax.Array, remat: bool = False) -> jax.Array:
-        """(B, L) int32, (B, L) bool, right-padded -> (B, E) float32 vectors of unit L2 norm.
+        """Return float32 vectors of unit L2 norm, (B, E).
 
-        remat: recompute the layers' activations in the backward pass.
+        Args:
+            tokens: (B, L) int32, right-padded.
+            mask: (B, L) bool.
+            remat: recompute the layers' activations in the backward pass.
         """
         x = self.hidden(tokens, mask, remat).astype(jnp.float32)
         if self.pooling == "cls":

@@ -35,10 +35,13 @@ def _forward(model: bert.Bert, tokens: jax.Array, lengths: jax.Array, dtype: str
 
 
 class Usage(NamedTuple):
-    """How a sentence-transformers directory says that its encoder is used.
+    """How to use an encoder, as its sentence-transformers directory says.
 
-    max_length: tokens that it reads of a text. query, item: what stands before inputs and before
-    texts that are searched. lower: it reads all in small letters.
+    Attributes:
+        max_length: tokens that it reads of a text.
+        query: the prompt in front of inputs.
+        item: the prompt in front of texts that are searched.
+        lower: whether it reads everything in small letters.
     """
 
     max_length: int
@@ -52,7 +55,7 @@ def _read_if_there(path: Path) -> dict[str, Any]:
 
 
 def _modules(path: Path) -> dict[str, str]:
-    """The kinds of a sentence-transformers directory's modules, and where each lies in it."""
+    """Return the kinds of a sentence-transformers directory's modules, and where each lies."""
     file = path / "modules.json"
     listed = read_json(file) if file.is_file() else []
     try:
@@ -62,15 +65,17 @@ def _modules(path: Path) -> dict[str, str]:
 
 
 def transformer_directory(path: str | Path) -> Path:
-    """Where the encoder itself lies: old directories have it in a folder such as 0_Transformer."""
+    """Return where the encoder itself lies: old directories have it in a folder such as
+    0_Transformer.
+    """
     return Path(path) / _modules(Path(path)).get("Transformer", "")
 
 
 def read_usage(path: str | Path) -> Usage:
-    """What the directory's files say; without any the encoder reads all that it has positions for.
+    """Return what the directory's files say; without any, the encoder reads all its positions.
 
     Raises:
-        InputError: a file that is not JSON.
+        InputError: a file is not JSON.
     """
     path, inner = Path(path), transformer_directory(path)
     file = inner / "sentence_bert_config.json"
@@ -97,9 +102,9 @@ def read_usage(path: str | Path) -> Usage:
 
 
 def read_pooling(path: str | Path) -> str:
-    """`cls` or `mean`, from a sentence-transformers directory of any version.
+    """Return `cls` or `mean`, from a sentence-transformers directory of any version.
 
-    Where it says nothing `mean` for Contriever, else `cls`, as BGE and the paper.
+    If it says nothing, `mean` for Contriever, and `cls` for others, as for BGE and in the paper.
 
     Raises:
         InputError: another pooling, or a module between it and the vector.
@@ -138,9 +143,13 @@ def read_pooling(path: str | Path) -> str:
 def abstract_bert(
     path: str | Path, *, pooling: str | None, variable: type[nnx.Variable], dtype: str
 ) -> bert.Bert:
-    """The directory's model without its weights.
+    """Return the directory's model without its weights.
 
-    pooling: None is what the directory says. variable: trained (`nnx.Param`) or `Frozen`.
+    Args:
+        path: the directory.
+        pooling: `cls` or `mean`; None is what the directory says.
+        variable: `nnx.Param` for trained weights, or `Frozen`.
+        dtype: of the computation.
     """
     inner = transformer_directory(path)
     with hf.naming_missing_fields(inner):
@@ -149,10 +158,10 @@ def abstract_bert(
 
 
 def load_bert(path: str | Path, mesh: Mesh, **settings: Any) -> bert.Bert:
-    """The directory's model; settings as `abstract_bert`'s."""
+    """Load the directory's model; `settings` are those of `abstract_bert`."""
     module = abstract_bert(path, **settings)
-    found = read_tensors(transformer_directory(path))
-    tensors = {_modern(name): stored for name, stored in found.items()}
+    files = read_tensors(transformer_directory(path))
+    tensors = {_modern(name): stored for name, stored in files.items()}
     load = hf.weights_loader(
         module,
         path,
@@ -166,20 +175,23 @@ def load_bert(path: str | Path, mesh: Mesh, **settings: Any) -> bert.Bert:
 
 
 def _modern(name: str) -> str:
-    """The name of a norm's tensor, as checkpoints that come from TensorFlow do not have it."""
+    """Return the current name of a norm's tensor; checkpoints from TensorFlow have another."""
     for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
         name = name.removesuffix(old) + new if name.endswith(old) else name
     return name
 
 
 class Encoder:
-    """A frozen text encoder with its tokenizer.
+    """A frozen text encoder with its tokenizer. Make one with `load_encoder`.
 
-    size: E, the width of its vectors. max_length: tokens it reads of a text; the rest is cut off.
-    query_prefix, item_prefix: what stands before inputs and history texts.
-    cut_texts: how many texts so far reached that length.
-    fingerprint: tells apart encoders whose vectors differ (weights, tokenizer, pooling, length,
-    dtype, item prefix).
+    Attributes:
+        size: E, the width of its vectors.
+        max_length: tokens that it reads of a text; the rest is cut off.
+        query_prefix: the prompt in front of inputs.
+        item_prefix: the prompt in front of history texts.
+        cut_texts: how many texts so far reached `max_length`.
+        fingerprint: differs between encoders whose vectors differ (weights, tokenizer, pooling,
+            length, dtype, item prefix).
     """
 
     def __init__(
@@ -217,11 +229,11 @@ class Encoder:
         self.fingerprint = digest.hexdigest()[:16]
 
     def queries(self, texts: Sequence[str]) -> list[list[int]]:
-        """The texts as Enc_inp reads them, behind the query prefix."""
+        """Tokenise texts as the input encoder reads them, behind the query prefix."""
         return self.tokenize([self.query_prefix + text for text in texts])
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids with [CLS] and [SEP], cut to `max_length`.
+        """Return token ids with [CLS] and [SEP], cut to `max_length`.
 
         Special tokens in the texts are read as plain text.
         """
@@ -243,10 +255,16 @@ class Encoder:
         *,
         queries: bool = False,
     ) -> np.ndarray:
-        """The vectors of history texts, or of `queries` for such, (N, E) float32, L2-normalised.
+        """Return the vectors of texts, (N, E) float32, L2-normalised.
 
-        Texts are batched by length, so that little is padded; a CPU gets fewer long ones at a
-        time. `on_batch` is told how many texts each batch held.
+        Texts are batched by length, so that little is padded. A CPU gets fewer long texts at a
+        time.
+
+        Args:
+            texts: the texts, without prefix.
+            batch_size: texts at a time.
+            on_batch: called with the number of texts of each batch.
+            queries: whether the texts are inputs; otherwise they are history texts.
         """
         prefix = self.query_prefix if queries else self.item_prefix
         tokens = self.tokenize([prefix + text for text in texts])
@@ -288,12 +306,18 @@ def load_encoder(
     query_prefix: str | None = None,
     item_prefix: str | None = None,
 ) -> Encoder:
-    """Loads a BERT-style encoder (config.json, model.safetensors, tokenizer).
+    """Load a BERT-style encoder (config.json, model.safetensors, tokenizer).
 
-    pooling: `cls` or `mean`; by default what the directory says.
-    max_length: tokens that are read of a text, at most as many as the directory says.
-    query_prefix, item_prefix: what the encoder was trained to see in front of inputs and of texts
-        that are searched, as E5's "query: " and "passage: "; by default what the directory says.
+    Args:
+        path: its directory.
+        mesh: the mesh to work on; None is the first device.
+        dtype: of weights and computation.
+        pooling: `cls` or `mean`; None is what the directory says.
+        max_length: tokens that are read of a text, at most as many as the directory says.
+        query_prefix: the prompt in front of inputs, such as E5's "query: "; None is what the
+            directory says.
+        item_prefix: the prompt in front of texts that are searched, such as "passage: "; None is
+            what the directory says.
 
     Raises:
         FileNotFoundError: no such directory, config, weights or tokenizer.

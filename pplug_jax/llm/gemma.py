@@ -18,7 +18,11 @@ SOURCES = llama.SOURCES | {
 
 
 def config_from_hf(hf: transformers.PreTrainedConfig, eos_ids: tuple[int, ...]) -> DecoderConfig:
-    """Raises InputError for a setting that this code does not implement."""
+    """Return our config of a Gemma.
+
+    Raises:
+        InputError: a setting that this code does not implement.
+    """
     gelu = "gelu_pytorch_tanh"
     llama.check(
         hf,

@@ -42,22 +42,26 @@ SCALINGS = {
 
 
 def config_from_hf(hf: transformers.PreTrainedConfig, eos_ids: tuple[int, ...]) -> DecoderConfig:
-    """Raises InputError for a setting that this code does not implement."""
+    """Return our config of a Llama.
+
+    Raises:
+        InputError: a setting that this code does not implement.
+    """
     check(hf, hidden_act="silu", attention_bias=False, mlp_bias=False, pretraining_tp=1)
     return decoder_config(hf, eos_ids)
 
 
 def check(hf: transformers.PreTrainedConfig, **supported: Any) -> None:
-    """Refuses what would change the arithmetic: a setting that has another value than `supported`.
+    """Refuse settings that would change the arithmetic, which have other values than `supported`.
 
     Raises:
         InputError: names the setting.
     """
     for field, value in supported.items():
-        found = getattr(hf, field, None)
-        if found is not None and found != value:
+        given = getattr(hf, field, None)
+        if given is not None and given != value:
             raise InputError(
-                f"config.json: {field}={found!r} is not supported for model_type {hf.model_type} "
+                f"config.json: {field}={given!r} is not supported for model_type {hf.model_type} "
                 f"(only {value!r})"
             )
 
@@ -65,7 +69,7 @@ def check(hf: transformers.PreTrainedConfig, **supported: Any) -> None:
 def decoder_config(
     hf: transformers.PreTrainedConfig, eos_ids: tuple[int, ...], **differences: Any
 ) -> DecoderConfig:
-    """What all families have in common, with `differences` from Llama."""
+    """Return the config that all families share, with `differences` from Llama."""
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     kinds = getattr(hf, "layer_types", None) or ["full_attention"] * hf.num_hidden_layers
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
@@ -97,7 +101,7 @@ def decoder_config(
 
 
 def rope(parameters: Mapping[str, Any], model_type: str) -> Rope:
-    """`rope_parameters`, as transformers 5 makes them of any older form, as ours.
+    """Return `rope_parameters`, as transformers 5 makes them of any older form, as our `Rope`.
 
     Raises:
         InputError: a kind of scaling, or a setting of it, that this code does not implement.
@@ -132,12 +136,12 @@ def rope(parameters: Mapping[str, Any], model_type: str) -> Rope:
 
 
 def _of(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a dataclass that are given."""
+    """Return the fields of a dataclass that are given."""
     return {name: given[name] for name in kind.__dataclass_fields__ if name in given}
 
 
 def attention_factor(parameters: Mapping[str, Any]) -> float:
-    """What YaRN multiplies queries and keys by, and so scores twice; 1 for other kinds."""
+    """Return what YaRN multiplies queries and keys by, and so scores twice; 1 for other kinds."""
     given = {name: value for name, value in parameters.items() if value is not None}
     if (given.get("rope_type") or given.get("type")) != "yarn":
         return 1.0

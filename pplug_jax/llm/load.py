@@ -1,4 +1,4 @@
-"""A Hugging Face directory as a frozen LLM on the mesh."""
+"""Load a Hugging Face directory as a frozen LLM on the mesh."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -25,7 +25,10 @@ from pplug_jax.storage.tensors import Stored, are_equal, read_tensors
 class Family(NamedTuple):
     """How the checkpoints of a model_type are read.
 
-    config_from_hf: (transformers' config, eos_ids) -> the config of `module`.
+    Attributes:
+        config_from_hf: (transformers' config, eos_ids) -> the config of `module`.
+        sources: variable path -> its tensor.
+        module: the LLM's class.
     """
 
     config_from_hf: Callable[[Any, tuple[int, ...]], Any]
@@ -52,9 +55,12 @@ IGNORED = (
 
 
 class Checkpoint(NamedTuple):
-    """A directory's module, abstract and not yet quantised, and where its tensors lie.
+    """A directory's module, abstract and not yet quantised, and the places of its tensors.
 
-    sources: variable path, joined with dots -> its tensor, by the name that it has there.
+    Attributes:
+        module: the LLM.
+        sources: variable path, joined with dots -> its tensor, by the name that it has there.
+        tensors: the tensors by name.
     """
 
     module: Decoder | t5.T5
@@ -100,7 +106,15 @@ def _read_checkpoint(
     weights: bool,
     own_head: bool | None = None,
 ) -> Checkpoint:
-    """weights: whether they must be there. own_head: what is known of it without them."""
+    """Read a directory's config and the names of its tensors.
+
+    Args:
+        path: the directory.
+        dtype: of the weights.
+        quantize: int8, int4 or None.
+        weights: whether there must be weights.
+        own_head: whether there is a head, if that is known without weights.
+    """
     if quantize and quantize not in KINDS:
         raise InputError(f"quantize={quantize!r} is unknown; known: {', '.join(KINDS)}")
     family, config = _read_config(path)
@@ -132,11 +146,11 @@ def _find_tied(
     sources: dict[str, hf.Source],
     tensors: Mapping[str, Stored],
 ) -> None:
-    """Finds the matrices that may be stored under one of several names, or under all.
+    """Find the matrices that may be stored under one of several names, or under all.
 
-    As in `transformers` 5 the tensors have the last word: a head that differs from the embedding
-    is not tied to it, whatever `config.tie_word_embeddings` says, and where only one of two tied
-    names is there it stands for both. Changes `config` and `sources` to what was found.
+    As in `transformers` 5 the tensors decide. A head that differs from the embedding is not tied to
+    it, whatever `config.tie_word_embeddings` says; if only one of two tied names exists, it stands
+    for both. This changes `config` and `sources` accordingly.
 
     Raises:
         InputError: T5's encoder or decoder has an embedding of its own.
@@ -163,16 +177,21 @@ def _find_tied(
 
 
 def _store(kernels: Any, quantize: str | None) -> Any:
-    """How a variable is kept; only the layers' kernels are stacks of matrices."""
+    """Make what a variable holds; only the layers' kernels, stacks of matrices, are quantised."""
     return quantized(kernels, quantize) if quantize and kernels.ndim == 3 else kernels
 
 
 def abstract_llm(
     path: str | Path, *, dtype: str, quantize: str | None, own_head: bool | None = None
 ) -> Decoder | t5.T5:
-    """What `load_llm` gives, with `jax.ShapeDtypeStruct` for arrays; `path` may lack weights.
+    """Return what `load_llm` loads, with `jax.ShapeDtypeStruct` for arrays; `path` may lack
+    weights.
 
-    own_head: whether there is a head beside the embedding; None is what config.json says.
+    Args:
+        path: the directory.
+        dtype: of the weights.
+        quantize: int8, int4 or None.
+        own_head: whether there is a head beside the embedding; None is what config.json says.
     """
     module = _read_checkpoint(path, dtype, quantize, weights=False, own_head=own_head).module
     graph, state = nnx.split(module)
@@ -187,10 +206,13 @@ def load_llm(
     dtype: str = "bfloat16",
     quantize: str | None = None,
 ) -> Decoder | t5.T5:
-    """Loads `path` (config.json, *.safetensors), each device reading only its shard.
+    """Load an LLM (config.json, *.safetensors), each device reading only its shard.
 
-    The weights have `dtype`; with `quantize` (int8, int4) the layers' kernels are stored so, each
-    converted as soon as it is read.
+    Args:
+        path: its directory.
+        mesh: the mesh to lay it out on; None is the first device.
+        dtype: of the weights.
+        quantize: store the layers' kernels as int8 or int4, each converted as soon as it is read.
 
     Raises:
         FileNotFoundError: no such directory, config or weights.
@@ -204,13 +226,16 @@ def load_llm(
 def llm_loader(
     path: str | Path, *, mesh: Mesh, dtype: str, quantize: str | None
 ) -> Callable[[], Decoder | t5.T5]:
-    """What loads `path` as `load_llm` does, of which all that `load_llm` raises is raised here."""
-    found = _read_checkpoint(path, dtype, quantize, weights=True)
+    """Return a function that loads `path` as `load_llm` does.
+
+    All checks run now, so errors appear before the (slow) load.
+    """
+    checkpoint = _read_checkpoint(path, dtype, quantize, weights=True)
     return hf.weights_loader(
-        found.module,
+        checkpoint.module,
         path,
-        found.tensors,
-        found.sources,
+        checkpoint.tensors,
+        checkpoint.sources,
         mesh,
         ignore=IGNORED,
         store=functools.partial(_store, quantize=quantize),

@@ -40,8 +40,8 @@ def _in_chunks(f: Callable[..., Any], *arrays: jax.Array) -> Any:
     if count == 1:
         return f(*arrays)
     chunks = tuple(x.reshape(B, count, -1, *x.shape[2:]).swapaxes(0, 1) for x in arrays)
-    found = jax.lax.map(lambda chunk: f(*chunk), chunks)
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, T, *x.shape[3:]), found)
+    results = jax.lax.map(lambda chunk: f(*chunk), chunks)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, T, *x.shape[3:]), results)
 
 
 def _forward(llm: LLM, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:

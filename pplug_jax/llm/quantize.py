@@ -17,7 +17,7 @@ GROUP = 128  # inputs that share a scale in int4, where they divide so
 
 @functools.partial(jax.jit, static_argnames="kind")
 def quantize(kernels: jax.Array, kind: str) -> qwix.QArray:
-    """(layers, in, out) in `kind`, symmetric; scales in the kernels' dtype.
+    """Store kernels (layers, in, out) as `kind`, symmetric, with scales in the kernels' dtype.
 
     int8 has a scale per output channel, int4 one per output channel and group of inputs.
     """

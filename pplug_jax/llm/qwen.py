@@ -16,7 +16,11 @@ SOURCES = llama.SOURCES | {
 
 
 def config_from_hf(hf: transformers.PreTrainedConfig, eos_ids: tuple[int, ...]) -> DecoderConfig:
-    """Raises InputError for a setting that this code does not implement."""
+    """Return our config of a Qwen.
+
+    Raises:
+        InputError: a setting that this code does not implement.
+    """
     llama.check(hf, hidden_act="silu", attention_bias=False)
     first = hf.model_type == "qwen2"
     return llama.decoder_config(hf, eos_ids, qkv_bias=first, qk_norm=not first)

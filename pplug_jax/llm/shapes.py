@@ -1,8 +1,8 @@
 """The published config.json of the checkpoints that the presets name, for planning without them.
 
-Only what decides shapes, FLOPs and where decoding may end; `transformers` has the rest's defaults.
-Gemma 3: also in transformers' models/gemma3/convert_gemma3_weights.py, whose embedding tables the
-published checkpoints of 4B and more extend by 64 rows for images.
+They hold only what decides shapes, FLOPs and where decoding may end; `transformers` has the rest's
+defaults. For Gemma 3 see also transformers' models/gemma3/convert_gemma3_weights.py: the published
+checkpoints of 4B and more extend its embedding tables by 64 rows for images.
 """
 
 import functools
@@ -15,7 +15,7 @@ import transformers
 def _gemma3(
     width: int, layers: int, heads: int, kv_heads: int, head_dim: int = 256, mlp: int = 4
 ) -> transformers.Gemma3TextConfig:
-    """mlp: its width over the model's."""
+    """Return a Gemma 3's config; `mlp` is the MLP's width over the model's."""
     return transformers.Gemma3TextConfig(
         vocab_size=262208,
         hidden_size=width,
@@ -104,5 +104,7 @@ def _written(name: str) -> tempfile.TemporaryDirectory:
 
 
 def published_directory(name: str) -> Path:
-    """A directory with the config.json of `name`, a key of PUBLISHED, until the process ends."""
+    """Return a directory with the config.json of `name`, a key of PUBLISHED, until the process
+    ends.
+    """
     return Path(_written(name).name)

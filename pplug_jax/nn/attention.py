@@ -1,4 +1,4 @@
-"""The one attention call of every model: by XLA, or of long texts on TPUs by the splash kernel."""
+"""The one attention call of every model: by XLA, or for long texts on TPUs by the splash kernel."""
 
 import functools
 import math
@@ -27,16 +27,17 @@ def attend(
     bias: jax.Array | None = None,
     before: tuple[jax.Array, jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
-    """Softmax attention, the softmax in float32.
+    """Compute softmax attention, with the softmax in float32.
 
     Args:
         query: (B, L, heads, head_dim).
-        key, value: (B, S, kv_heads, head_dim); each serves heads / kv_heads query heads.
-        mask: (B, L, S) or (B, 1, S) bool, True where a query sees a key. With an `OwnText` the
-            kernel is taken, which has no bias and nothing before.
+        key: (B, S, kv_heads, head_dim); each head serves heads / kv_heads query heads.
+        value: as `key`.
+        mask: (B, L, S) or (B, 1, S) bool, True where a query sees a key. An `OwnText` chooses the
+            splash kernel, which has no bias and nothing before.
         scale: of the scores; None is 1/sqrt(head_dim).
-        cap: scores x become cap * tanh(x / cap), as Gemma 2's.
-        bias: (B or 1, heads, L, S), added to the scores, as T5's.
+        cap: scores x become cap * tanh(x / cap), as in Gemma 2.
+        bias: (B or 1, heads, L, S), added to the scores, as in T5.
         before: more keys and values, (P, S', kv_heads, head_dim), and their mask (B, L or 1, S').
             Each of the P rows serves B / P rows of queries that follow each other.
 
@@ -57,7 +58,7 @@ def attend(
     size = -(-L // count)
 
     def chunks(x: jax.Array, axis: int) -> jax.Array:
-        """Cuts the queries' axis; an axis of 1 stands for all of them."""
+        """Cut the queries' axis; an axis of 1 stands for all of them."""
         if x.shape[axis] == 1:
             return jnp.broadcast_to(x, (count, *x.shape))
         padding = [(0, size * count - L if i == axis else 0) for i in range(x.ndim)]
@@ -90,7 +91,7 @@ def _attend(
     cap: float | None,
     bias: jax.Array | None,
 ) -> jax.Array:
-    """All queries at once; their softmax is over all keys together."""
+    """Compute attention for all queries at once; the softmax is over all keys together."""
     B, L, N, D = query.shape
     K = keys_values[0][0].shape[2]
 

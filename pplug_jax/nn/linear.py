@@ -1,4 +1,4 @@
-"""A layer's matrix product, whatever its kernel is: plain, quantised, or with a low-rank update."""
+"""A layer's matrix product, for any kernel: plain, quantised, or with a low-rank update."""
 
 from typing import Any, NamedTuple
 
@@ -10,8 +10,10 @@ from flax import nnx
 class Adapted(NamedTuple):
     """A kernel W with a low-rank update: x W + (x A) B.
 
-    base: (..., in, out), of any kind, also itself adapted. down: A, (..., [rows,] in, rank).
-    up: B, (..., [rows,] rank, out). With `rows` every row of the batch has an update of its own.
+    Attributes:
+        base: W, (..., in, out), of any kind, even adapted itself.
+        down: A, (..., [rows,] in, rank); with `rows`, every row of the batch has its own update.
+        up: B, (..., [rows,] rank, out).
     """
 
     base: Any
@@ -20,7 +22,7 @@ class Adapted(NamedTuple):
 
 
 def linear(x: jax.Array, weight: nnx.Variable) -> jax.Array:
-    """x (B, L, in) by the variable's kernel (in, out) -> (B, L, out), in x's dtype."""
+    """Multiply x (B, L, in) by the variable's kernel (in, out): (B, L, out), in x's dtype."""
     return _product(x, weight.get_value())
 
 

@@ -1,4 +1,4 @@
-"""What a layer's forward pass keeps for its backward pass: one choice for every model."""
+"""Choose what a layer's forward pass keeps for its backward pass, once for every model."""
 
 from collections.abc import Callable
 
@@ -8,14 +8,17 @@ KEPT = "kept"  # `checkpoint_name` of what else is kept: a kernel's outputs
 
 
 def checkpointed(layer: Callable, remat: bool) -> Callable:
-    """`layer`, to be scanned over, of which products with weights are kept, or nothing at all.
+    """Return `layer`, to be scanned over, so that it keeps only its products with weights, or
+    nothing.
 
-    What lies between them is made anew: norms, activations, rotations, and attention, whose arrays
-    of (B, heads, L, S) would be the largest. That is a sixth more matmul work of attention alone, a
-    third where weights are trained; it takes no time that could be measured, and saves two fifths
-    of the memory (docs/performance.md).
+    Norms, activations, rotations and attention are computed again. Attention's arrays of (B, heads,
+    L, S) would be the largest. This is a sixth more matmul work of attention alone, a third where
+    weights are trained. It takes no time that could be measured, and saves two fifths of the memory
+    (docs/notes/speed.md).
 
-    remat: keep the layer's input alone.
+    Args:
+        layer: the layer's function.
+        remat: keep only the layer's input.
     """
     policies = jax.checkpoint_policies
     costly = policies.save_from_both_policies(

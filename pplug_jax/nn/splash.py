@@ -1,7 +1,7 @@
 """Attention of a long text to itself on TPUs: JAX's splash kernel, behind `attention.attend`.
 
-Its scores never leave a chip's on-chip memory, and those behind the diagonal or outside a window
-are not made at all but for the blocks at the edge.
+The scores never leave a chip's on-chip memory. Those above the diagonal or outside a window are not
+computed, except in the blocks at the edge.
 """
 
 import dataclasses
@@ -30,10 +30,12 @@ FEWEST_TOKENS = 4 * BLOCK  # below, scores made a part at a time move as little 
 )
 @dataclasses.dataclass(frozen=True)
 class OwnText:
-    """A mask, told by what it means: each token sees those of its text up to itself.
+    """A mask by its meaning: each token sees the tokens of its text up to itself.
 
-    there: (B, L) bool, False at padding, which stands on either side of a text.
-    slides: () bool, whether only the `window` newest are seen.
+    Attributes:
+        there: (B, L) bool, False at padding, which stands on either side of a text.
+        slides: () bool, whether a token sees only the `window` newest.
+        window: the length of the window; None is none.
     """
 
     there: jax.Array
@@ -42,7 +44,7 @@ class OwnText:
 
 
 def pays(length: int) -> bool:
-    """Whether the kernel can run, and texts of so many tokens are long enough for it."""
+    """Return whether the kernel can run, and texts of `length` tokens are long enough for it."""
     mesh = jax.sharding.get_abstract_mesh()
     platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
     return platform == "tpu" and length >= FEWEST_TOKENS
@@ -57,9 +59,16 @@ def splash(
     cap: float | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """`attention.attend` with such a mask; what it gives at padding means nothing.
+    """Compute `attention.attend` with such a mask; results at padding mean nothing.
 
-    interpret: run on a CPU, slowly.
+    Args:
+        query: (B, L, heads, head_dim).
+        key: (B, L, kv_heads, head_dim).
+        value: as `key`.
+        mask: the text's mask.
+        scale: of the scores; None is 1/sqrt(head_dim).
+        cap: scores x become cap * tanh(x / cap).
+        interpret: run on a CPU, slowly.
     """
     L, N, D = query.shape[1:]
     mesh = jax.sharding.get_abstract_mesh()
@@ -68,7 +77,7 @@ def splash(
         key, value = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (key, value))
 
     def blocks(x: jax.Array) -> jax.Array:
-        """(B, L, heads, D) -> (B, heads, L in whole blocks, D)."""
+        """Reorder (B, L, heads, D) to (B, heads, L in whole blocks, D)."""
         return jnp.pad(x, ((0, 0), (0, -L % BLOCK), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
 
     arrays = *map(blocks, (query, key, value)), jnp.pad(mask.there, ((0, 0), (0, -L % BLOCK)))
@@ -98,7 +107,7 @@ def _on_device(
     cap: float | None,
     interpret: bool,
 ) -> jax.Array:
-    """(B, heads, L, D), (B, kv_heads, L, D) twice and (B, L) -> (B, heads, L, D)."""
+    """Run the kernel on (B, heads, L, D), (B, kv_heads, L, D) twice and (B, L)."""
     _, heads, length, _ = query.shape
     shape = length, length
     seen = CausalMask(shape) if window is None else LocalMask(shape, (window - 1, 0), offset=0)

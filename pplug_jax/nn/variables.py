@@ -1,4 +1,4 @@
-"""Frozen weights, and weights that are only known by their shapes yet."""
+"""Frozen weights, and weights of which only the shape is known yet."""
 
 from collections.abc import Callable
 
@@ -17,9 +17,9 @@ VOCAB_MULTIPLE = 64
 
 
 def abstract_weights(dtype: str | jnp.dtype) -> Callable[..., Frozen]:
-    """weight((size, axis), ...): an abstract variable of that shape and those logical axes.
+    """Return weight((size, axis), ...), which makes an abstract variable of that shape and axes.
 
-    A `vocab` axis is padded; `stored_shape` is then the tensor's in a checkpoint.
+    A `vocab` axis is padded; `stored_shape` then is the tensor's shape in a checkpoint.
     """
 
     def weight(*dims: tuple[int, str]) -> Frozen:

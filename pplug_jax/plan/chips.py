@@ -1,4 +1,4 @@
-"""What the TPU chips can do at best, and the slices of them that the compiler knows."""
+"""The TPU chips' peak figures, and the slices of them that the compiler knows."""
 
 import importlib.util
 import os
@@ -14,11 +14,16 @@ from pplug_jax.errors import InputError
 class Chip(NamedTuple):
     """A chip's published peak figures.
 
-    flops: bfloat16 FLOP/s. int8_ops: int8 op/s; quantised kernels are expanded and multiplied in
-    bfloat16, so nothing here is bound by it. hbm_gib, hbm_bandwidth: GiB and byte/s.
-    link_bandwidth: byte/s that one ICI link receives. slices: those of `--topology=all`, ascending.
-    settings: what `get_topology_desc` needs besides the name.
-    source: the page that says so.
+    Attributes:
+        flops: bfloat16 FLOP/s.
+        int8_ops: int8 op/s; quantised kernels are multiplied in bfloat16, so this bounds nothing
+            here.
+        hbm_gib: GiB of HBM.
+        hbm_bandwidth: byte/s.
+        link_bandwidth: byte/s that one ICI link receives.
+        slices: those that `--topology=all` tries, ascending.
+        source: the page that says so.
+        settings: what `get_topology_desc` needs besides the name.
     """
 
     flops: float
@@ -61,7 +66,7 @@ _ENVIRONMENT = {
 
 
 class Slice(NamedTuple):
-    """Chips that ICI connects. devices: one a chip, for a mesh to compile for."""
+    """Chips that ICI connects, with one of `devices` for each chip, for a mesh to compile for."""
 
     name: str
     chip: Chip
@@ -70,7 +75,7 @@ class Slice(NamedTuple):
 
     @property
     def ici_bandwidth(self) -> float:
-        """byte/s that a chip can receive over all its links at once.
+        """The byte/s that a chip can receive over all its links at once.
 
         An axis of n chips gives one link to each neighbour, at most 2: the best placed chip's.
         """
@@ -78,7 +83,7 @@ class Slice(NamedTuple):
 
 
 def find_slice(name: str) -> Slice:
-    """The slice that Cloud TPU calls `name`, as `v5e:4x4` or `v5p:2x2x2`; no TPU is needed.
+    """Return the slice that Cloud TPU calls `name`, as `v5e:4x4` or `v5p:2x2x2`; no TPU is needed.
 
     Raises:
         InputError: an unknown name, or no TPU compiler is installed.
@@ -100,7 +105,9 @@ def find_slice(name: str) -> Slice:
     # Hosts have four chips, unless told otherwise.
     settings = chip.settings | ({"chips_per_host_bounds": (1, 1, 1)} if shape == "1x1" else {})
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **settings).devices
+        devices = topologies.get_topology_desc(
+            platform="tpu", topology_name=name, **settings
+        ).devices
     except jax.errors.JaxRuntimeError as error:
         if "INVALID_ARGUMENT" not in str(error):
             raise
@@ -108,4 +115,4 @@ def find_slice(name: str) -> Slice:
             f"--topology={name}: the TPU compiler does not know this shape ({error}); known are "
             f"{', '.join(chip.slices)}"
         ) from error
-    return Slice(name, chip, tuple(map(int, shape.split("x"))), list(found))
+    return Slice(name, chip, tuple(map(int, shape.split("x"))), list(devices))

@@ -1,4 +1,4 @@
-"""The FLOPs of a traced function, from its jaxpr.
+"""Count the FLOPs of a traced function, from its jaxpr.
 
 XLA's own count, `cost_analysis()`, takes a loop's body once, however often it runs.
 """
@@ -9,12 +9,13 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 
 def matmul_flops(jaxpr: Jaxpr | ClosedJaxpr, while_trips: int = 1) -> float:
-    """2 x multiplications in all matrix products, on all devices together.
+    """Return 2 x multiplications in all matrix products, on all devices together.
 
     Elementwise work is left out: the matrix unit's peak does not bound it.
 
     Args:
-        while_trips: how often the body of a `while_loop` runs, of which the jaxpr does not say it.
+        jaxpr: the traced function.
+        while_trips: how often the body of a `while_loop` runs, if the jaxpr does not say.
     """
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     return sum(_flops(eqn, while_trips) for eqn in jaxpr.eqns)

@@ -1,4 +1,4 @@
-"""What an optimised XLA program moves, from its text: HBM bytes and collectives, of one chip.
+"""Count what an optimised XLA program moves, from its text: HBM bytes and collectives of one chip.
 
 XLA's own count, `cost_analysis()`, takes a loop's body once, however often it runs, and does not
 tell collectives apart.
@@ -27,7 +27,12 @@ _SLICING = {"dynamic-slice", "slice", "gather"}
 
 
 class Traffic(NamedTuple):
-    """hbm: bytes read and written. collectives: kind -> (how many, bytes that a chip receives)."""
+    """What a program moves.
+
+    Attributes:
+        hbm: bytes read and written.
+        collectives: kind -> (how many, bytes that a chip receives).
+    """
 
     hbm: float
     collectives: dict[str, tuple[float, float]]
@@ -52,7 +57,7 @@ class _Array(NamedTuple):
 
 
 class _Instruction(NamedTuple):
-    """name = arrays op(inside), rest. operands: the names in `inside`."""
+    """An instruction, `name = arrays op(inside), rest`; `operands` are the names in `inside`."""
 
     name: str
     arrays: tuple[_Array, ...]
@@ -75,31 +80,31 @@ class _Instruction(NamedTuple):
 
     @property
     def forwards(self) -> bool:
-        """Whether it is a collective, or a part of one that runs beside other work."""
+        """Return whether it is a collective, or a part of one that runs beside other work."""
         return self.collective is not None or "AsyncCollective" in self.rest
 
     def called(self, *attributes: str) -> list[str]:
         names = "|".join(attributes)
-        found = re.findall(rf"\b(?:{names})=(?:%?([\w.-]+)|{{([^}}]*)}})", self.rest)
-        return [name.strip(" %") for one, many in found for name in (one or many).split(",")]
+        matches = re.findall(rf"\b(?:{names})=(?:%?([\w.-]+)|{{([^}}]*)}})", self.rest)
+        return [name.strip(" %") for one, many in matches for name in (one or many).split(",")]
 
 
 _Computation = dict[str, _Instruction]  # in order; the last one is the root
 
 
 def _arrays(shape: str) -> tuple[_Array, ...]:
-    found = []
+    arrays = []
     for dtype, dims, layout in re.findall(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?", shape):
         bits = re.match(r"[a-z]+(\d+)", dtype)
         width = 1 if dtype == "pred" else int(bits[1]) / 8 if bits else 0
         space = re.search(r"S\((\d+)\)", layout)
         size = width * math.prod(int(n) for n in dims.split(",") if n)
-        found.append(_Array(size, space is None or space[1] == "0"))
-    return tuple(found)
+        arrays.append(_Array(size, space is None or space[1] == "0"))
+    return tuple(arrays)
 
 
 def _closing(text: str, start: int) -> int:
-    """The place behind the parenthesis that closes the one at `start`."""
+    """Return the place behind the parenthesis that closes the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
@@ -109,7 +114,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _parse(text: str) -> tuple[dict[str, _Computation], str]:
-    """All computations by name, and the entry's name."""
+    """Return all computations by name, and the entry's name."""
     computations: dict[str, _Computation] = {}
     entry = ""
     for line in text.splitlines():
@@ -132,7 +137,7 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
 
 
 def _group_size(rest: str, devices: int) -> int:
-    """How many devices work together, in any of the three ways that XLA writes replica groups."""
+    """Return how many devices work together, in any of XLA's three ways to write replica groups."""
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
         return listed[1].count(",") + 1
     if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
@@ -145,9 +150,12 @@ def _group_size(rest: str, devices: int) -> int:
 
 
 def received(kind: str, result: float, group: int) -> float:
-    """Bytes that reach a chip by the ring algorithm.
+    """Return the bytes that reach a chip by the ring algorithm.
 
-    result: bytes of the collective's result on a chip. group: chips that work together.
+    Args:
+        kind: the collective.
+        result: bytes of its result on a chip.
+        group: chips that work together.
     """
     return {
         "all-gather": result * (group - 1) / group,
@@ -189,7 +197,7 @@ class _Program:
         return self.while_trips
 
     def _step(self, loop: _Instruction, counter: _Instruction) -> int:
-        """What the loop's body adds to its counter, a part of the loop's tuple."""
+        """Return what the loop's body adds to its counter, a part of the loop's tuple."""
         body = self.computations[loop.called("body")[0]]
         *_, root = body.values()
         place = re.search(r"index=(\d+)", counter.rest)
@@ -204,7 +212,7 @@ class _Program:
         return added(body[root.operands[int(place[1])]]) or 1
 
     def run(self, name: str, times: float, fused: bool = False) -> float:
-        """Notes the collectives of a computation; returns the HBM bytes it moves, `times` times."""
+        """Note the collectives of a computation; return the HBM bytes it moves, `times` times."""
         computation, moved = self.computations[name], 0.0
         for instruction in computation.values():
             if instruction.collective:
@@ -226,7 +234,7 @@ class _Program:
         return moved
 
     def _collect(self, instruction: _Instruction, inside: str, times: float, fused: bool) -> float:
-        """Notes a collective; returns the HBM bytes that it reads and writes."""
+        """Note a collective; return the HBM bytes that it reads and writes."""
         if fused and (channel := re.search(r"channel_id=(\d+)", instruction.rest)):
             if channel[1] in self.channels:
                 return 0.0
@@ -248,7 +256,7 @@ class _Program:
         return 2 * sum(array.bytes for array in arrays if array.in_hbm)
 
     def _moved(self, instruction: _Instruction, computation: _Computation) -> float:
-        """HBM bytes that an instruction reads and writes."""
+        """Return the HBM bytes that an instruction reads and writes."""
         if instruction.op in _FREE or instruction.op.endswith("-done"):
             return 0.0
         if instruction.op in ("copy-start", "slice-start"):  # its result names source and target
@@ -260,7 +268,9 @@ class _Program:
         )
 
     def _read_by(self, user: _Instruction, place: int, full: float) -> float:
-        """HBM bytes that `user` reads of its operand at `place`, which has `full` of them."""
+        """Return the HBM bytes that `user` reads of its operand at `place`, which has `full` of
+        them.
+        """
         if not full or user.op == "tuple" or user.forwards:
             return 0.0  # a collective's bytes are noted with it
         if place == 0 and user.op == "dynamic-update-slice":
@@ -273,7 +283,9 @@ class _Program:
         return full
 
     def _read(self, inside: str, name: str) -> float:
-        """The same of all that use the value `name` in the fused computation `inside`."""
+        """Return the HBM bytes read by all that use the value `name` in the fused computation
+        `inside`.
+        """
         computation, total = self.computations[inside], 0.0
         full = computation[name].hbm
         for user in computation.values() if full else ():
@@ -285,7 +297,7 @@ class _Program:
         return total
 
     def _written(self, computation: _Computation, name: str) -> float:
-        """HBM bytes that are written to make the value `name`."""
+        """Return the HBM bytes that are written to make the value `name`."""
         made = computation[name]
         if made.op == "tuple":
             return sum(self._written(computation, operand) for operand in made.operands)
@@ -303,13 +315,14 @@ class _Program:
 
 
 def traffic(text: str, while_trips: int | None = None) -> Traffic:
-    """What the program `compiled.as_text()` moves when it runs once.
+    """Return what the program `compiled.as_text()` moves when it runs once.
 
-    An array counts at every instruction that reads or writes it in HBM; fused instructions are one,
-    and what lies in on-chip memory counts for nothing.
+    An array counts at every instruction that reads or writes it in HBM. Fused instructions are one,
+    and arrays in on-chip memory count for nothing.
 
     Args:
-        while_trips: how often the loops run of which the program does not say it.
+        text: the program.
+        while_trips: how often a loop runs, if the program does not say.
 
     Raises:
         ValueError: there is such a loop, and `while_trips` is None.

@@ -1,4 +1,6 @@
-"""The tables of `--mode=plan`: one slice in full, the smallest slices that fit, the best mesh."""
+"""Print the tables of `--mode=plan`: one slice in full, the smallest slices that fit, the best
+mesh.
+"""
 
 import itertools
 import math
@@ -23,7 +25,14 @@ from pplug_jax.scoring.tables import show_table
 
 
 class _Program(NamedTuple):
-    """A column of the full plan. tokens: of a step, padding included. useful: as `TrainPlan`'s."""
+    """A column of the full plan.
+
+    Attributes:
+        tokens: tokens of a step, padding included.
+        memory: as `TrainPlan.memory`.
+        cost: as `TrainPlan.cost`.
+        useful: as `TrainPlan.useful`.
+    """
 
     tokens: int
     memory: Memory
@@ -32,7 +41,7 @@ class _Program(NamedTuple):
 
 
 def show_plan(config: ml_collections.ConfigDict, where: Slice) -> None:
-    """Compiles all programs for the config's mesh, and prints what each needs."""
+    """Compile all programs for the config's mesh, and print what each needs."""
     programs = Programs(config, make_mesh(**config.mesh, devices=where.devices))
     _describe(programs, where)
     training = plan_training(programs, where)
@@ -116,13 +125,14 @@ def _show_programs(columns: dict[str, _Program], where: Slice) -> None:
     show_table("One step of each program", ["", *columns], rows)
     rows = []
     for kind in COLLECTIVES:
-        found = (program.cost.moved.collectives[kind] for program in columns.values())
-        rows.append([kind, *(f"{n:.0f}, {size / 1e6:,.1f} MB" if n else "" for n, size in found)])
+        moved = (program.cost.moved.collectives[kind] for program in columns.values())
+        rows.append([kind, *(f"{n:.0f}, {size / 1e6:,.1f} MB" if n else "" for n, size in moved)])
     show_table("Collectives of a step, and bytes that a chip receives", ["", *columns], rows)
 
 
 def roomy_mesh(config: ml_collections.ConfigDict, where: Slice) -> Mesh:
-    """The mesh with the fewest chips a copy whose arrays leave half of the HBM to activations.
+    """Return the mesh with the fewest chips a copy whose arrays leave half of the HBM to
+    activations.
 
     Tensor parallelism only takes the chips that the batch has no rows for.
     """
@@ -139,14 +149,14 @@ def roomy_mesh(config: ml_collections.ConfigDict, where: Slice) -> Mesh:
 
 
 def show_slices(config: ml_collections.ConfigDict) -> None:
-    """Compiles the training step for ever larger slices of each kind of chip, until it fits."""
+    """Compile the training step for ever larger slices of each kind of chip, until it fits."""
     rows = []
     for kind, chip in CHIPS.items():
         for shape in chip.slices:
             where = find_slice(f"{kind}:{shape}")
-            found = plan_training(Programs(config, roomy_mesh(config, where)), where)
-            rows.append(_row(where, found))
-            if found.memory.fits:
+            train_plan = plan_training(Programs(config, roomy_mesh(config, where)), where)
+            rows.append(_row(where, train_plan))
+            if train_plan.memory.fits:
                 rows[-1][0] += " *"
                 break
     show_table("* the smallest slice of its kind that training fits", _HEADER, rows)
@@ -177,7 +187,7 @@ def _row(where: Slice, found: TrainPlan) -> list[str]:
 
 
 def meshes(chips: int) -> Iterator[tuple[int, int, int]]:
-    """All (data, fsdp, tensor) of so many chips, in powers of 2."""
+    """Yield all (data, fsdp, tensor) of so many chips, in powers of 2."""
     powers = [2**i for i in range(chips.bit_length())]
     for fsdp, tensor in itertools.product(powers, powers):
         if chips % (fsdp * tensor) == 0:
@@ -185,24 +195,24 @@ def meshes(chips: int) -> Iterator[tuple[int, int, int]]:
 
 
 def suggest(config: ml_collections.ConfigDict, where: Slice) -> None:
-    """Compiles the training step for all meshes of a slice, and prints the fastest that fit.
+    """Compile the training step for all meshes of a slice, and print the fastest that fit.
 
-    On each mesh the config's batch is tried and twice that, in ever more parts until it fits.
+    Each mesh is tried with the config's batch and twice that, in ever more parts until it fits.
     """
-    found: list[TrainPlan] = []
+    plans: list[TrainPlan] = []
     for shape in meshes(len(where.devices)):
         for batch_size in (config.train.batch_size, 2 * config.train.batch_size):
             accumulation = config.train.accumulation
             while tried := _try(config, where, shape, batch_size, accumulation):
-                found.append(tried)
+                plans.append(tried)
                 if tried.memory.fits or not tried.memory.temporaries:
                     break
                 accumulation *= 2
             if accumulation > config.train.accumulation:
                 break  # more rows would only be more parts
-    fit = [each for each in found if each.cost]
+    fit = [option for option in plans if option.cost]
     fit.sort(key=lambda each: each.cost.seconds(where) / each.batch_size)
-    rows = [_row(where, each) for each in fit + [each for each in found if not each.cost]]
+    rows = [_row(where, option) for option in fit + [option for option in plans if not option.cost]]
     show_table(f"{where.name}, the shortest time an example first", _HEADER, rows)
     if fit:
         batch = {"batch_size": fit[0].batch_size, "accumulation": fit[0].accumulation}
@@ -216,7 +226,7 @@ def _try(
     batch_size: int,
     accumulation: int,
 ) -> TrainPlan | None:
-    """Training with these settings; None if they leave some chip without a row."""
+    """Plan training with these settings; return None if they leave some chip without a row."""
     config = config.copy_and_resolve_references().unlock()
     config.train.batch_size, config.train.accumulation = batch_size, accumulation
     try:
@@ -228,9 +238,12 @@ def _try(
 
 
 def plan(config: ml_collections.ConfigDict, topology: str, search: bool) -> None:
-    """Prints what the config's run needs of `topology`, such as `v5e:4x4`, or of `all`.
+    """Print what the config's run needs of a slice, or of all.
 
-    search: try other meshes and batches instead of the config's.
+    Args:
+        config: the settings.
+        topology: a slice such as `v5e:4x4`, or `all`.
+        search: try other meshes and batches instead of the config's.
 
     Raises:
         InputError: a setting that cannot work, an unknown topology, or no TPU compiler.

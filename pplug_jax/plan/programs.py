@@ -33,7 +33,7 @@ CHAT_SUFFIX, PLAIN_SUFFIX = 8, 2  # those of them that stand behind the input
 
 
 def config_directory(path: str, field: str) -> Path:
-    """Where the config.json of a model is; it is never downloaded.
+    """Return the directory of a model's config.json, which is never downloaded.
 
     Raises:
         ConfigError: it is no directory, and the model's shape is not known here.
@@ -60,9 +60,15 @@ class AbstractModels(Models):
 
 
 class Lengths(NamedTuple):
-    """Tokens of a row at most, as its arrays are padded. soft: of the plug. new: generated.
+    """The most tokens of a row, as its arrays are padded.
 
-    text: what the LLM reads to learn the target, `Buckets.text`.
+    Attributes:
+        text: what the LLM reads to learn the target, `Buckets.text`.
+        prompt: the prompt.
+        soft: the plug's tokens.
+        target: the target.
+        query: the input encoder's tokens.
+        new: generated tokens.
     """
 
     text: int
@@ -107,7 +113,7 @@ class Programs:
 
     @property
     def row_tokens(self) -> int:
-        """What the LLM reads of a row to learn its target, padding included."""
+        """The tokens that the LLM reads of a row to learn its target, padding included."""
         apart = self.lengths.target
         if isinstance(self.place, Behind):
             apart += len(self.place.suffix)
@@ -116,7 +122,7 @@ class Programs:
         return self.lengths.soft + self.lengths.text + apart
 
     def batch(self, rows: int) -> Batch:
-        """A batch as `place_batch` lays it out."""
+        """Return a batch as `place_batch` lays it out."""
         lengths = self.lengths
         items = round_up(self.config.data.max_history)
         width = self.encoder["hidden_size"]
@@ -151,7 +157,7 @@ class Programs:
         )
 
     def train(self, remat: bool | None = None) -> jax.stages.Traced:
-        """The step of `train.fit`. remat: the config's by default."""
+        """Trace the step of `train.fit`; `remat` is the config's by default."""
         train = self.settings.train
         optimizer = make_optimizer(
             1, train.learning_rate, train.weight_decay, train.warmup, train.clip_norm
@@ -171,7 +177,7 @@ class Programs:
         )
 
     def losses(self) -> jax.stages.Traced:
-        """The evaluation of the gold outputs."""
+        """Trace the evaluation of the gold outputs."""
         batch = self.batch(self.config.eval.batch_size)
         return self._trace(
             gold_losses.trace,
@@ -183,7 +189,7 @@ class Programs:
         )
 
     def answer(self) -> jax.stages.Traced:
-        """The generation of answers: prefill, and a loop of decoding steps."""
+        """Trace the generation of answers: prefill, and a loop of decoding steps."""
         settings = self.config.eval
         return self._trace(
             answer_tokens.trace,
@@ -202,7 +208,9 @@ class Programs:
             return trace(*args, **kwargs)
 
     def held(self, training: bool) -> int:
-        """Bytes of a chip that the LLM and the weights take; with their moments in training."""
+        """Return the bytes of a chip that the LLM and the weights take; with their moments in
+        training.
+        """
 
         def held(tree: Any) -> int:
             return sum(
@@ -214,7 +222,7 @@ class Programs:
 
 
 def _trained(config: ml_collections.ConfigDict) -> Method:
-    """The first of the config's methods that has weights of its own.
+    """Return the first of the config's methods that has weights of its own.
 
     Raises:
         ConfigError: none has.

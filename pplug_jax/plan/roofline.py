@@ -14,9 +14,12 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class Memory(NamedTuple):
-    """Bytes of a chip's HBM. temporaries: activations, gathered weights, and the program itself.
+    """Bytes of a chip's HBM.
 
-    limit: what the compiler may use; None where it did not say, since all fits.
+    Attributes:
+        arguments: weights, moments and batch.
+        temporaries: activations, gathered weights, and the program itself.
+        limit: what the compiler may use; None if it did not say, since all fits.
     """
 
     arguments: int
@@ -33,7 +36,12 @@ class Memory(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """flops: of all chips together. moved: by each chip."""
+    """What a program computes and moves.
+
+    Attributes:
+        flops: of all chips together.
+        moved: by each chip.
+    """
 
     flops: float
     moved: Traffic
@@ -42,7 +50,8 @@ class Cost(NamedTuple):
         return Cost(self.flops - other.flops, self.moved - other.moved)
 
     def bound(self, where: Slice) -> dict[str, float]:
-        """Seconds that each of the chip's parts needs at least, if it works all the time.
+        """Return the seconds that each of the chip's parts needs at least, if it works all the
+        time.
 
         They work side by side: the largest is the shortest that the program can take.
         """
@@ -61,23 +70,26 @@ class Cost(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """text: the optimised program, None where it does not fit."""
+    """A compiled program; `text` is the optimised program, None if it does not fit."""
 
     traced: jax.stages.Traced
     memory: Memory
     text: str | None
 
     def cost(self, while_trips: int | None = None) -> Cost:
-        """while_trips: how often the decoding loop runs."""
+        """Return the cost; `while_trips` is how often the decoding loop runs."""
         return Cost(
             matmul_flops(self.traced.jaxpr, while_trips or 0), traffic(self.text, while_trips)
         )
 
 
 def compile_program(traced: jax.stages.Traced, held: int) -> Compiled:
-    """Compiles ahead of time, which may take minutes; a program too large is an answer as well.
+    """Compile ahead of time, which may take minutes; that a program is too large is an answer as
+    well.
 
-    held: bytes of a chip that the arguments take, of which the compiler's error says nothing.
+    Args:
+        traced: the program.
+        held: bytes of a chip that the arguments take, which the compiler's error does not say.
     """
     try:
         compiled = traced.lower().compile()
@@ -95,7 +107,8 @@ def compile_program(traced: jax.stages.Traced, held: int) -> Compiled:
 
 
 def too_large(error: jax.errors.JaxRuntimeError) -> tuple[int, int]:
-    """(bytes needed, arguments included, and bytes there are) of a program that exhausts the HBM.
+    """Return (bytes needed, arguments included, and bytes available) of a program that exhausts
+    HBM.
 
     Raises:
         JaxRuntimeError: it failed for another reason.

@@ -34,9 +34,15 @@ EXAMPLES = {
 
 
 class TrainPlan(NamedTuple):
-    """What training on a mesh needs. cost: None where it does not fit.
+    """What training on a mesh needs.
 
-    useful: FLOPs of a step without what `train.remat` computes twice to save memory.
+    Attributes:
+        batch_size: rows a step.
+        accumulation: parts of a batch.
+        mesh: the mesh.
+        memory: bytes of a chip.
+        cost: FLOPs and traffic; None if it does not fit.
+        useful: FLOPs of a step without what `train.remat` computes twice to save memory.
     """
 
     batch_size: int
@@ -47,13 +53,13 @@ class TrainPlan(NamedTuple):
     useful: float
 
     def mfu(self, where: Slice) -> float:
-        """The share of the chips' peak that useful work can reach at most."""
+        """Return the largest share of the chips' peak that useful work can reach."""
         peak = len(where.devices) * where.chip.flops
         return self.useful / (peak * self.cost.seconds(where))
 
 
 def axes(mesh: Mesh) -> dict[str, int]:
-    """The fields of config.mesh that lay out one slice."""
+    """Return the fields of config.mesh that lay out one slice."""
     return {axis: mesh.shape[axis] for axis in ("data", "fsdp", "tensor")}
 
 
@@ -62,7 +68,7 @@ def mesh_name(mesh: Mesh) -> str:
 
 
 def plan_training(programs: Programs, where: Slice) -> TrainPlan:
-    """Compiles the training step, unless its arrays alone are too large."""
+    """Compile the training step, unless its arrays alone are too large."""
     settings = programs.config.train.batch_size, programs.config.train.accumulation, programs.mesh
     say(
         f"compiling the training step for {where.name}, {mesh_name(programs.mesh)}, {settings[0]} "
@@ -87,7 +93,7 @@ def fitting(memory: Memory, where: Slice) -> str:
 
 
 def training_examples(config: ml_collections.ConfigDict) -> int | None:
-    """How many there are: of the data where they are at hand, else as published, if at all."""
+    """Return the number of examples: of the data if at hand, else as published, if at all."""
     if data_directory(config) is None:
         return config.data.sample_train_users
     try:
@@ -99,7 +105,7 @@ def training_examples(config: ml_collections.ConfigDict) -> int | None:
 
 
 def hours(config: ml_collections.ConfigDict, seconds: float) -> str:
-    """How long training takes with steps of `seconds`."""
+    """Say how long training takes with steps of `seconds`."""
     examples = training_examples(config)
     if examples is None:
         return (

@@ -1,4 +1,4 @@
-"""What the page's script needs to show single users: texts, scores, weights, the map."""
+"""Collect what the page's script needs to show single users: texts, scores, weights, the map."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,9 +16,13 @@ MAX_TEXT = 1200  # of an input, a gold or an output
 
 
 def principal_plane(personas: np.ndarray) -> tuple[np.ndarray, list[float]]:
-    """The two directions of most variance (PCA): coordinates (n, 2), the directions' shares.
+    """Return the two directions of most variance (PCA): coordinates (n, 2) and the directions'
+    shares.
 
-    personas: (n, D) float. An axis points where its largest coordinate is positive.
+    An axis points where its largest coordinate is positive.
+
+    Args:
+        personas: (n, D) float.
     """
     centred = personas.astype(np.float64) - personas.mean(axis=0, dtype=np.float64)
     u, s, _ = np.linalg.svd(centred, full_matrices=False)
@@ -36,7 +40,7 @@ def explorer(
     statistics: Mapping[str, Statistics],
     personas: Mapping[str, Mapping[str, np.ndarray]],
 ) -> dict[str, Any]:
-    """The users shown, and of each method that left personas their map."""
+    """Return the users shown, and for each method that left personas their map."""
     # Macro-F1 says nothing of one example.
     some = next(iter(statistics.values()), {})
     scored = [metric for metric, rows in some.items() if rows.shape[1] == 1]
@@ -79,7 +83,7 @@ def explorer(
 def _texts(
     run: Run, example: Example, weights: Mapping[str, Mapping[str, np.ndarray | None]]
 ) -> dict[str, Any]:
-    """An example's texts, and the weights of the items that are shown."""
+    """Return an example's texts, and the weights of the items that are shown."""
     items = run.history(example)
     known = [of for w in weights.values() for of in (w["own"], w["other"]) if of is not None]
     places = _shown_items(len(items), known, (w["item"] for w in weights.values()))
@@ -109,7 +113,7 @@ def _texts(
 
 
 def _shown_items(length: int, weights: Sequence[np.ndarray], others: Iterable[int]) -> list[int]:
-    """The places of the items that the page shows of a history of `length`."""
+    """Return the places of the items that the page shows of a history of `length`."""
     if length <= MAX_ITEMS:
         return list(range(length))
     importance = np.max(weights, axis=0) if len(weights) else np.arange(length)
@@ -123,5 +127,5 @@ def _cut(text: str, length: int) -> str:
 
 
 def _rounded(values: np.ndarray) -> list[float]:
-    """Four digits are more than a page can show."""
+    """Round values to four digits: a page can show no more."""
     return [float(f"{value:.4g}") for value in values.tolist()]

@@ -1,4 +1,4 @@
-"""The page's charts as files: a PNG to look at, a CSV to go on from."""
+"""Write the page's charts as files: a PNG to look at, a CSV to go on from."""
 
 import csv
 import io
@@ -23,7 +23,7 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]])
 
 
 def write_results(folder: Path, runs: Sequence[Run], costs: Mapping[str, str]) -> None:
-    """All runs in results.csv, a picture of each in results.png, results2.png, ..."""
+    """Write all runs to results.csv, and a picture of each to results.png, results2.png, ..."""
     others = list(dict.fromkeys(other for run in runs for other in run.others))
     costs = [field for field in costs if any(field in run.known(costs) for run in runs)]
     ends = ("difference", "low", "high", "p_value")
@@ -55,7 +55,7 @@ def write_results(folder: Path, runs: Sequence[Run], costs: Mapping[str, str]) -
 
 
 def write_losses(folder: Path, curves: Mapping[str, Mapping[str, Mapping[int, float]]]) -> None:
-    """curves: {method: {seed: {step: loss}}}."""
+    """Write the loss curves, {method: {seed: {step: loss}}}."""
     rows = (
         (name, seed, *point)
         for name, seeds in curves.items()
@@ -75,7 +75,7 @@ def write_scores(
     places: Sequence[Any],
     scores: Mapping[str, Mapping[str, Mapping[Any, Score]]],
 ) -> None:
-    """The scores {metric: {method: {place: score}}} as CSV, the first metric's as a picture."""
+    """Write the scores {metric: {method: {place: score}}} as CSV, and plot the first metric's."""
     rows = (
         (metric, name, place, score["value"], score["low"], score["high"])
         for metric, names in scores.items()
@@ -94,7 +94,7 @@ def _plot_lines(
     lines: Mapping[str, Mapping[Any, Score]],
     path: Path,
 ) -> None:
-    """Each method's scores with their intervals over the places `ticks` on the x axis."""
+    """Plot each method's scores with their intervals over the places `ticks` on the x axis."""
     figure = figure_for(lines)
     axes = figure.subplots()
     for i, (name, scores) in enumerate(lines.items()):
@@ -117,7 +117,7 @@ def _plot_lines(
 
 
 def write_map(folder: Path, users: Mapping[str, Any]) -> None:
-    """Every map of `explorer` in map.csv, the first as a picture."""
+    """Write every map of `explorer` to map.csv, the first as a picture."""
     rows = []
     for name, plane in users["maps"].items():
         gains = plane.get("gain") or [None] * len(plane["points"])
@@ -131,7 +131,7 @@ def write_map(folder: Path, users: Mapping[str, Any]) -> None:
 
 
 def _plot_map(title: str, plane: Mapping[str, Any], path: Path) -> None:
-    """The personas' plane, coloured by gain where there is one."""
+    """Plot the personas' plane, coloured by gain if there is one."""
     figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.subplots()
     gain = plane.get("gain")

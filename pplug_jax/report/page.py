@@ -1,4 +1,4 @@
-"""The page: one file with its texts, figures and script, which needs no network and no server."""
+"""Write the page: one file with its texts, figures and script, without network or server."""
 
 import base64
 import hashlib
@@ -42,13 +42,16 @@ HERE = Path(__file__).parent
 
 
 def report(workdirs: Sequence[Path]) -> Path:
-    """Writes the page and the files behind it into the first workdir's `report`.
+    """Write the page and the files behind it into the first workdir's `report`.
+
+    Args:
+        workdirs: the run that the page is about, and others to compare it with.
 
     Returns:
         The page's path.
 
     Raises:
-        InputError: a workdir that was not evaluated, or by an older version.
+        InputError: a workdir was not evaluated, or by an older version.
     """
     runs = [read_run(workdir) for workdir in workdirs]
     run, folder = runs[0], runs[0].workdir / REPORT
@@ -75,12 +78,12 @@ def report(workdirs: Sequence[Path]) -> Path:
     }
     lower = [name for name, metric in METRICS.items() if metric.lower_is_better]
     data = {
-        "methods": list(dict.fromkeys(name for each in runs for name in each.results["methods"])),
+        "methods": list(dict.fromkeys(name for shown in runs for name in shown.results["methods"])),
         "metrics": run.metrics,
         "lower": lower,
-        "runs": [{"metrics": each.metrics, "methods": each.results["methods"]} for each in runs],
+        "runs": [{"metrics": shown.metrics, "methods": shown.results["methods"]} for shown in runs],
         "losses": losses,
-        "bins": [each.name for each in examples["bins"]],
+        "bins": [group.name for group in examples["bins"]],
         "lengths": examples["by_length"],
         "top_k": by_top_k,
         "explorer": examples["explorer"],
@@ -108,10 +111,10 @@ def report(workdirs: Sequence[Path]) -> Path:
 
 
 def _examples(run: Run, folder: Path) -> dict[str, Any]:
-    """What is known of single examples as files; for the page bins, their scores, the explorer.
+    """Write what is known of single examples as files; return for the page bins, scores, explorer.
 
     Raises:
-        InputError: the data are not there, or not those of the results, predictions or personas.
+        InputError: the data are missing, or not those of the results, predictions or personas.
     """
     split = read_examples(run)
     answers = [read_predictions(run, path, split) for path in run.folders.values()]
@@ -129,7 +132,7 @@ def _examples(run: Run, folder: Path) -> dict[str, Any]:
         by_length = scores_by_length(
             bins, over_seeds(statistics), run.config.eval.bootstrap_samples, split.users
         )
-        names = [each.name for each in bins]
+        names = [group.name for group in bins]
         named = {
             metric: {name: dict(zip(names, scores, strict=True)) for name, scores in of.items()}
             for metric, of in by_length.items()
@@ -141,7 +144,7 @@ def _examples(run: Run, folder: Path) -> dict[str, Any]:
 
 
 def _render(**content: Any) -> str:
-    """The page; `data` is for its script, all else for the template."""
+    """Return the page; `data` is for its script, everything else for the template."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
@@ -159,7 +162,7 @@ def _render(**content: Any) -> str:
 
 
 def _figure(value: float, sign: str = "") -> str:
-    """A score for people; one may be huge, of a rating of 200 digits."""
+    """Format a score for people; one may be huge, for a rating of 200 digits."""
     return f"{value:{sign}.3f}" if abs(value) < 1e6 else f"{value:{sign}.3g}"
 
 
@@ -168,7 +171,7 @@ def _thinned(points: Sequence[Any]) -> list[Any]:
 
 
 def _finite(tree: Any) -> Any:
-    """JSON has neither infinity nor NaN."""
+    """Replace infinity and NaN, which JSON lacks."""
     if isinstance(tree, dict):
         return {key: _finite(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):

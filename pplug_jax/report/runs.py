@@ -1,4 +1,4 @@
-"""What a run has left in its workdir, and the examples that it was evaluated on."""
+"""Read what a run has left in its workdir, and the examples that it was evaluated on."""
 
 import dataclasses
 import json
@@ -61,7 +61,7 @@ class Run:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Those measured, the task's own first; none where the golds are withheld."""
+        """The metrics that were measured, the task's own first; none if the golds are withheld."""
         entries = self.results["methods"].values()
         known = dict.fromkeys((*self.task.metrics, *METRICS))
         return tuple(m for m in known if any(isinstance(e.get(m), dict) for e in entries))
@@ -75,14 +75,14 @@ class Run:
 
     @property
     def folders(self) -> dict[str, Path]:
-        """Where each seed's predictions, personas and losses are, by the seed's name."""
+        """The directories of each seed's predictions, personas and losses, by the seed's name."""
         seeds = self.results.get("seeds")
         if not seeds:
             return {"": self.workdir}
         return {str(seed): seed_path(self.workdir, seed) for seed in seeds}
 
     def known(self, fields: Mapping[str, str]) -> dict[str, str]:
-        """The fields {field: name} that some method has."""
+        """Return the fields {field: name} that some method has."""
         entries = self.results["methods"].values()
         return {
             field: name
@@ -91,15 +91,19 @@ class Run:
         }
 
     def history(self, example: Example) -> tuple[Item, ...]:
-        """The items that a plug reads, oldest first."""
+        """Return the items that a plug reads, oldest first."""
         return example.profile[-self.config.data.max_history :]
 
 
 class Split(NamedTuple):
     """The evaluated examples.
 
-    lengths: (n,) int, the history items that each user has for a method to read.
-    shown: the examples that the page shows, by their place in the split.
+    Attributes:
+        ids: their ids.
+        users: their users.
+        golds: the right outputs.
+        lengths: (n,) int, the history items that each user has for a method to read.
+        shown: the examples that the page shows, by their place in the split.
     """
 
     ids: list[str]
@@ -122,16 +126,17 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def read_run(workdir: Path) -> Run:
-    """
+    """Read a workdir's config and results.
+
     Raises:
-        InputError: it is no workdir that was evaluated, or one of an older version; the message
-            says which file or field is missing.
+        InputError: the workdir was not evaluated, or by an older version; the message says which
+            file or field is missing.
     """
     config, results = (_load(workdir / name) for name in (CONFIG, f"{RESULTS}.json"))
     if config.get("task") not in TASKS or not results.get("methods"):
         raise InputError(f"{workdir} has no results of a known task: evaluate again")
-    there = flatten(config)
-    if missing := [field for field in FIELDS if field not in there]:
+    settings = flatten(config)
+    if missing := [field for field in FIELDS if field not in settings]:
         raise InputError(
             f"{workdir / CONFIG} has no {', '.join(missing)}: the workdir was made by an "
             "older version; run the command again with a new --workdir"
@@ -140,15 +145,15 @@ def read_run(workdir: Path) -> Run:
 
 
 def spread(count: int, most: int) -> list[int]:
-    """The places of at most `most` of `count` things, evenly over them."""
+    """Return the places of at most `most` of `count` things, evenly over them."""
     return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
 
 
 def read_examples(run: Run) -> Split:
-    """Goes through the split once and keeps some examples, spread evenly over it.
+    """Go through the split once and keep some examples, spread evenly over it.
 
     Raises:
-        InputError: the data are not there, or not those of the results.
+        InputError: the data are missing, or not those of the results.
     """
     skip = run.config.data.on_error == "skip"
     examples = read_split(run.config, "eval", (lambda bad: None) if skip else raise_bad)
@@ -170,27 +175,27 @@ def read_examples(run: Run) -> Split:
 
 
 def read_predictions(run: Run, folder: Path, split: Split) -> dict[str, list[str]]:
-    """Each method's answers in the split's order; without the methods that have no file.
+    """Return each method's answers in the split's order, without the methods that have no file.
 
     Raises:
-        InputError: a file that answers other examples.
+        InputError: a file answers other examples.
     """
     answers = {}
     for name in run.results["methods"]:
         path = predictions_path(folder, run.results["split"], name)
         if path.is_file():
-            found = submission.read(path, run.task)
-            if missing := [id for id in split.ids if id not in found]:
+            given = submission.read(path, run.task)
+            if missing := [id for id in split.ids if id not in given]:
                 raise InputError(f"{path} has no answer to id {missing[0]!r}: evaluate again")
-            answers[name] = [found[id] for id in split.ids]
+            answers[name] = [given[id] for id in split.ids]
     return answers
 
 
 def read_personas(run: Run, folder: Path, split: Split) -> dict[str, dict[str, np.ndarray]]:
-    """The arrays of each method that left personas, as `predict.write_personas` tells them.
+    """Return the arrays of each method that left personas, as `predict.write_personas` writes them.
 
     Raises:
-        InputError: a file of other examples.
+        InputError: a file is of other examples.
     """
     personas = {}
     for name in run.results["methods"]:
@@ -204,7 +209,7 @@ def read_personas(run: Run, folder: Path, split: Split) -> dict[str, dict[str, n
 
 
 def read_curves(run: Run) -> dict[str, dict[str, dict[int, float]]]:
-    """{method: {seed: {step: loss}}}."""
+    """Return {method: {seed: {step: loss}}}."""
     curves: dict[str, dict[str, dict[int, float]]] = defaultdict(dict)
     for seed, folder in run.folders.items():
         if (path := folder / CURVES).is_file():

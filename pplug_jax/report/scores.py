@@ -1,4 +1,4 @@
-"""Scores that results.json does not have: by length of history, by number of retrieved items."""
+"""Compute scores that results.json lacks: by length of history, by number of retrieved items."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ Score = dict[str, float]
 
 
 class Bin(NamedTuple):
-    """The examples whose history has `low` to `high` items; members: their places, (m,) int."""
+    """The examples whose history has `low` to `high` items, at the places `members`, (m,) int."""
 
     low: int
     high: int
@@ -28,7 +28,7 @@ class Bin(NamedTuple):
 
 
 def length_bins(lengths: np.ndarray) -> list[Bin]:
-    """The quarters of the examples by length of history; fewer where many are equally long."""
+    """Return the quarters of the examples by length of history; fewer if many are equally long."""
     edges = np.unique(np.quantile(lengths, [0.25, 0.5, 0.75], method="inverted_cdf"))
     place = np.searchsorted(edges, lengths)
     bins = (np.flatnonzero(place == i) for i in range(len(edges) + 1))
@@ -40,7 +40,7 @@ def length_bins(lengths: np.ndarray) -> list[Bin]:
 
 
 def over_seeds(seeds: Sequence[Mapping[str, Statistics]]) -> dict[str, Statistics]:
-    """{method: each example's statistics, averaged over the seeds that have the method}."""
+    """Return {method: each example's statistics, averaged over the seeds that have the method}."""
     names = dict.fromkeys(name for methods in seeds for name in methods)
     return {
         name: mean_statistics([methods[name] for methods in seeds if name in methods])
@@ -51,19 +51,21 @@ def over_seeds(seeds: Sequence[Mapping[str, Statistics]]) -> dict[str, Statistic
 def scores_by_length(
     bins: Sequence[Bin], statistics: Mapping[str, Statistics], samples: int, users: Sequence[str]
 ) -> dict[str, dict[str, list[Score]]]:
-    """{metric: {method: each bin's score}}."""
-    found: dict[str, dict[str, list[Score]]] = defaultdict(lambda: defaultdict(list))
+    """Return {metric: {method: each bin's score}}."""
+    by_length: dict[str, dict[str, list[Score]]] = defaultdict(lambda: defaultdict(list))
     for name, rows in statistics.items():
-        for each in bins:
-            members = {metric: of[each.members] for metric, of in rows.items()}
-            theirs = [users[i] for i in each.members]
+        for group in bins:
+            members = {metric: of[group.members] for metric, of in rows.items()}
+            theirs = [users[i] for i in group.members]
             for metric, score in scores(members, samples, theirs).items():
-                found[metric][name].append(score)
-    return found
+                by_length[metric][name].append(score)
+    return by_length
 
 
 def scores_by_top_k(runs: Sequence[Run]) -> dict[str, dict[str, dict[int, Score]]]:
-    """{metric: {retrieval method: {top_k: score}}} of the runs like the first; empty for one."""
+    """Return {metric: {retrieval method: {top_k: score}}} of the runs like the first; {} for one
+    run.
+    """
     first = runs[0].results
     alike: dict[int, dict[str, Any]] = {}
     for run in runs:

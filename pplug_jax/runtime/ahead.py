@@ -1,4 +1,4 @@
-"""Programs compiled in the background, before they are needed."""
+"""Compile programs in the background, before they are needed."""
 
 import contextlib
 import os
@@ -15,10 +15,13 @@ CORES_A_COMPILER = 4  # about as many as XLA keeps busy with one program
 def compiled_ahead(
     lower: Callable[[Hashable], jax.stages.Lowered], keys: Iterable[Hashable]
 ) -> Iterator[Callable[[Hashable], jax.stages.Compiled]]:
-    """Gives what returns the compiled program of a key, waiting for it where it must.
+    """Yield `compiled(key)`, which returns the program of a key and blocks until it is ready.
 
-    lower: a key's program, not compiled yet. keys: those to compile, the most urgent first. What
-    has not begun when the context ends never does.
+    On exit, compilations that have not begun are cancelled.
+
+    Args:
+        lower: returns a key's program, not yet compiled.
+        keys: the keys to compile, the most urgent first.
     """
     tracing = threading.Lock()  # Python runs one trace at a time: the most urgent shall have it
 

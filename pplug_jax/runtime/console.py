@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a line now and then elsewhere."""
+"""Show the progress of long work: a bar on a terminal, a line now and then elsewhere."""
 
 import time
 from typing import Self
@@ -16,13 +16,13 @@ SECONDS_BETWEEN_LINES = 15
 
 
 def say(text: str) -> None:
-    """Prints a line as it is, once for all processes: no markup, no wrapping."""
+    """Print a line as it is, once for all processes, without markup or wrapping."""
     if is_primary():
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class Progress:
-    """`with Progress("training", 100, "steps") as progress: progress.advance(1, loss=...)`."""
+    """Show progress: `with Progress("training", 100, "steps") as progress: progress.advance(1)`."""
 
     def __init__(self, title: str, total: int, unit: str, done: int = 0):
         self.title, self.total, self.unit = title, total, unit
@@ -51,7 +51,7 @@ class Progress:
             self._report("")
 
     def advance(self, count: int, info: str = "") -> None:
-        """`count` more are done; `info` is shown beside the bar."""
+        """Count `count` more as done, and show `info` beside the bar."""
         self.done += count
         if self.bar:
             self.bar.update(self.task, advance=count, info=info or self.unit)

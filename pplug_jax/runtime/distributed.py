@@ -1,8 +1,8 @@
-"""Several processes, one a host, as one job: how they meet, agree, and see each other's arrays.
+"""Run several processes, one a host, as one job: how they meet, agree, and share arrays.
 
-All of them run the same program on the same data; what they do at the same time they do together.
-A workdir is one directory that all see, in which the first process alone writes files of its own
-(Orbax has every process write its arrays).
+All processes run the same program on the same data, and do together what they do at the same time.
+A workdir is one directory that all see. The first process alone writes its files, except that Orbax
+has every process write its own arrays.
 """
 
 import os
@@ -19,14 +19,14 @@ SHUTDOWN_SECONDS = 30  # how long a process that is done waits for the others
 
 
 def start() -> None:
-    """Joins the job that the environment speaks of; without one the process is alone.
+    """Join the job that the environment names; without one, the process is alone.
 
-    A job is a Cloud TPU slice or several, a SLURM step, Open MPI or an indexed Kubernetes job (all
-    found by JAX), or what JAX_COORDINATOR_ADDRESS (HOST:PORT), JAX_NUM_PROCESSES and JAX_PROCESS_ID
-    say. To be called before JAX is used.
+    A job is one or several Cloud TPU slices, a SLURM step, Open MPI or an indexed Kubernetes job
+    (all found by JAX), or what JAX_COORDINATOR_ADDRESS (HOST:PORT), JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID say. Call it before JAX is used.
 
     Raises:
-        InputError: variables that make no sense, or the others do not answer.
+        InputError: the variables make no sense, or the other processes do not answer.
     """
     given = {
         name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")
@@ -52,42 +52,42 @@ def start() -> None:
 
 
 def wait_for_all(reason: str) -> None:
-    """Returns when every process is here: what the first has written is there for all."""
+    """Wait until every process is here, so that all see what the first has written."""
     if jax.distributed.is_initialized():
         multihost_utils.sync_global_devices(reason)
 
 
 def from_primary(value: Any) -> Any:
-    """The first process' value, a number or an array, on every process."""
+    """Return the first process' value, a number or an array, on every process."""
     if not jax.distributed.is_initialized():
         return value
     return multihost_utils.broadcast_one_to_all(value)
 
 
 def on_any(values: np.ndarray) -> np.ndarray:
-    """Where one process or more has true, of bools of the same shape on each."""
+    """Return where at least one process has True, for bools of the same shape on each."""
     if not jax.distributed.is_initialized():
         return values
     return multihost_utils.process_allgather(values, tiled=False).any(axis=0)
 
 
 def worst_of_all(value: int) -> int:
-    """The largest of all processes' values, on every process."""
+    """Return the largest of all processes' values, on every process."""
     if not jax.distributed.is_initialized():
         return value
     return int(multihost_utils.process_allgather(np.int32(value)).max())
 
 
 def fetch(x: jax.Array) -> np.ndarray:
-    """The whole array on every process, wherever its shards lie."""
+    """Return the whole array on every process, wherever its shards lie."""
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     return multihost_utils.process_allgather(x, tiled=True)
 
 
 def is_preempted(step: int) -> bool:
-    """Whether all processes stop before the next step, as one of them got SIGTERM.
+    """Return whether all processes must stop before the next step, because one got SIGTERM.
 
-    To be asked by every process at every step. JAX has them agree on a step that none is beyond.
+    Call it on every process at every step. JAX lets them agree on a step that none has passed.
     """
     return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)

@@ -34,10 +34,18 @@ def make_mesh(
     *,
     slices: int = 1,
 ) -> Mesh:
-    """A mesh over `devices` (all by default); `data=-1` takes what the other axes leave.
+    """Make a mesh over the devices.
+
+    Args:
+        data: devices that split the batch; -1 takes what the other axes leave.
+        fsdp: devices that split the batch and the weights.
+        tensor: devices that split every layer.
+        devices: the devices; None is all.
+        slices: TPU slices that work together.
 
     Raises:
-        InputError: the axes do not multiply to the number of devices, or there are other slices.
+        InputError: the axes do not multiply to the number of devices, or the number of slices
+            differs.
     """
     devices = list(jax.devices() if devices is None else devices)
     if data == -1:
@@ -49,23 +57,25 @@ def make_mesh(
             f"{math.prod(shape)} devices, but there are {len(devices)}: change config.mesh"
         )
     types = (AxisType.Auto,) * len(AXES)
-    found = len({getattr(device, "slice_index", 0) for device in devices})
+    slices_present = len({getattr(device, "slice_index", 0) for device in devices})
     # Unlike `jax.make_mesh`, which refuses an axis that is a part of one of the slice's own.
     split = {"allow_split_physical_axes": True}
-    if found == 1:  # one slice, or a platform without, which may be told to act as several
+    if slices_present == 1:  # one slice, or a platform without, which may be told to act as several
         placed = create_device_mesh(shape, devices, **split)
-    elif slices == found:
+    elif slices == slices_present:
         placed = create_hybrid_device_mesh((1, *shape[1:]), (slices, 1, 1, 1), devices, **split)
     else:
-        raise InputError(f"there are {found} slices: set config.mesh.slices={found}")
+        raise InputError(
+            f"there are {slices_present} slices: set config.mesh.slices={slices_present}"
+        )
     return Mesh(placed, AXES, axis_types=types)
 
 
 def sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
-    """Where an array of `shape` with logical `axes` lies.
+    """Return how an array of `shape` with logical `axes` lies on the mesh.
 
-    A dimension that its mesh axes do not divide is replicated: never wrong, only larger. LLMs' odd
-    vocabularies are padded instead, before they come here.
+    A dimension that its mesh axes do not divide is replicated, which is never wrong, only larger.
+    Odd vocabularies of LLMs are padded before they come here.
     """
     spec = [
         RULES.get(axis) if size % parts(mesh, axis) == 0 else None
@@ -75,15 +85,15 @@ def sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> Na
 
 
 def parts(mesh: Mesh | AbstractMesh, axis: str | None) -> int:
-    """The number of pieces that a logical axis is cut into."""
+    """Return the number of pieces that a logical axis is cut into."""
     names = RULES.get(axis, ())
     return math.prod(mesh.shape[name] for name in ([names] if isinstance(names, str) else names))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """`x` with logical `axes`, laid out on the mesh that `jax.set_mesh` names, where it does.
+    """Lay out `x` with logical `axes` on the mesh of `jax.set_mesh`, if there is one.
 
-    Left to itself the compiler follows the weights' shards, and may hold every row on every device.
+    Without this the compiler follows the weights' shards, and may hold every row on every device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -92,7 +102,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def rows(x: jax.Array) -> jax.Array:
-    """Activations (B, ...) stay split over their rows, whatever the weights' shards."""
+    """Keep activations (B, ...) split over their rows, whatever the weights' shards."""
     return constrain(x, "batch", *[None] * (x.ndim - 1))
 
 
@@ -101,15 +111,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def local_rows(mesh: Mesh, size: int) -> np.ndarray:
-    """Which rows of a batch of `size` lie on this process' devices, in order; (n,) int64."""
+    """Return the rows of a batch of `size` on this process' devices, in order; (n,) int64."""
     pieces = sharding(mesh, ("batch",), (size,)).addressable_devices_indices_map((size,))
     return np.unique(np.concatenate([np.arange(size)[piece] for piece in pieces.values()]))
 
 
 def place_rows(local: np.ndarray, mesh: Mesh) -> jax.Array:
-    """A global array (B, ...), split over its rows, of which `local` is this process' part.
+    """Make a global array (B, ...), split over its rows, from every process' part.
 
-    local: (n, ...), the rows that `local_rows(mesh, B)` names.
+    Args:
+        local: (n, ...), the rows that `local_rows(mesh, B)` names.
+        mesh: the mesh to lay it out on.
     """
     pieces = parts(mesh, "batch")
     size = len(local) * pieces // len(local_rows(mesh, pieces))
@@ -126,7 +138,7 @@ def place_rows(local: np.ndarray, mesh: Mesh) -> jax.Array:
 
 
 def shardings(module: nnx.Module, mesh: Mesh) -> nnx.State:
-    """The sharding of every array of `module`, from its variable's logical axes."""
+    """Return the sharding of every array of `module`, from its variables' logical axes."""
 
     def of(variable: nnx.Variable) -> nnx.Variable:
         axes = variable.get_metadata("axes")
@@ -139,13 +151,13 @@ def shardings(module: nnx.Module, mesh: Mesh) -> nnx.State:
 
 
 def place(module: nnx.Module, mesh: Mesh) -> nnx.Module:
-    """`module` with its arrays laid out on `mesh`."""
+    """Lay out the arrays of `module` on `mesh`."""
     graph, state = nnx.split(module)
     return nnx.merge(graph, jax.device_put(state, shardings(module, mesh)))
 
 
 def place_abstract(module: nnx.Module, mesh: Mesh) -> nnx.Module:
-    """The same of a module of `jax.ShapeDtypeStruct`, which then say where they would lie."""
+    """Say where the arrays of an abstract `module` would lie on `mesh`."""
     graph, state = nnx.split(module)
     return nnx.merge(
         graph,

@@ -1,10 +1,10 @@
-"""Which process speaks for all: known without JAX, which not everything here needs."""
+"""Say which process speaks for all, without importing JAX."""
 
 import sys
 
 
 def is_primary() -> bool:
-    """Whether this process writes files and speaks for all."""
+    """Return whether this process writes files and speaks for all."""
     jax = sys.modules.get("jax")
     if jax is None:
         return True

@@ -1,4 +1,4 @@
-"""Tries again what a network or an object store may have refused only for the moment."""
+"""Try again what a network or an object store may have refused only for the moment."""
 
 import errno
 import re
@@ -69,13 +69,14 @@ def _status(error: BaseException) -> int | None:
 
 
 def retrying(what: str, call: Callable[[], _Result]) -> _Result:
-    """Return what `call` returns, calling it again where its error may pass.
+    """Return what `call` returns, calling it again while its error may pass.
 
     Args:
         what: names the call in messages, for instance "reading gs://bucket/config.json".
+        call: the call.
 
     Raises:
-        Exception: the last error of `ATTEMPTS` that may pass, or the first of another kind.
+        Exception: the last of `ATTEMPTS` errors that may pass, or the first of another kind.
     """
     for attempt in range(1, ATTEMPTS):
         try:

@@ -1,4 +1,4 @@
-"""Says in one line what is wrong with a command line, and what is near to what was written."""
+"""Say in one line what is wrong with a command line, and what was probably meant."""
 
 import difflib
 import runpy
@@ -12,7 +12,7 @@ from absl import flags
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Return the arguments that are no flags, as absl's own parser; a mistake ends the process."""
+    """Parse flags as absl does, and return the other arguments; a mistake ends the process."""
     try:
         rest = flags.FLAGS(argv)
         # What could not be loaded is something that raises its error where it is first used.
@@ -27,9 +27,9 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def near(given: str, known: Iterable[str]) -> str:
-    """Return a question such as " (did you mean 'lamp5'?)", or nothing where nothing is near."""
-    found = difflib.get_close_matches(given, list(known), n=1)
-    return f" (did you mean {found[0]!r}?)" if found else ""
+    """Return a question such as " (did you mean 'lamp5'?)", or "" if nothing is near."""
+    matches = difflib.get_close_matches(given, list(known), n=1)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
 def _first_line(error: Exception) -> str:
@@ -37,15 +37,15 @@ def _first_line(error: Exception) -> str:
 
 
 def _mistake(argv: Sequence[str]) -> str | None:
-    """What is wrong with --config and the fields that are set; None where that is not it."""
+    """Return what is wrong with --config and the given fields, or None if they are right."""
     # absl takes flags with one dash too.
-    argv = [f"-{each}" if each.startswith("-") and each[1:2].isalpha() else each for each in argv]
+    argv = [f"-{word}" if word.startswith("-") and word[1:2].isalpha() else word for word in argv]
     given = _value_of("--config", argv)
     if given is None:
         return "--config is missing; for example --config=configs/lamp5.py"
     path, _, argument = given.partition(":")
     if not Path(path).is_file():
-        known = [each.as_posix() for each in Path("configs").glob("*.py")]
+        known = [file.as_posix() for file in Path("configs").glob("*.py")]
         return f"--config={path}: there is no such file{near(path, known)}"
     try:
         get_config = runpy.run_path(path).get("get_config")
@@ -53,13 +53,13 @@ def _mistake(argv: Sequence[str]) -> str | None:
             return f"--config={path}: the file has no function get_config, so it is no config"
         config = get_config(*[argument] if argument else [])
         if not isinstance(config, ml_collections.ConfigDict):
-            found = type(config).__name__
+            kind = type(config).__name__
             return (
-                f"--config={path}: get_config must return an ml_collections.ConfigDict, not {found}"
+                f"--config={path}: get_config must return an ml_collections.ConfigDict, not {kind}"
             )
     except Exception as error:  # noqa: BLE001
         return f"--config={given}: {_first_line(error)}"
-    fields = [each.removeprefix("--config.").partition("=")[0] for each in argv[1:]]
+    fields = [flag.removeprefix("--config.").partition("=")[0] for flag in argv[1:]]
     for flag, field in zip(argv[1:], fields, strict=True):
         if flag.startswith("--config.") and not _has(config, field):
             return f"--config.{field}: there is no such setting{near(field, names_of(config))}"
@@ -67,7 +67,7 @@ def _mistake(argv: Sequence[str]) -> str | None:
 
 
 def _value_of(flag: str, argv: Sequence[str]) -> str | None:
-    """The last value that the flag is given, by = or as the next argument."""
+    """Return the last value that the flag is given, by = or as the next argument."""
     value = None
     for this, following in zip(argv, [*argv[1:], None], strict=True):
         if this == flag:
@@ -86,7 +86,7 @@ def _has(config: Any, field: str) -> bool:
 
 
 def names_of(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
-    """Every setting's name with the groups that it is in."""
+    """Return every setting's name, with the groups that it is in."""
     names = []
     for name, value in config.items():
         inner = isinstance(value, ml_collections.ConfigDict)

@@ -1,8 +1,8 @@
 """The benchmarks' metrics, bootstrap intervals, and paired comparisons of two methods.
 
 Every metric is a function of the mean over examples of per-example statistics. So resampling the
-rows of one array (n, S) gives an interval for any of them, be it an RMSE or a macro-F1. What is
-resampled are users, each with all of their examples, which are alike: a cluster bootstrap.
+rows of one array (n, S) gives an interval for any of them, even an RMSE or a macro-F1. Users are
+resampled, each with all of their examples, which are alike: a cluster bootstrap.
 """
 
 import math
@@ -36,9 +36,11 @@ def _ratio(means: np.ndarray) -> np.ndarray:
 class Metric(NamedTuple):
     """How a metric is computed.
 
-    statistics: (task, predictions, references), all stripped, to each example's (n, S) float64;
-        None where it takes more than these.
-    value: means of statistics over examples, (..., S), to the metric, (...).
+    Attributes:
+        statistics: (task, predictions, references), all stripped, to each example's (n, S) float64;
+            None if it takes more than these.
+        value: means of statistics over examples, (..., S), to the metric, (...).
+        lower_is_better: whether less is better.
     """
 
     statistics: Callable[[Task, Sequence[str], Sequence[str]], np.ndarray] | None
@@ -47,7 +49,7 @@ class Metric(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """The first method's value minus the second's, its 95% interval, a two-sided p-value."""
+    """The first method's value minus the second's, its 95% interval, and a two-sided p-value."""
 
     difference: float
     low: float
@@ -132,13 +134,13 @@ def _known(task: str) -> Task:
 
 
 def check_metrics(task: str) -> None:
-    """Loads the data that the task's metrics need, so that a long run need not end without.
+    """Load the data that the task's metrics need, so that a long run cannot fail at its end.
 
     Only METEOR needs any: NLTK's WordNet and its sentence splitter, downloaded if absent.
 
     Raises:
         ValueError: an unknown task.
-        InputError: the data are neither there nor to be had.
+        InputError: the data are missing and cannot be downloaded.
     """
     if "meteor" not in _known(task).metrics:
         return
@@ -166,18 +168,18 @@ def check_metrics(task: str) -> None:
 def example_statistics(
     task: str, predictions: Sequence[str], references: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """Each example's statistics for each of the task's metrics, (n, S) float64.
+    """Return each example's statistics for each of the task's metrics, (n, S) float64.
 
     S is 3 C for macro-F1 over C labels and 1 for the others. The definitions are those of LaMP's
     evaluation (arXiv 2304.11406) and LongLaMP's (arXiv 2407.11016), on stripped strings:
 
-    - accuracy, macro_f1: exactly a label, in its case. What is no label is wrong, of no class. A
-      class that nobody has or predicts has F1 0.
-    - mae, rmse: the prediction as Python's `float`; what is no finite number is the end of the
-      scale, 1 or 5, that is further from the reference.
+    - accuracy, macro_f1: exactly a label, in its case. An output that is no label is wrong and
+      belongs to no class. A class that nobody has or predicts has F1 0.
+    - mae, rmse: the prediction as Python's `float`; an output that is no finite number becomes the
+      end of the scale, 1 or 5, that is further from the reference.
     - exact_match: the strings are equal.
     - rouge1, rougeL: the F-measure of `rouge_score` without stemming (Lin 2004).
-    - meteor: NLTK's of NLTK's words (Lavie and Agarwal 2007; alpha 0.9, beta 3, gamma 0.5).
+    - meteor: NLTK's, of NLTK's words (Lavie and Agarwal 2007; alpha 0.9, beta 3, gamma 0.5).
 
     Raises:
         ValueError: lists of different or no length, an unknown task, or a reference that is none of
@@ -200,15 +202,20 @@ def example_statistics(
 
 
 def value_of(metric: str, statistics: np.ndarray) -> float:
-    """The metric over the examples whose statistics, (n, S), `example_statistics` gave."""
+    """Return the metric over the examples with these `example_statistics`, (n, S)."""
     return float(METRICS[metric].value(statistics.mean(axis=0)))
 
 
 def score(task: str, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """The task's metrics over all examples, e.g. {"rouge1": .., "rougeL": ..}.
+    """Return the task's metrics over all examples, e.g. {"rouge1": .., "rougeL": ..}.
 
-    For ROUGE this is the plain mean; LaMP's own script prints the median of bootstrap means, which
+    For ROUGE this is the plain mean. LaMP's own script prints the median of bootstrap means, which
     agrees to about the fourth decimal. `example_statistics` has definitions and errors.
+
+    Args:
+        task: a task's name, as LaMP_5.
+        predictions: the answers.
+        references: the right outputs, in the same order.
     """
     return {
         name: value_of(name, statistics)
@@ -219,9 +226,9 @@ def score(task: str, predictions: Sequence[str], references: Sequence[str]) -> d
 def _by_user(
     metric: str, statistics: np.ndarray, users: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each user's sums of statistics, (U, S), and number of examples, (U, 1).
+    """Return each user's sums of statistics, (U, S), and number of examples, (U, 1).
 
-    An example without a user is one of its own. Without those that have nothing to divide by.
+    An example without a user counts as a user. Users whose ratio would divide by zero are left out.
     """
     places: dict[str | int, int] = {}
     users = users or [""] * len(statistics)
@@ -229,8 +236,8 @@ def _by_user(
     sums = np.zeros((len(places), statistics.shape[1]))
     np.add.at(sums, place, statistics)
     numbers = np.bincount(place)[:, None]
-    there = sums[:, 1] > 0 if METRICS[metric].value is _ratio else slice(None)
-    return sums[there], numbers[there]
+    divisible = sums[:, 1] > 0 if METRICS[metric].value is _ratio else slice(None)
+    return sums[divisible], numbers[divisible]
 
 
 def _value(metric: str, sums: np.ndarray, numbers: np.ndarray, drawn: np.ndarray) -> np.ndarray:
@@ -260,10 +267,17 @@ def interval(
     seed: int = 0,
     users: Sequence[str] = (),
 ) -> tuple[float, float]:
-    """The 95% percentile bootstrap interval of the metric over users (Efron 1979).
+    """Return the 95% percentile bootstrap interval of the metric over users (Efron 1979).
 
-    statistics: (n, S), of `example_statistics`. users: whose each example is, "" of an unknown one;
-    none if all are another's. One user, equal examples, or an infinite value give the value twice.
+    One user, equal examples, or an infinite value give the value twice.
+
+    Args:
+        metric: its name.
+        statistics: (n, S), from `example_statistics`.
+        samples: number of resamples.
+        seed: of the resampling.
+        users: the user of each example, "" if unknown. Leave empty to treat every example as a
+            different user.
     """
     value = value_of(metric, statistics)
     sums, numbers = _by_user(metric, statistics, users)
@@ -282,12 +296,19 @@ def compare(
     seed: int = 0,
     users: Sequence[str] = (),
 ) -> Comparison:
-    """How two methods differ in the metric on the same examples, a minus b.
+    """Compare two methods in the metric on the same examples: a minus b.
 
-    a, b: (n, S), of `example_statistics`. users: as `interval`'s. The interval is the bootstrap's
-    over users. The p-value is that of the permutation test that swaps the methods within users: the
-    share of swaps, the one seen included, that differ as much; exact where all 2^U are no more than
-    `samples` (Phipson and Smyth 2010).
+    The interval is the bootstrap's over users. The p-value is that of the permutation test that
+    swaps the methods within users: the share of swaps, the observed one included, that differ as
+    much. It is exact if all 2^U swaps are no more than `samples` (Phipson and Smyth 2010).
+
+    Args:
+        metric: its name.
+        a: (n, S), from `example_statistics`.
+        b: as `a`.
+        samples: number of resamples and of swaps.
+        seed: of both.
+        users: as in `interval`.
 
     Raises:
         ValueError: a and b differ in shape.
@@ -296,7 +317,7 @@ def compare(
         raise ValueError(
             f"statistics of shapes {a.shape} and {b.shape} are not of the same examples"
         )
-    (sums, numbers), (others, _) = (_by_user(metric, each, users) for each in (a, b))
+    (sums, numbers), (others, _) = (_by_user(metric, statistics, users) for statistics in (a, b))
     n = len(sums)
     both = np.concatenate([sums, others]), np.concatenate([numbers, numbers])
 

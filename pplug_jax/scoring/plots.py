@@ -14,12 +14,14 @@ DASHES = ("-", "--", ":")  # of the first ten methods, of the second, of the thi
 
 
 def figure_for(methods: Collection[str]) -> Figure:
-    """High enough for a legend of the methods."""
+    """Make a figure that is high enough for a legend of the methods."""
     return Figure(figsize=(9, max(4.5, 0.3 * len(methods))), layout="constrained")
 
 
 def error_bars(scores: Collection[Mapping[str, float]]) -> list[list[float]]:
-    """How far intervals reach below the values and above; a macro-F1 may lie outside its own."""
+    """Return how far intervals reach below and above the values; a macro-F1 may lie outside its
+    own.
+    """
     return [
         [max(0, score["value"] - score["low"]) for score in scores],
         [max(0, score["high"] - score["value"]) for score in scores],
@@ -35,7 +37,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def plot_results(results: dict[str, Any], metric: str, path: Path) -> None:
-    """Each method's score and 95% bootstrap interval."""
+    """Plot each method's score and 95% bootstrap interval."""
     names = list(results["methods"])
     entries = [results["methods"][name][metric] for name in names]
     values = [entry["value"] for entry in entries]
@@ -52,14 +54,14 @@ def plot_results(results: dict[str, Any], metric: str, path: Path) -> None:
 
 
 def plot_losses(metrics: Path, path: Path) -> None:
-    """The training loss of every trained method, from `metrics.jsonl`."""
+    """Plot the training loss of every trained method, from `metrics.jsonl`."""
     plot_curves(
         {method: [losses] for method, losses in read_scalars(metrics, "loss").items()}, path
     )
 
 
 def plot_curves(curves: Mapping[str, Sequence[Mapping[int, float]]], path: Path) -> None:
-    """Each method's losses {step: loss}, one for each seed; a method's seeds are in one colour."""
+    """Plot each method's losses {step: loss}, one for each seed, a method's in one colour."""
     figure = figure_for(curves)
     axes = figure.subplots()
     for i, (name, seeds) in enumerate(curves.items()):

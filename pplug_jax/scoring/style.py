@@ -1,4 +1,4 @@
-"""How far an answer's style is from the user's own: what ROUGE does not see."""
+"""Measure how far an answer's style is from the user's own, which ROUGE does not see."""
 
 from collections.abc import Sequence
 
@@ -9,26 +9,30 @@ from pplug_jax.data.tasks import Task
 
 
 def features(text: str) -> np.ndarray:
-    """Whether there is a colon, how many words, and which share of them begin with a capital."""
+    """Return whether there is a colon, the number of words, and the share of capitalised words."""
     words = text.split()
     capitals = sum(word[0].isupper() for word in words) / max(1, len(words))
     return np.array([":" in text, len(words), capitals], np.float64)
 
 
 def distances(task: Task, examples: Sequence[Example], predictions: Sequence[str]) -> np.ndarray:
-    """Each example's distance from the user's mean and 1, (n, 2); 0 and 0 without a history.
+    """Return each example's distance from the user's mean and 1, (n, 2); 0 and 0 without a history.
 
-    The mean over `features` of the absolute difference between the answer and the mean of the
-    user's own, in standard deviations of all that users have written.
+    The distance is the mean over `features` of the absolute difference between the answer and the
+    mean of what the user wrote, in standard deviations of what all users wrote.
     """
-    own = [
+    written = [
         np.array([features(item[task.answer]) for item in example.profile]) for example in examples
     ]
-    there = [i for i, texts in enumerate(own) if len(texts)]
-    found = np.zeros((len(examples), 2))
-    if there:
-        deviation = np.concatenate([own[i] for i in there]).std(axis=0)
+    with_history = [i for i, texts in enumerate(written) if len(texts)]
+    result = np.zeros((len(examples), 2))
+    if with_history:
+        deviation = np.concatenate([written[i] for i in with_history]).std(axis=0)
         deviation = np.where(deviation > 0, deviation, 1)
-        differences = [np.abs(features(predictions[i]) - own[i].mean(axis=0)) for i in there]
-        found[there] = np.stack([np.mean(differences / deviation, axis=1), np.ones(len(there))], 1)
-    return found
+        differences = [
+            np.abs(features(predictions[i]) - written[i].mean(axis=0)) for i in with_history
+        ]
+        result[with_history] = np.stack(
+            [np.mean(differences / deviation, axis=1), np.ones(len(with_history))], 1
+        )
+    return result

@@ -1,4 +1,4 @@
-"""A table on the terminal and in Markdown."""
+"""Show a table on the terminal, or write it in Markdown."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ Rows = Sequence[Sequence[str]]
 
 
 def show_table(title: str, header: Sequence[str], rows: Rows) -> None:
-    """Prints it; the first column is text, the others numbers."""
+    """Print the table; the first column is text, the others are numbers."""
     table = Table(title=title)
     for i, cell in enumerate(header):
         table.add_column(cell, justify="left" if i == 0 else "right", no_wrap=True)

@@ -1,7 +1,7 @@
 """Orbax checkpoints: of a training run, and of a module that is only restored.
 
-A training run's hold what is trained, the optimiser and the step, which is also the place in the
-data; never the LLM.
+A training run's checkpoint holds what is trained, the optimiser, and the step, which is also the
+place in the data. It never holds the LLM.
 """
 
 import itertools
@@ -37,7 +37,9 @@ def _validation_loss(metrics: dict[str, float]) -> float:
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """A tree's arrays under their paths: what is stored does not depend on our classes."""
+    """Return a tree's arrays under their paths, so that what is stored does not depend on our
+    classes.
+    """
     return {
         jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
@@ -51,7 +53,8 @@ def _restored_like(tree: Any, arrays: dict[str, Any]) -> Any:
 
 
 class Checkpoints:
-    """Those of one method: the newest `keep`, and the one with the lowest validation loss.
+    """The checkpoints of one method: the newest `keep`, and the one with the lowest validation
+    loss.
 
     Saving goes on in the background.
     """
@@ -85,9 +88,10 @@ class Checkpoints:
         self.last: dict[str, Any] | None = None  # the arguments of the newest `save`
 
     def _tell_of_unmarked(self) -> None:
-        """Names what Orbax takes for unfinished in a bucket, where no renaming shows what is whole.
+        """Report what Orbax takes for unfinished in a bucket, where no renaming shows what is
+        whole.
 
-        A copy from a disk that an Orbax before 0.12.4 wrote on is such.
+        A copy of checkpoints that an Orbax before 0.12.4 wrote on a disk is such a case.
         """
         for path in self.directory.iterdir() if is_remote(self.directory) else ():
             if path.name.isdigit() and not (path / MARK).exists():
@@ -99,29 +103,29 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The newest whole checkpoint's step."""
+        """The step of the newest whole checkpoint, or None."""
         return self.manager.latest_step()
 
     def latest_for_all(self) -> int | None:
-        """The same as the first process sees it; all processes ask at once."""
+        """Return the newest step as the first process sees it; call it on all processes at once."""
         step = int(from_primary(np.int32(-1 if self.latest is None else self.latest)))
         return None if step < 0 else step
 
     @property
     def best(self) -> int | None:
-        """The step with the lowest validation loss; the newest where none was validated."""
+        """The step with the lowest validation loss, or the newest if none was validated."""
         return self.manager.best_step() or self.latest
 
     def save(
         self, step: int, weights: Any, opt_state: Any, validation_loss: float | None = None
     ) -> None:
-        """Begins to write a checkpoint.
+        """Begin to write a checkpoint.
 
-        Where the one before failed for a moment only, this one takes its place.
+        If the one before failed only for a moment, this one takes its place.
 
         Raises:
-            CheckpointError: this one or the one before could not be written, for instance to a
-                full disk.
+            CheckpointError: this one or the one before could not be written, for instance to a full
+                disk.
         """
         if step == self.latest:
             return
@@ -142,10 +146,10 @@ class Checkpoints:
         self._begin()
 
     def wait(self) -> None:
-        """Returns when everything is on disk; raises as `save`.
+        """Wait until everything is on disk; raise as `save` does.
 
-        What failed for a moment only is written again, so the arrays of the newest `save` must
-        still be there.
+        What failed only for a moment is written again, so keep the arrays of the newest `save`
+        until then.
         """
         try:
             self._settle()
@@ -160,11 +164,13 @@ class Checkpoints:
         self.manager.check_for_errors()
 
     def _is_forgiven(self, error: Exception) -> bool:
-        """Whether writing goes on: several processes cannot, who wait for one another in Orbax."""
+        """Return whether writing goes on; several processes cannot, as they wait for one another in
+        Orbax.
+        """
         return jax.process_count() == 1 and self.last is not None and may_pass(error)
 
     def _begin(self, *, waiting: bool = False) -> None:
-        """Writes `last`, in the background or until it is there."""
+        """Write `last`, in the background, or with `waiting` until it is there."""
 
         def write() -> None:
             self.manager.save(**self.last, force=True)
@@ -180,13 +186,15 @@ class Checkpoints:
             raise self._failed(error) from error
 
     def restore(self, weights: Any, opt_state: Any) -> tuple[Any, Any, int]:
-        """The newest one, laid out as `weights` and `opt_state`, and its step.
+        """Return the newest checkpoint's weights and optimiser state, laid out as those given, and
+        its step.
 
-        One that is cut or lacks files is told of and set aside, and the one before is taken.
+        A checkpoint that is cut or lacks files is reported and set aside, and the one before is
+        taken.
 
         Raises:
             CheckpointError: none is whole, or one could not be read for another reason, which
-                leaves all as they are.
+                changes nothing.
         """
         args = {"weights": _restore_args(weights), "optimizer": _restore_args(opt_state)}
         cut: list[int] = []
@@ -200,10 +208,11 @@ class Checkpoints:
         )
 
     def restore_weights(self, weights: Any) -> Any:
-        """The best one's weights alone, laid out as `weights`; if cut, the newest of the others'.
+        """Return the best checkpoint's weights, laid out as `weights`; if it is cut, the newest
+        other's.
 
         Raises:
-            CheckpointError: there is none, or as `restore`.
+            CheckpointError: there is none, or as in `restore`.
         """
         best = self.best
         if best is None:
@@ -216,14 +225,15 @@ class Checkpoints:
         return sorted(self.manager.all_steps(), reverse=True)
 
     def _first_whole(self, steps: Sequence[int], cut: list[int], **args: Any) -> tuple[Any, int]:
-        """The first of the steps that is whole for every process, and which; `cut` gets the others.
+        """Return the arrays of the first step that is whole for every process, and that step.
 
-        All processes take the first one's steps, and the worst of their findings counts.
+        All processes take the first one's steps, and the worst of their findings counts. `cut` gets
+        the steps that are not whole.
         """
         problems = []
         for step in self._agreed(steps):
-            found, restored, problem = self._read(step, ocp.args.Composite(**args))
-            worst = worst_of_all(found)
+            finding, restored, problem = self._read(step, ocp.args.Composite(**args))
+            worst = worst_of_all(finding)
             problem = problem or "another process could not read it, and says why"
             if worst == READ:
                 return restored, step
@@ -242,13 +252,15 @@ class Checkpoints:
 
     @staticmethod
     def _agreed(steps: Sequence[int]) -> Iterator[int]:
-        """The first process's steps: directories on a network may show later to some."""
+        """Yield the first process' steps: directories on a network may appear later to other
+        processes.
+        """
         count = int(from_primary(np.int32(len(steps))))
         mine = np.resize(np.array([*steps, -1], np.int64), count)
         yield from np.asarray(from_primary(mine)).tolist()
 
     def _read(self, step: int, args: ocp.args.Composite) -> tuple[int, Any, str]:
-        """READ, CUT or FAILED, the arrays of this process, and what went wrong."""
+        """Return READ, CUT or FAILED, this process' arrays, and what went wrong."""
         path = self.directory / str(step)
         try:
             return READ, retrying(f"reading {path}", lambda: self._complete(path, args)), ""
@@ -258,22 +270,22 @@ class Checkpoints:
 
     def _complete(self, path: epath.Path, args: ocp.args.Composite) -> dict[str, Any]:
         # Listed, since `is_dir` takes every error for an absence.
-        there = {child.name for child in path.iterdir()}
+        names = {child.name for child in path.iterdir()}
         for item in args.keys():  # noqa: SIM118  no dict
-            if item not in there:
+            if item not in names:
                 raise FileNotFoundError(f"{path / item}: no such directory")
             next((path / item).iterdir(), None)
         return jax.block_until_ready(dict(self.reader.restore(path, args).items()))
 
     def _set_aside(self, step: int) -> None:
-        """Renames a torn checkpoint, so that the step can be saved again."""
+        """Rename a torn checkpoint, so that the step can be saved again."""
         if is_primary():
             _rename_torn(self.directory / str(step))
         wait_for_all(f"step {step} is set aside")
         self.manager.reload()
 
     def _set_aside_without_metrics(self) -> None:
-        """The same of those whose validation loss cannot be read, before Orbax reads them all."""
+        """Rename checkpoints whose validation loss cannot be read, before Orbax reads them all."""
         for path in self.directory.iterdir() if is_primary() and self.directory.exists() else ():
             file = path / "metrics" / "metrics"
             if path.name.isdigit() and file.exists():
@@ -296,14 +308,14 @@ class Checkpoints:
 
 
 def _is_cut(error: Exception) -> bool:
-    """Whether the error proves that files of a checkpoint are gone or not whole."""
+    """Return whether the error proves that files of a checkpoint are missing or not whole."""
     if any(CUT_OR_MISSING.search(str(cause)) for cause in causes(error)):
         return True
     return isinstance(error, (FileNotFoundError, json.JSONDecodeError)) and not may_pass(error)
 
 
 def _shortened(error: Exception) -> str:
-    """The first line of what it was first raised from: Orbax appends what it was about to read."""
+    """Return the first line of the error's root cause: Orbax appends what it was about to read."""
     *_, first = causes(error)
     text = str(first).strip().partition("\n")[0] or type(first).__name__
     return text if len(text) <= 300 else f"{text[:300]} ..."
@@ -315,12 +327,12 @@ def _rename_torn(path: epath.Path) -> None:
 
 
 def is_saved(directory: epath.Path) -> bool:
-    """Whether `save_module` has written all of it."""
+    """Return whether `save_module` has finished writing."""
     return directory.exists() and ocp.utils.is_checkpoint_finalized(directory)
 
 
 def save_module(directory: epath.Path, module: Any, origin: dict[str, Any]) -> None:
-    """Writes a module's arrays, each device its own, and what they were made from."""
+    """Write a module's arrays, each device its own, and what they were made from."""
     with ocp.Checkpointer(_module_handler()) as checkpointer:
         arrays = ocp.args.PyTreeSave(_named(module))
         items = ocp.args.Composite(arrays=arrays, origin=ocp.args.JsonSave(origin))
@@ -328,7 +340,7 @@ def save_module(directory: epath.Path, module: Any, origin: dict[str, Any]) -> N
 
 
 def read_origin(directory: epath.Path) -> dict[str, Any]:
-    """What `save_module` was told of what it wrote."""
+    """Return the `origin` that `save_module` was given."""
     with ocp.Checkpointer(_module_handler()) as checkpointer:
         items = ocp.args.Composite(origin=ocp.args.JsonRestore())
         return retrying(
@@ -337,7 +349,7 @@ def read_origin(directory: epath.Path) -> dict[str, Any]:
 
 
 def module_loader(directory: epath.Path, module: Any, origin: dict[str, Any]) -> Callable[[], Any]:
-    """What restores what `save_module` wrote, laid out as the abstract `module`.
+    """Return a function that restores what `save_module` wrote, laid out as the abstract `module`.
 
     Raises:
         CheckpointError: it was made from something else than `origin`.
@@ -350,10 +362,10 @@ def module_loader(directory: epath.Path, module: Any, origin: dict[str, Any]) ->
                 lambda: checkpointer.restore(directory, ocp.args.Composite(**items)),
             )
 
-    found = read_origin(directory)
-    if found | origin != found:
+    saved = read_origin(directory)
+    if saved | origin != saved:
         raise CheckpointError(
-            f"{directory} was converted from {found}, not from {origin}: "
+            f"{directory} was converted from {saved}, not from {origin}: "
             "delete it, or name another place with --config.llm.converted"
         )
     return lambda: _restored_like(module, restore(arrays=_restore_args(module))["arrays"])
@@ -370,10 +382,10 @@ def _training_items() -> dict[str, ocp.PyTreeCheckpointHandler]:
 
 
 def _array_handler() -> ocp.PyTreeCheckpointHandler:
-    """Lets one device write what all devices hold.
+    """Make a handler that lets one device write what all devices hold.
 
-    It would otherwise be cut into a slice for each, and a plug of 45 arrays on 8 devices compiles
-    136 slicings at its first checkpoint.
+    Orbax would otherwise cut each array into a slice per device. A plug of 45 arrays on 8 devices
+    would compile 136 slicings at its first checkpoint.
     """
     array = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, array))
@@ -381,7 +393,9 @@ def _array_handler() -> ocp.PyTreeCheckpointHandler:
 
 
 def _restore_args(tree: Any) -> ocp.args.PyTreeRestore:
-    """Restores to the shapes, dtypes and places of `tree`, which may be abstract."""
+    """Return arguments that restore to the shapes, dtypes and places of `tree`, which may be
+    abstract.
+    """
     wanted = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
         for name, x in _named(tree).items()

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and once however many processes run."""
+"""Write files whole or not at all, and once however many processes run."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -14,22 +14,24 @@ from pplug_jax.runtime.retry import retrying
 
 
 def is_remote(path: PathLike) -> bool:
-    """Whether it lies in a bucket (gs://..), where nothing can be appended to or mapped."""
+    """Return whether the path is in a bucket (gs://..), where nothing can be appended or mapped."""
     return "://" in str(path)
 
 
 def absolute(path: PathLike) -> epath.Path:
-    """The path from the root, as Orbax wants it; epath would take gs:// for a directory here."""
+    """Return the path from the root, as Orbax wants it; epath would take gs:// for a directory
+    here.
+    """
     return epath.Path(path) if is_remote(path) else epath.Path(path).absolute()
 
 
 def read_text(path: Path) -> str:
-    """The file's text in UTF-8; what fails for a moment only is tried again."""
+    """Return the file's text in UTF-8; try again what fails only for a moment."""
     return retrying(f"reading {path}", lambda: path.read_text(encoding="utf-8"))
 
 
 def read_json(path: Path) -> Any:
-    """The file's content.
+    """Return the file's content.
 
     Raises:
         InputError: it is not JSON.
@@ -41,7 +43,11 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The same of a file that must hold an object."""
+    """Return the content of a file that must hold a JSON object.
+
+    Raises:
+        InputError: it is not JSON, or another value.
+    """
     content = read_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected an object, found {type(content).__name__}")
@@ -49,9 +55,9 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def write_text(path: Path, parts: Iterable[str]) -> None:
-    """Writes the parts one after the other, in UTF-8.
+    """Write the parts one after the other, in UTF-8.
 
-    What fails for a moment only is tried again, unless the parts are an iterator's.
+    What fails only for a moment is tried again, unless `parts` is an iterator.
     """
     if not is_primary():
         return

@@ -81,12 +81,11 @@ def is_gguf(name: str) -> bool:
 def directory_of(file: Path) -> Path:
     """Return a directory that presents `file` as a model in Hugging Face format.
 
-    It lies beside the hub's cache, under HF_HOME, and holds config.json, the tokenizer, and links
-    to the file and its further parts, under their names.
+    It lies beside the hub's cache, under HF_HOME. It holds config.json, the tokenizer, and links to
+    the file and its further parts, under their names.
 
     Raises:
-        InputError: not a whole GGUF file, or one of an architecture or a tokenizer that is not
-            supported.
+        InputError: not a whole GGUF file, or an architecture or a tokenizer that is not supported.
     """
     file = file.absolute()  # not where a link leads to: the hub's cache has links to nameless files
     about = file.stat()
@@ -119,7 +118,7 @@ def parts(file: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: one is missing.
-        InputError: it is not the first.
+        InputError: `file` is not the first.
     """
     numbered = PART.search(file.name)
     if numbered is None:
@@ -140,7 +139,7 @@ def _reader(file: Path) -> Any:
 
 @functools.lru_cache(maxsize=4)
 def _opened(file: Path, changed: int) -> Any:
-    """A file's reader, which lists every token and so is made once."""
+    """Return a file's reader, which lists every token and so is made once."""
     del changed  # part of the key
     try:
         return gguf.GGUFReader(file)
@@ -149,7 +148,7 @@ def _opened(file: Path, changed: int) -> Any:
 
 
 def _value(reader: Any, name: str) -> Any:
-    """The value of a field; None where the file lacks it."""
+    """Return the value of a field, or None if the file lacks it."""
     field = reader.get_field(name)
     return None if field is None else field.contents()
 
@@ -202,16 +201,16 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def _settings(reader: Any, architecture: str) -> dict[str, Any]:
-    """What the file itself says of SETTINGS, by config.json's names."""
-    found = {ours: _value(reader, f"{architecture}.{name}") for name, ours in SETTINGS.items()}
-    found = {name: value for name, value in found.items() if value is not None}
-    if "num_attention_heads" in found:
-        found.setdefault("num_key_value_heads", found["num_attention_heads"])
-    return found
+    """Return what the file itself says of SETTINGS, by config.json's names."""
+    settings = {ours: _value(reader, f"{architecture}.{name}") for name, ours in SETTINGS.items()}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if "num_attention_heads" in settings:
+        settings.setdefault("num_key_value_heads", settings["num_attention_heads"])
+    return settings
 
 
 def _stops(reader: Any) -> list[int]:
-    """The tokens at which decoding ends: that of the text and that of a chat's turn."""
+    """Return the tokens at which decoding ends: that of the text and that of a chat's turn."""
     names = ("eos_token_id", "eot_token_id", "eom_token_id")
     ids = (_value(reader, f"tokenizer.ggml.{name}") for name in names)
     return list(dict.fromkeys(int(id) for id in ids if id is not None))
@@ -248,7 +247,7 @@ def _rope(file: Path, reader: Any, setting: Any) -> dict[str, Any]:
 
 
 def _llama3_divisors(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> np.ndarray:
-    """What a frequency is divided by, (head_dim / 2,)."""
+    """Return what each frequency is divided by, (head_dim / 2,)."""
     turns = scaling["original_max_position_embeddings"] / (
         2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     )
@@ -291,10 +290,12 @@ def _tokenizer(file: Path, reader: Any) -> transformers.PreTrainedTokenizerBase:
 
 
 class _Tensor:
-    """Some rows of a matrix are dequantised at a time.
+    """A matrix of which some rows are dequantised at a time.
 
-    order: where each of our rows lies in the file; None if they lie as ours.
-    offset: what the file adds to each value.
+    Args:
+        tensor: the reader's tensor.
+        order: where each of our rows lies in the file; None if they lie as ours.
+        offset: what the file adds to each value.
     """
 
     def __init__(self, tensor: Any, order: np.ndarray | None, offset: float):
@@ -317,13 +318,13 @@ def tensors(file: Path) -> Iterable[tuple[str, _Tensor]]:
     names = TENSORS | (AROUND_MLP if architecture in ("gemma2", "gemma3") else {})
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     for tensor in _reader(file).tensors:
-        found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", tensor.name)
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", tensor.name)
         if tensor.name == ROPE_DIVISORS:
             continue
-        if found is None or found[2] not in names:
+        if match is None or match[2] not in names:
             yield tensor.name, _Tensor(tensor, None, 0.0)  # refused by name, where it is loaded
             continue
-        layer, name, kind = found.groups()
+        layer, name, kind = match.groups()
         order, offset = None, 0.0
         if architecture == "llama" and name in heads:
             # llama.cpp rotates neighbouring dimensions where `transformers` rotates halves.

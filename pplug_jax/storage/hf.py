@@ -33,11 +33,12 @@ PIECE_BYTES = 2**26
 
 
 class Source(NamedTuple):
-    """Where one of our variables lies in a checkpoint.
+    """The place of one of our variables in a checkpoint.
 
-    name: the tensor's name; a `{}` stands for the layer, and the layers are stacked on a new
-    axis 0.
-    transpose: PyTorch's Linear stores (out, in); ours are (in, out).
+    Attributes:
+        name: the tensor's name; a `{}` stands for the layer, and layers are stacked on a new axis
+            0.
+        transpose: whether to swap the axes: PyTorch's Linear stores (out, in), ours are (in, out).
     """
 
     name: str
@@ -45,7 +46,12 @@ class Source(NamedTuple):
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """The directory's config.json, with a clear error where there is none."""
+    """Return the directory's config.json, or raise an error that says what a model directory holds.
+
+    Raises:
+        FileNotFoundError: there is no directory or no config.json.
+        InputError: it is not JSON.
+    """
     directory = Path(directory)
     path = directory / "config.json"
     if not directory.is_dir():
@@ -62,10 +68,10 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def naming_missing_fields(directory: str | Path) -> Iterator[None]:
-    """Says which field config.json lacks, where the code inside asks for it.
+    """Name the field that config.json lacks, if the code inside asks for one.
 
     Raises:
-        InputError: in place of a KeyError.
+        InputError: instead of a KeyError.
     """
     try:
         yield
@@ -74,12 +80,16 @@ def naming_missing_fields(directory: str | Path) -> Iterator[None]:
 
 
 def load_tokenizer(directory: str | Path, vocab_size: int) -> transformers.PreTrainedTokenizerBase:
-    """The directory's tokenizer.
+    """Load the directory's tokenizer.
+
+    Args:
+        directory: the model's directory.
+        vocab_size: rows of the embedding table.
 
     Raises:
         FileNotFoundError: there is none.
         InputError: its files cannot be read, it loses the blanks between words, or a text can give
-            an id that an embedding table of `vocab_size` rows lacks.
+            an id beyond the embedding table.
     """
     if not any((Path(directory) / name).is_file() for name in TOKENIZERS):
         raise FileNotFoundError(
@@ -100,7 +110,7 @@ def load_tokenizer(directory: str | Path, vocab_size: int) -> transformers.PreTr
 
 
 def _with_blanks(directory: str | Path) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer by the class that its files name, or by tokenizer.json alone.
+    """Load the tokenizer by the class that its files name, or by tokenizer.json alone.
 
     Some files name Llama's class and are of another kind; transformers 5 then drops all blanks.
     """
@@ -147,28 +157,29 @@ def weights_loader(
     prefix: str = "",
     store: Callable[[jax.Array], Any] = lambda array: array,
 ) -> Callable[[], nnx.Module]:
-    """What fills the abstract `module` with the checkpoint's tensors, which are checked at once.
+    """Check the checkpoint's tensors now, and return a function that fills `module` with them.
 
     Each device reads only its slice.
 
     Args:
-        module: its variables hold `jax.ShapeDtypeStruct`, whose shapes the checkpoint must have (or
-            their `stored_shape`, behind which zeros follow) and whose dtypes it is cast to.
+        module: its variables hold `jax.ShapeDtypeStruct`. The checkpoint must have their shapes (or
+            their `stored_shape`, to which zeros are appended), and is cast to their dtypes.
         directory: where the tensors are from, for messages.
         stored: `tensors.read_tensors` of it.
         sources: variable path, joined with dots -> its tensor.
-        ignore: pattern of the tensor names that the checkpoint may have besides.
-        prefix: what stands before the names of this module's tensors; the others are another
+        mesh: the mesh to lay the weights out on.
+        ignore: pattern of further tensor names that the checkpoint may have.
+        prefix: the beginning of this module's tensor names; tensors without it are another
             module's.
-        store: what a variable holds, given its array or some layers of its stack.
+        store: makes what a variable holds from its array, or from some layers of its stack.
 
     Raises:
         InputError: a missing, unexpected or misshapen tensor, or a truncated file; the message
             names it.
     """
     tensors = {
-        name.removeprefix(prefix): found
-        for name, found in stored.items()
+        name.removeprefix(prefix): tensor
+        for name, tensor in stored.items()
         if name.startswith(prefix)
     }
     graph, state = nnx.split(module)
@@ -190,10 +201,10 @@ def weights_loader(
         shape = stored_shape[1:] if stacked else stored_shape
         for name in names:
             file, tensor = tensors[name]
-            found = tuple(tensor.get_shape())
-            if found != (shape[::-1] if source.transpose else shape):
+            tensor_shape = tuple(tensor.get_shape())
+            if tensor_shape != (shape[::-1] if source.transpose else shape):
                 raise InputError(
-                    f"{file}: the tensor {name} has shape {found}, "
+                    f"{file}: the tensor {name} has shape {tensor_shape}, "
                     f"config.json asks for {shape[::-1] if source.transpose else shape}"
                 )
 
@@ -246,7 +257,7 @@ def _padded(
     read: Callable[[tuple[slice, ...]], np.ndarray],
     index: tuple[slice, ...],
 ) -> np.ndarray:
-    """The part `index` of an array of `shape`: the rows that are `stored`, and zeros behind."""
+    """Read the part `index` of an array of `shape`: the rows that are `stored`, then zeros."""
     if shape == stored:
         return read(index)
     start, stop, _ = index[0].indices(shape[0])
@@ -263,7 +274,7 @@ def _stack(
     where: jax.sharding.Sharding,
     store: Callable[[jax.Array], Any],
 ) -> Any:
-    """The tensors `names` on a new axis 0, some at a time, so that the host never holds all."""
+    """Stack the tensors `names` on a new axis 0, some at a time, so the host never holds all."""
     layer_bytes = abstract.dtype.itemsize * math.prod(abstract.shape[1:])
     at_once = max(1, PIECE_BYTES // layer_bytes)
     stack = None
@@ -297,7 +308,7 @@ def _put(stack: jax.Array, piece: jax.Array, start: int) -> jax.Array:
 def save_weights(
     module: nnx.Module, directory: str | Path, sources: Mapping[str, Source], dtype: Any
 ) -> None:
-    """Writes `module` as `model.safetensors`, the inverse of what `weights_loader` gives."""
+    """Write `module` as `model.safetensors`, for `weights_loader` to read."""
     tensors = {}
     for path, variable in nnx.to_flat_state(nnx.state(module)):
         source = sources[".".join(map(str, path))]
@@ -311,5 +322,5 @@ def save_weights(
 
 
 def common_prefix(tensors: Iterable[str], name: str) -> str:
-    """What stands before `name` in a checkpoint (`bert.` where it was saved with a head)."""
-    return next((found.removesuffix(name) for found in tensors if found.endswith(name)), "")
+    """Return what stands before `name` in a checkpoint (`bert.` if it was saved with a head)."""
+    return next((tensor.removesuffix(name) for tensor in tensors if tensor.endswith(name)), "")

@@ -1,6 +1,6 @@
-"""Where a model's files lie: a directory, a .gguf file, a URL, or the hub.
+"""Find a model's files: in a directory, a .gguf file, at a URL, or on the hub.
 
-A URL is such as gs://bucket/dir or gs://bucket/dir/model.gguf, a hub id org/name or, where a
+A URL is such as gs://bucket/dir or gs://bucket/dir/model.gguf. A hub id is org/name or, if a
 repository holds several LLMs as .gguf files, org/name/file.gguf.
 """
 
@@ -28,7 +28,7 @@ HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+?)(?:/(.+\.(?i:gguf)))?")
 
 
 def local_directory(path: str | Path) -> Path:
-    """The model directory `path` on this machine, fetched once where it is elsewhere.
+    """Return the model directory `path` on this machine; fetch it once if it is elsewhere.
 
     URLs are kept beside the hub's cache, under HF_HOME.
 
@@ -59,7 +59,7 @@ def local_directory(path: str | Path) -> Path:
 
 
 def chosen(names: Iterable[str]) -> list[str]:
-    """Of a repository's files, those that are read: weights once, in the format we like best."""
+    """Return which of a repository's files are read: weights once, in the format we prefer."""
     names = list(names)
     weights: Sequence[str] = ()
     for patterns in WEIGHTS:
@@ -73,20 +73,21 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def check_room(what: str, need: int, directory: Path) -> None:
-    """Compares what is about to be fetched with what the disk has left.
+    """Compare what is about to be fetched with the room left on the disk.
 
     Args:
+        what: names it in messages.
         need: bytes.
-        directory: where they go; it need not be there yet.
+        directory: where the bytes go; it need not exist yet.
 
     Raises:
         InputError: they do not fit.
     """
-    there = next(parent for parent in (directory, *directory.parents) if parent.is_dir())
-    free = shutil.disk_usage(there).free
+    disk = next(parent for parent in (directory, *directory.parents) if parent.is_dir())
+    free = shutil.disk_usage(disk).free
     if need > free:
         raise InputError(
-            f"{what} needs {need / 1e9:.1f} GB, but {there} has {free / 1e9:.1f} GB left: name a "
+            f"{what} needs {need / 1e9:.1f} GB, but {disk} has {free / 1e9:.1f} GB left: name a "
             "directory on a larger disk in HF_HOME (on a TPU VM, add a disk when you create it)"
         )
 
@@ -107,39 +108,39 @@ def _from_hub(repository: str, file: str | None) -> Path:
 
 
 def _snapshot(repository: str, file: str | None) -> Path:
-    """The repository's files that are read, or the parts of one .gguf file."""
+    """Fetch the repository's files that are read, or the parts of one .gguf file."""
     fetch = functools.partial(huggingface_hub.snapshot_download, repository)
     try:
-        there = {found.filename: found for found in fetch(dry_run=True)}
+        files = {entry.filename: entry for entry in fetch(dry_run=True)}
     except DryRunError:  # no network, or no such model; what was fetched before will do
         return Path(fetch(allow_patterns=[file or "config.json"]))
-    names = _parts(file, there) if file else chosen(there)
+    names = _parts(file, files) if file else chosen(files)
     if not names:
         raise InputError(f"{repository} has no {file or 'model files'}")
-    need = sum(there[name].file_size or 0 for name in names if there[name].will_download)
+    need = sum(files[name].file_size or 0 for name in names if files[name].will_download)
     check_room(repository, need, Path(huggingface_hub.constants.HF_HUB_CACHE))
     return Path(fetch(allow_patterns=names))
 
 
 def _parts(file: str, names: Iterable[str]) -> list[str]:
-    """The names of a .gguf file and of what goes on where it ends."""
+    """Return the names of a .gguf file and of the parts that continue it."""
     return [name for name in names if fnmatch(name, file.replace("-00001-of-", "-?????-of-"))]
 
 
 def _from_url(url: str) -> Path:
     try:
         remote, root = fsspec.url_to_fs(url)
-        found = retrying(f"listing {url}", lambda: _files_at(remote, root))
+        files = retrying(f"listing {url}", lambda: _files_at(remote, root))
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"{url} cannot be read: {error}") from error
-    if not found:
+    if not files:
         raise InputError(f"{url}: there are no model files ({', '.join(FILES)}, weights)")
     # Another name for other contents: what was fetched is never stale.
-    version = fsspec.utils.tokenize(url, [checksum for checksum, _ in found.values()])
+    version = fsspec.utils.tokenize(url, [checksum for checksum, _ in files.values()])
     directory = Path(huggingface_hub.constants.HF_HOME) / "urls" / version
-    wanted = {file: directory / name for name, file in _below(root, found).items()}
+    wanted = {file: directory / name for name, file in _below(root, files).items()}
     lacking = {file: target for file, target in wanted.items() if not target.is_file()}
-    check_room(url, sum(found[file][1] for file in lacking), directory)
+    check_room(url, sum(files[file][1] for file in lacking), directory)
     for file, target in lacking.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         # Whole or not at all, also if killed or if two processes fetch at once.
@@ -157,13 +158,13 @@ def _from_url(url: str) -> Path:
 
 
 def _below(root: str, files: Iterable[str]) -> dict[str, str]:
-    """The files by their names below `root`, which may be a file itself."""
+    """Return the files by their names below `root`, which may be a file itself."""
     top = Path(root).parent if gguf.is_gguf(root) else Path(root)
     return {Path(file).relative_to(top).as_posix(): file for file in files}
 
 
 def _files_at(remote: fsspec.AbstractFileSystem, root: str) -> dict[str, tuple[Any, int]]:
-    """The model's files: what changes with their contents, and their bytes."""
+    """Return the model's files, each with what changes with its content, and its bytes."""
     if gguf.is_gguf(root):
         files = _parts(root, remote.find(root.rpartition("/")[0], maxdepth=1))
     else:

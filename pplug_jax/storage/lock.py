@@ -1,7 +1,7 @@
-"""One job at a time in a workdir.
+"""Allow one job at a time in a workdir.
 
-On a disk the operating system keeps the lock, and lets it go however the process ends. A bucket
-knows no locks: there the job shows that it lives by writing its owner file again and again.
+On a disk the operating system keeps the lock, and releases it however the process ends. A bucket
+knows no locks: there a job shows that it lives by writing its owner file again and again.
 """
 
 import contextlib
@@ -44,10 +44,10 @@ class WorkdirInUse(InputError):
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Keeps `workdir` for this job; the first of several processes does so for all.
+    """Keep `workdir` for this job; the first of several processes does so for all.
 
     Raises:
-        WorkdirInUse: another job has it. On the other processes of this one an InputError.
+        WorkdirInUse: another job has it; on this job's other processes an InputError.
     """
     with contextlib.ExitStack() as stack:
         problem: InputError | None = None
@@ -73,7 +73,7 @@ def _this_job() -> dict[str, Any]:
 
 
 def _owner(workdir: Path) -> dict[str, Any]:
-    """The owner file's content; empty where there is none, or one that is being written."""
+    """Return the owner file's content, or {} if there is none or it is being written."""
     try:
         return json.loads(read_text(workdir / OWNER))
     except (FileNotFoundError, ValueError):

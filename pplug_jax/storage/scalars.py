@@ -1,4 +1,4 @@
-"""Scalars to `metrics.jsonl` and TensorBoard events."""
+"""Write scalars to `metrics.jsonl` and TensorBoard events."""
 
 import json
 from collections import defaultdict
@@ -14,11 +14,15 @@ from pplug_jax.storage.workdir import EVENTS, METRICS
 
 
 class Writer:
-    """Writes the scalars of `name` (a trained method) to files that all methods of a workdir share.
+    """Write the scalars of a method to files that all methods of a workdir share.
 
-    Of several processes the first writes. In a bucket metrics.jsonl appears anew at each `flush`.
+    Only the first of several processes writes. In a bucket, metrics.jsonl appears anew at each
+    `flush`. A run that continues from step `start` removes what a killed one had written beyond it.
 
-    A run that goes on from step `start` takes back what a killed one had written beyond it.
+    Args:
+        workdir: the run's directory.
+        name: the method.
+        start: the step that the run continues from.
     """
 
     def __init__(self, workdir: str | Path, name: str, start: int):
@@ -53,7 +57,7 @@ class Writer:
             self.file.flush()
 
     def flush(self) -> None:
-        """Makes sure that all is there; for the moments when a checkpoint is saved."""
+        """Make sure that everything is written; call it when a checkpoint is saved."""
         if self.active and not self.file:
             write_text(self.path, self.lines)
 
@@ -66,7 +70,7 @@ class Writer:
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
-    """The line's record; None for one that is being written, or that a killed process began."""
+    """Return the line's record, or None for a line that is being written or was left unfinished."""
     try:
         return json.loads(line)
     except json.JSONDecodeError:
@@ -74,7 +78,7 @@ def _parsed(line: str) -> dict[str, Any] | None:
 
 
 def read_scalars(path: Path, key: str) -> dict[str, dict[int, float]]:
-    """{method: {step: value}} of a `metrics.jsonl`; of a step that was taken twice, the later."""
+    """Return {method: {step: value}} of a `metrics.jsonl`; a step's later value counts."""
     found: dict[str, dict[int, float]] = defaultdict(dict)
     for record in map(_parsed, read_text(path).splitlines()):
         if record is None:

@@ -23,7 +23,7 @@ class Tensor(Protocol):
 
 
 class Stored(NamedTuple):
-    """A tensor and the file that it lies in."""
+    """A tensor and the file that holds it."""
 
     file: Path
     tensor: Tensor
@@ -60,11 +60,11 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def read_tensors(directory: str | Path) -> dict[str, Stored]:
-    """Return the directory's tensors by name; nothing is read of them yet, except of .bin files.
+    """Return the directory's tensors by name; only .bin files are read now, others when asked for.
 
     Raises:
-        FileNotFoundError: as `weight_files`.
-        InputError: a file that is cut, or that nothing here can read.
+        FileNotFoundError: as in `weight_files`.
+        InputError: a file is cut, or nothing here can read it.
     """
     directory = Path(directory)
     return {
@@ -117,7 +117,7 @@ def _torch(file: Path | None) -> Any:
 
 
 def _pickled(file: Path) -> Iterable[tuple[str, Tensor]]:
-    """Read by PyTorch, which refuses all in the file that is no tensor: a pickle may hold code."""
+    """Read a file by PyTorch, which refuses everything but tensors: a pickle may hold code."""
     torch = _torch(file)
     settings = {"map_location": "cpu", "weights_only": True}
     try:
@@ -136,7 +136,7 @@ def _pickled(file: Path) -> Iterable[tuple[str, Tensor]]:
 
 
 def are_equal(one: Tensor, other: Tensor, rows: int = 4096) -> bool:
-    """Whether two matrices hold the same values; read `rows` at a time."""
+    """Return whether two matrices hold the same values, reading `rows` at a time."""
     shape = tuple(one.get_shape())
     if shape != tuple(other.get_shape()):
         return False

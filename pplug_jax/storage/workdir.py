@@ -46,7 +46,7 @@ def trial_path(workdir: Path, learning_rate: float) -> Path:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    """Flatten a tree: {"a": {"b": 1}} -> {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= (
@@ -56,7 +56,9 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def upgraded(config: dict[str, Any]) -> dict[str, Any]:
-    """An older config.json's content as ours: features had a setting each, and variants none.
+    """Return an older config.json's content in today's form.
+
+    Features had a setting each, and there were no variants.
 
     Raises:
         ConfigError: it has a setting that is gone.
