@@ -12,15 +12,21 @@ import pytest
 from flax import nnx
 from parity import assert_close
 
+from configs import lamp5
+from pplug_jax.data.lamp import Example
+from pplug_jax.evaluate.predict import by_prompt, predict
 from pplug_jax.llm import abstract_llm
 from pplug_jax.llm.decoder import Decoder
 from pplug_jax.llm.generate import generate
 from pplug_jax.llm.prompts import Behind
+from pplug_jax.methods.shown import layout_of
+from pplug_jax.methods.table import METHODS
 from pplug_jax.plan.flops import matmul_flops
 from pplug_jax.plugs.forward import answer_tokens, gold_losses, token_losses
 from pplug_jax.plugs.lora import Lora
 from pplug_jax.plugs.reading import PAPER, Reading
 from pplug_jax.runtime.mesh import make_mesh, place
+from pplug_jax.session import Models
 from scripts.pretrain.initialise import initialise
 
 V, D, B, K, T = 24, 32, 8, 3, 6
@@ -258,3 +264,36 @@ def test_nothing_of_the_prompt_is_differentiated(llama: Decoder) -> None:
     backward = 4 * kernels * behind + channels * (4 * pairs + 4 * pairs + 4 * behind * behind)
     head = 3 * 2 * T * V * D
     assert flops(jax.grad(loss)) <= 1.05 * B * (forward + backward + head)
+
+
+def test_an_evaluation_reads_a_prompt_once_for_its_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three prompts for four users each, on eight devices, against every row with its own."""
+    config = lamp5.get_config()
+    config.plug.update(place="behind", encoder_rate=0.0, num_persona_tokens=2)
+    config.eval.update(batch_size=16, max_new_tokens=6, num_beams=2)
+    models = Models(config, tmp_path)
+    examples = [
+        Example(
+            f"{i}",
+            "Generate a title for the following abstract of a paper: " + "Rivers. " * (1 + i % 3),
+            f"A title {i}",
+            ({"title": f"On {i}", "abstract": f"Lakes {i}."},),
+        )
+        for i in range(12)
+    ]
+    models.store.add(models.item_text(item) for x in examples for item in x.profile)
+    method = METHODS["pplug"]
+    tokenized = models.tokenize(examples, layout_of(method, config))
+    weights = models.new_weights(method, config)
+    order, users = by_prompt(tokenized, 2)
+    assert users == 2
+    prompts = [tokenized[i].prompt.tolist() for i in order]
+    assert prompts[::2] == prompts[1::2]
+    texts, losses, _ = predict(models, method, config, weights, tokenized)
+    monkeypatch.setattr("pplug_jax.evaluate.predict.by_prompt", lambda x, _: (np.arange(12), 1))
+    same_texts, same_losses, _ = predict(models, method, config, weights, tokenized)
+    assert texts == same_texts
+    assert len(set(texts)) > 1
+    np.testing.assert_allclose(losses, same_losses, rtol=1e-4)

@@ -176,7 +176,7 @@ CHATS = {
 
 
 def chat_tokenizer(chat: Chat) -> transformers.PreTrainedTokenizerBase:
-    tokenizer = train_bpe(["a user's text"], 300, chat.special)
+    tokenizer = train_bpe(["a user's text.\n"], 300, chat.special)
     tokenizer.add_tokens(chat.marks, special_tokens=True)
     tokenizer.chat_template = chat.template
     return tokenizer
@@ -214,9 +214,36 @@ def test_the_layout_of_a_familys_chat(family: str) -> None:
     assert tokenizer.decode(prompts.prompt("a text", 99)) == whole
 
 
+@pytest.mark.parametrize("family", CHATS)
+@pytest.mark.parametrize("text", ["a user's text.", "Which?! (one's own)", "lines\nof text"])
+def test_a_prompt_before_soft_tokens_is_what_a_server_makes_of_the_message(
+    family: str, text: str
+) -> None:
+    """vLLM joins a text part and a part of embeddings by a newline, and tokenises all at once."""
+    chat = CHATS[family]
+    tokenizer = chat_tokenizer(chat)
+    prompts = Tokenizer(tokenizer, [tokenizer.convert_tokens_to_ids(chat.end)], chat=True)
+    whole = tokenizer.apply_chat_template(
+        [{"role": "user", "content": f"{text}\nSOFT"}],
+        tokenize=False,
+        add_generation_prompt=True,
+        date_string="26 Jul 2024",
+        enable_thinking=False,
+    )
+    before, behind = (tokenizer.encode(x, add_special_tokens=False) for x in whole.split("SOFT"))
+    assert prompts.prompt(text, 99, behind=True).tolist() == before
+    assert list(prompts.place(behind=True).suffix) == behind
+    cut = [*prompts.prefix, *prompts.ids(text)[:2], *prompts.ids("\n")]
+    assert prompts.prompt(text, 2, behind=True).tolist() == cut
+    assert r"[input]\n [3 soft tokens]" in prompts.layout(3, behind=True)
+
+
 def test_the_layouts_of_plain_prompts() -> None:
     gemma = Tokenizer(train_bpe([""], 300, CHATS["gemma"].special), separator="\n")
     assert gemma.layout(2) == r"<bos>[2 soft tokens] [input]\n | [answer]<eos>"
+    assert gemma.layout(2, behind=True) == r"<bos>[input] [2 soft tokens]\n | [answer]<eos>"
+    text = gemma.ids("a text")
+    assert gemma.prompt("a text", 9, behind=True).tolist() == [*gemma.prefix, *text]
     t5 = train_bpe([""], 300, {"pad_token": "<pad>", "eos_token": "</s>"})
     t5 = Tokenizer(t5, prompt_end=[t5.eos_token_id])  # in front of the encoder's input
     assert t5.layout(2) == "[2 soft tokens] [input]</s> | [answer]</s>"

@@ -16,6 +16,7 @@ from parity import assert_close
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from configs import lamp5
+from pplug_jax.errors import ConfigError
 from pplug_jax.llm import load_llm
 from pplug_jax.llm.generate import generate
 from pplug_jax.llm.t5 import T5, relative_buckets
@@ -211,3 +212,6 @@ def test_a_whole_run(make_t5: Callable[..., Path], tmp_path: Path) -> None:
     tokenizer = Models(config, tmp_path).tokenizer
     assert tokenizer.prompt("a title", 99).tolist() == [*tokenizer.ids("a title"), 1]
     assert tokenizer.prefix == []
+    config.plug.place = "behind"
+    with pytest.raises(ConfigError, match=r"config\.plug\.place 'behind': an LLM with an encoder"):
+        Models(config, tmp_path)

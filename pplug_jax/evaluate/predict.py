@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import json
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +29,7 @@ from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.runtime.ahead import compiled_ahead
 from pplug_jax.runtime.console import Progress
 from pplug_jax.runtime.distributed import fetch, wait_for_all
+from pplug_jax.runtime.mesh import parts
 from pplug_jax.runtime.primary import is_primary
 from pplug_jax.session import Models
 from pplug_jax.storage.checkpoint import Checkpoints
@@ -76,7 +79,14 @@ def predict(
         weights = fit_user_loras(models, llm, config, items, [range(0)] * size)  # untrained yet
         # Users of as many items together: a batch's training is as long as its longest user's.
         order = np.argsort([len(mine) for mine in own], kind="stable")
-    batches = plan_batches(order, assemble.buckets.of, size)
+    users_of_one = 1
+    if layout_of(method, config).behind:
+        order, users_of_one = by_prompt(tokenized, size // parts(models.mesh, "batch"))
+    groups = order.reshape(-1, users_of_one)
+    planned = plan_batches(
+        np.arange(len(groups)), assemble.buckets.of[groups[:, 0]], size // users_of_one
+    )
+    batches = [(bucket, groups[rows].ravel()) for bucket, rows in planned]
     reading = {"place": models.place(method, config), "reading": method.reading}
     decoding = {
         name: config.eval[name] for name in ("max_new_tokens", "num_beams", "length_penalty")
@@ -86,7 +96,7 @@ def predict(
 
     def lower(program: tuple[Any, int]) -> jax.stages.Lowered:
         function, bucket = program
-        empty = assemble((0, bucket, np.zeros(0, int)))
+        empty = assemble((0, bucket, np.zeros(0, int))).with_prompts_of(users_of_one)
         with jax.set_mesh(models.mesh):
             batch = place_batch(empty, models.mesh)
             return function.lower(*arguments, batch, **static[function])
@@ -104,7 +114,8 @@ def predict(
             if method.user_lora:
                 mine = [users[i] for i in indices] + [range(0)] * (size - len(indices))
                 weights = fit_user_loras(models, llm, config, items, mine)
-            batch = place_batch(assemble((0, bucket, indices)), models.mesh)
+            batch = assemble((0, bucket, indices)).with_prompts_of(users_of_one)
+            batch = place_batch(batch, models.mesh)
             tokens = answer_with(weights, llm, batch)
             for index, row in zip(indices, fetch(tokens), strict=False):
                 answers[index] = tokenizer.decode(row)
@@ -113,6 +124,18 @@ def predict(
             losses[indices] = fetch(found)[: len(indices)]
             progress.advance(len(indices))
     return answers, losses, float(np.median(times))
+
+
+def by_prompt(tokenized: Sequence[Tokenized], most: int) -> tuple[np.ndarray, int]:
+    """An order of the examples in which each prompt stands as often as there are users for it.
+
+    Also how many of these can share it, in all of the order: 1 unless every prompt is there for
+    several. It divides `most`.
+    """
+    order = sorted(range(len(tokenized)), key=lambda i: tokenized[i].prompt.tobytes())
+    numbers = Counter(example.prompt.tobytes() for example in tokenized).values()
+    users = math.gcd(most, *numbers)
+    return (np.array(order) if users > 1 else np.arange(len(order))), users
 
 
 def answer(

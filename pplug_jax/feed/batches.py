@@ -26,7 +26,8 @@ ROUND = 16  # padded lengths are multiples of this
 class Batch(NamedTuple):
     """B rows; a row with `weight` 0 only fills up the batch.
 
-    prompt, prompt_mask: (B, L) int32 and bool, the LLM's input without the soft tokens.
+    prompt, prompt_mask: (B, L) int32 and bool, the LLM's input without the soft tokens; or fewer
+        rows, each for several of the others, which follow each other.
     target, target_mask: (B, T) int32 and bool, the gold output with its end-of-sequence token.
     text, text_mask: (B, S) int32 and bool, what the LLM reads to learn the target, `Buckets.text`.
     query, query_mask: (B, Q) int32 and bool, the input as the input encoder's tokens; or what a
@@ -49,6 +50,11 @@ class Batch(NamedTuple):
     index: jax.Array | np.ndarray
     weight: jax.Array | np.ndarray
     features: dict[str, jax.Array | np.ndarray]
+
+    def with_prompts_of(self, users: int) -> "Batch":
+        """The batch with one row of its prompt for so many rows, which all have the same."""
+        names = ("prompt", "prompt_mask", "text", "text_mask")
+        return self._replace(**{name: getattr(self, name)[::users] for name in names})
 
     @property
     def plug_inputs(self) -> tuple[Any, ...]:
