@@ -60,7 +60,7 @@ class MadeUp:
 
 def padding(examples: Sequence[Tokenized], count: int) -> tuple[float, float, float, int]:
     """Shares of padding in an epoch's texts, prompts and queries, and the number of shapes."""
-    buckets = Buckets(examples, count, 512, decoder_only=True)
+    buckets = Buckets(examples, count, 512, target_cost=0)
     shapes = np.array(buckets.shapes)
     plan = Plan(buckets.of, FLAGS.batch, 1.0, 0)
     real, padded = np.zeros(3), np.zeros(3)
@@ -131,7 +131,7 @@ def main(_: list[str]) -> None:
         models = Models(config, Path(scratch) / "run")
         sample = read_split(config, "train")
         models.store.add(ItemTexts([sample], models.item_text))
-        buckets = Buckets(examples, config.data.buckets, 512, decoder_only=True)
+        buckets = Buckets(examples, config.data.buckets, 512, target_cost=0)
         assemble = Assemble(examples, buckets, store, range(FLAGS.batch), history_dropout=0.5)
         data = training_batches(Plan(buckets.of, FLAGS.batch, 1000.0, 0), assemble)
         seconds = in_turn(

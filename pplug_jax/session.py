@@ -182,8 +182,9 @@ class Models:
 
     def buckets(self, examples: Sequence[Tokenized], count: int, behind: bool = False) -> Buckets:
         longest_query = self.encoder.model.config.max_length
-        joined = self.abstract_llm.decoder_only and not behind
-        return Buckets(examples, count, longest_query, joined)
+        # Behind the input a place has a backward pass beside the forward one.
+        target_cost = 2 if behind else 0 if self.abstract_llm.decoder_only else 1
+        return Buckets(examples, count, longest_query, target_cost)
 
     def assemble(
         self,

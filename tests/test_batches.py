@@ -167,7 +167,7 @@ def test_an_items_age_is_the_number_of_newer_items(months: list[int], random: Ra
 @given(st.integers(1, 60), st.integers(1, 6), st.integers(0, 9))
 def test_every_example_fits_its_bucket_and_all_larger(count: int, buckets: int, seed: int):
     examples = many(count, seed)
-    made = Buckets(examples, buckets, 512, joined=seed % 2 == 0)
+    made = Buckets(examples, buckets, 512, target_cost=seed % 3)
     assert 1 <= len(made.shapes) <= buckets
     assert len(made.of) == count
     assert all(side % ROUND == 0 for shape in made.shapes for side in shape)
@@ -176,30 +176,51 @@ def test_every_example_fits_its_bucket_and_all_larger(count: int, buckets: int, 
             assert len(made.text(example)) <= shape.text
             assert len(example.prompt) <= shape.prompt <= shape.text
             assert len(example.query) <= shape.query
-        assert len(example.target) <= made.target
+            assert len(example.target) <= shape.target
         assert len(example.rows) <= made.history
         if bucket:  # and no smaller one would do
-            assert len(made.text(example)) > made.shapes[bucket - 1].text
+            smaller = made.shapes[bucket - 1]
+            text, target = len(made.text(example)), len(example.target)
+            assert text > smaller.text or target > smaller.target
 
 
-@given(st.lists(st.integers(0, 130), min_size=1, max_size=40), st.integers(1, 5))
-def test_no_other_edges_pad_less(lengths: list[int], count: int):
-    def padded(edges: Sequence[int]) -> int:
-        return sum(min(edge for edge in edges if edge >= length) for length in lengths)
+@given(
+    st.lists(st.tuples(st.integers(0, 90), st.integers(0, 60)), min_size=1, max_size=30),
+    st.integers(1, 4),
+    st.sampled_from([0, 1, 2]),
+)
+def test_no_other_edges_pad_less(lengths: list[tuple[int, int]], count: int, target_cost: int):
+    if target_cost == 0:
+        lengths = [(text, 5) for text, _ in lengths]
 
-    edges = bucket_edges(np.array(lengths), count).tolist()
-    assert edges == sorted(set(edges))
+    def fits(inner: Sequence[int], outer: Sequence[int]) -> bool:
+        return all(x <= y for x, y in zip(inner, outer, strict=True))
+
+    def cost(edges: Sequence[Sequence[int]]) -> int:
+        firsts = [next(edge for edge in edges if fits(length, edge)) for length in lengths]
+        return sum(text + target_cost * target for text, target in firsts)
+
+    edges = bucket_edges(np.array(lengths), count, target_cost).tolist()
+    assert all(fits(x, y) and x != y for x, y in itertools.pairwise(edges))
     assert len(edges) <= count
-    sizes = {round_up(length) for length in lengths}
-    others = itertools.combinations(sizes, min(count, len(sizes)))
-    assert padded(edges) == min(padded(other) for other in others if max(other) == max(sizes))
+    texts, targets = ({round_up(length) for length in side} for side in zip(*lengths, strict=True))
+    last = max(texts), max(targets)
+    assert tuple(edges[-1]) == last
+    shapes = sorted(set(itertools.product(texts, targets)) - {last})
+    chains = (
+        (*chain, last)
+        for n in range(count)
+        for chain in itertools.combinations(shapes, n)
+        if all(fits(x, y) for x, y in itertools.pairwise(chain))
+    )
+    assert cost(edges) == min(map(cost, chains))
 
 
 def test_buckets_of_no_history_and_short_texts_have_a_shape():
     empty = np.zeros(0, np.int32)
-    made = Buckets([Tokenized(np.ones(1, np.int32), *[empty] * 3, {})], 4, 512, True)
-    assert made.shapes == [(16, 16, 16)]
-    assert made.target == made.history == 16
+    made = Buckets([Tokenized(np.ones(1, np.int32), *[empty] * 3, {})], 4, 512, 0)
+    assert made.shapes == [(16, 16, 16, 16)]
+    assert made.history == 16
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=80), st.integers(1, 9), st.integers(0, 9))
@@ -215,7 +236,7 @@ def test_an_epoch_holds_every_index_once(buckets: list[int], batch_size: int, se
 
 
 def test_a_plan_is_a_function_of_its_seed_and_epochs_differ():
-    bucket_of = Buckets(many(50), 3, 512, True).of
+    bucket_of = Buckets(many(50), 3, 512, 0).of
 
     def epochs(seed: int) -> list[list[int]]:
         plan = Plan(bucket_of, 8, 2, seed)
@@ -234,7 +255,7 @@ def test_a_plan_is_a_function_of_its_seed_and_epochs_differ():
 
 
 def test_a_plans_step_is_known_without_those_before():
-    bucket_of = Buckets(many(50), 3, 512, True).of
+    bucket_of = Buckets(many(50), 3, 512, 0).of
     forwards, backwards = Plan(bucket_of, 8, 3, 0), Plan(bucket_of, 8, 3, 0)
     expected = [forwards[step] for step in range(21)]
     for step in reversed(range(21)):
@@ -285,13 +306,12 @@ def test_dropout_has_the_official_distribution():
 @pytest.mark.parametrize(("count", "joined"), [(5, True), (3, True), (3, False)])
 def test_a_batch_holds_its_examples_and_nothing_else(store: HistoryStore, count: int, joined: bool):
     examples = many(20)
-    buckets = Buckets(examples, 2, 512, joined)
+    buckets = Buckets(examples, 2, 512, 0 if joined else 1)
     indices = np.argsort(buckets.of, kind="stable")[:count]
     assert buckets.of[indices].max() == 0
     batch = Assemble(examples, buckets, store, range(5))((0, 0, indices))
     for name, width in buckets.shapes[0]._asdict().items():
         assert getattr(batch, name).shape == (5, width)
-    assert batch.target.shape == (5, buckets.target)
     assert batch.history.shape == (5, buckets.history, 4)
     assert batch.weight.tolist() == [1] * count + [0] * (5 - count)
     assert batch.index[:count].tolist() == indices.tolist()
@@ -320,7 +340,7 @@ def test_a_batch_holds_its_examples_and_nothing_else(store: HistoryStore, count:
 
 
 def full_batch(examples: list[Tokenized], store: HistoryStore, step: int, **options: Any) -> Batch:
-    buckets = Buckets(examples, 1, 512, True)
+    buckets = Buckets(examples, 1, 512, 0)
     options.setdefault("rows", range(len(examples)))
     assemble = Assemble(examples, buckets, store, **options)
     return assemble((step, 0, np.arange(len(examples))))
@@ -391,7 +411,7 @@ def test_the_kept_items_stand_in_their_order_with_their_ages_and_differences(sto
 
 def iterator(store: HistoryStore, step: int = 0) -> grain.DatasetIterator:
     examples = many(30)
-    buckets = Buckets(examples, 2, 512, True)
+    buckets = Buckets(examples, 2, 512, 0)
     assemble = Assemble(examples, buckets, store, range(4), seed=5, history_dropout=0.5)
     return training_batches(Plan(buckets.of, 4, 2, 5), assemble, step)
 

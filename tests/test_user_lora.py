@@ -15,7 +15,7 @@ from pplug_jax.train.user_lora import fit_user_loras
 
 MODELS = SimpleNamespace(
     mesh=ONE_DEVICE,
-    buckets=lambda examples, count: Buckets(examples, count, 64, joined=True),
+    buckets=lambda examples, count: Buckets(examples, count, 64, target_cost=0),
     store=SimpleNamespace(encoder=SimpleNamespace(size=4), vectors=lambda rows: np.zeros((0, 4))),
     tokenizer=SimpleNamespace(place=lambda behind: Front(1)),
 )

@@ -146,54 +146,85 @@ def round_up(length: int) -> int:
     return max(ROUND, -(-length // ROUND) * ROUND)
 
 
-def bucket_edges(lengths: np.ndarray, count: int) -> np.ndarray:
-    """The `count` padded lengths, or fewer, that pad `lengths` (n,) the least; ascending."""
-    sizes, numbers = np.unique([round_up(n) for n in lengths], return_counts=True)
-    ends = np.cumsum(numbers)
-    places = np.arange(len(sizes))
-    # best[j]: the shortest j + 1 sizes' total length, when the last edge is sizes[j].
-    best, before = 1.0 * ends * sizes, []
-    for _ in range(min(count, len(sizes)) - 1):
-        # [i, j]: of which the edge before is sizes[i]
-        totals = best[:, None] + (ends - ends[:, None]) * sizes
-        totals = np.where(places[:, None] < places, totals, np.inf)
-        before.append(totals.argmin(axis=0))
-        best = totals.min(axis=0)
-    edges = [len(sizes) - 1]
+MOST_SIZES = 48  # of texts, and of targets, that edges are chosen among where both differ
+
+
+def bucket_edges(lengths: np.ndarray, count: int, target_cost: float = 0) -> np.ndarray:
+    """The `count` padded shapes, or fewer, that cost `lengths` (n, 2) the least; ascending, (k, 2).
+
+    The lengths are of texts and targets, which cost 1 and `target_cost` a place. Each shape holds
+    all that the ones before it hold.
+    """
+    rounded = np.vectorize(round_up, otypes=[int])(lengths)
+    texts, targets = (np.unique(column) for column in rounded.T)
+    if len(targets) > 1:
+        texts, targets = (
+            sizes[np.unique(np.linspace(0, len(sizes) - 1, MOST_SIZES).round().astype(int))]
+            for sizes in (texts, targets)
+        )
+    numbers = np.zeros((len(texts), len(targets)), int)
+    np.add.at(
+        numbers, (np.searchsorted(texts, rounded[:, 0]), np.searchsorted(targets, rounded[:, 1])), 1
+    )
+    shapes = np.stack(np.meshgrid(texts, targets, indexing="ij"), axis=-1).reshape(-1, 2)
+    cost = shapes @ np.array([1.0, target_cost])
+    held = numbers.cumsum(axis=0).cumsum(axis=1).ravel()
+    # [i, j]: the shape j holds what the shape i before it does, and more.
+    follows = np.all(shapes[:, None] <= shapes, axis=-1) & ~np.eye(len(shapes), dtype=bool)
+    # best[j]: the least cost of what the shape j holds, where it is the last of so many.
+    best, before = held * cost, []
+    for _ in range(min(count, len(shapes)) - 1):
+        totals = np.where(follows, best[:, None] + (held - held[:, None]) * cost, np.inf)
+        choice = totals.argmin(axis=0)
+        least = totals.min(axis=0)
+        if least[-1] >= best[-1]:
+            break
+        before.append(choice)
+        best = least
+    edges = [len(shapes) - 1]
     for choice in reversed(before):
         edges.append(choice[edges[-1]])
-    return sizes[edges[::-1]]
+    return shapes[edges[::-1]]
 
 
 class Shape(NamedTuple):
-    """A bucket's padded lengths: `Batch.text`'s, `prompt`'s and `query`'s."""
+    """A bucket's padded lengths: `Batch.text`'s, `prompt`'s, `query`'s and `target`'s."""
 
     text: int
     prompt: int
     query: int
+    target: int
 
 
 class Buckets:
-    """A handful of padded shapes for examples, with the edges that pad their texts the least.
+    """A handful of padded shapes for examples, those that cost the least.
 
-    longest_query: what the input encoder can take. joined: the LLM reads prompt and target as one
-    text, as a decoder-only one does if no soft tokens stand between them.
+    longest_query: what the input encoder can take. target_cost: of a place of the target over one
+    of the text; 0: the LLM reads both as one text, as a decoder-only one does if no soft tokens
+    stand between them.
 
     Every example fits its bucket and all larger ones.
     """
 
-    def __init__(self, examples: Sequence[Tokenized], count: int, longest_query: int, joined: bool):
-        self.joined = joined
+    def __init__(
+        self, examples: Sequence[Tokenized], count: int, longest_query: int, target_cost: float
+    ):
+        self.joined = target_cost == 0
         texts = np.array([len(self.text(e)) for e in examples])
-        edges = bucket_edges(texts, count)
-        self.of = np.searchsorted(edges, texts)
+        targets = np.array([len(e.target) for e in examples])
+        if self.joined:  # they have one padded length
+            targets[:] = targets.max()
+        edges = bucket_edges(np.stack([texts, targets], axis=1), count, target_cost)
+        fits = (texts[:, None] <= edges[:, 0]) & (targets[:, None] <= edges[:, 1])
+        self.of = fits.argmax(axis=1)
         lengths = np.array([(len(e.prompt), len(e.query)) for e in examples])
-        longest = [lengths[self.of <= bucket].max(axis=0) for bucket in range(len(edges))]
-        self.shapes = [
-            Shape(int(edge), round_up(prompt), min(round_up(query), longest_query))
-            for edge, (prompt, query) in zip(edges, longest, strict=True)
+        longest = [
+            lengths[self.of <= bucket].max(axis=0, initial=0) for bucket in range(len(edges))
         ]
-        self.target = round_up(max(len(e.target) for e in examples))
+        self.shapes = [
+            Shape(int(text), round_up(prompt), min(round_up(query), longest_query), int(target))
+            for (text, target), (prompt, query) in zip(edges, longest, strict=True)
+        ]
         self.history = round_up(max(len(e.rows) for e in examples))
 
     def text(self, example: Tokenized) -> np.ndarray:
@@ -300,10 +331,9 @@ class Assemble:
         B = len(self.rows)
         if self.queries:
             del shape["query"]
-        widths = shape | {"target": self.buckets.target}
-        batch = {name: np.zeros((B, width), np.int32) for name, width in widths.items()}
-        batch |= {f"{name}_mask": np.zeros((B, width), bool) for name, width in widths.items()}
-        for name in shape:
+        batch = {name: np.zeros((B, width), np.int32) for name, width in shape.items()}
+        batch |= {f"{name}_mask": np.zeros((B, width), bool) for name, width in shape.items()}
+        for name in shape.keys() - {"target"}:
             batch[f"{name}_mask"][:, 0] = True  # rows that fill up have a token to attend to
         if self.queries:
             batch["query"] = np.zeros((B, E), np.float32)
@@ -320,7 +350,7 @@ class Assemble:
                 break
             index = indices[row]
             example = self.examples[index]
-            for name in widths:
+            for name in shape:
                 ids = self.buckets.text(example) if name == "text" else getattr(example, name)
                 batch[name][i, : len(ids)] = ids
                 batch[f"{name}_mask"][i, : len(ids)] = True
