@@ -19,6 +19,7 @@ from pplug_jax.data.lamp import Example
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.feed.batches import (
     ROUND,
+    ROUND_TARGET,
     Assemble,
     Batch,
     Buckets,
@@ -170,7 +171,8 @@ def test_every_example_fits_its_bucket_and_all_larger(count: int, buckets: int, 
     made = Buckets(examples, buckets, 512, target_cost=seed % 3)
     assert 1 <= len(made.shapes) <= buckets
     assert len(made.of) == count
-    assert all(side % ROUND == 0 for shape in made.shapes for side in shape)
+    assert all(side % ROUND == 0 for shape in made.shapes for side in shape[:-1])
+    assert all(shape.target % ROUND_TARGET == 0 for shape in made.shapes)
     for example, bucket in zip(examples, made.of, strict=True):
         for shape in made.shapes[bucket:]:
             assert len(made.text(example)) <= shape.text
@@ -203,7 +205,8 @@ def test_no_other_edges_pad_less(lengths: list[tuple[int, int]], count: int, tar
     edges = bucket_edges(np.array(lengths), count, target_cost).tolist()
     assert all(fits(x, y) and x != y for x, y in itertools.pairwise(edges))
     assert len(edges) <= count
-    texts, targets = ({round_up(length) for length in side} for side in zip(*lengths, strict=True))
+    texts = {round_up(text) for text, _ in lengths}
+    targets = {round_up(target, ROUND_TARGET if target_cost else ROUND) for _, target in lengths}
     last = max(texts), max(targets)
     assert tuple(edges[-1]) == last
     shapes = sorted(set(itertools.product(texts, targets)) - {last})

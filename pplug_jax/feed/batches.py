@@ -21,6 +21,7 @@ from pplug_jax.llm.prompts import Tokenizer
 from pplug_jax.runtime.mesh import place_rows
 
 ROUND = 16  # padded lengths are multiples of this
+ROUND_TARGET = 8  # and those of targets that are read apart, which are short
 
 
 class Batch(NamedTuple):
@@ -142,8 +143,8 @@ def with_queries(
     return [x._replace(query_row=row) for x, row in zip(tokenized, rows, strict=True)]
 
 
-def round_up(length: int) -> int:
-    return max(ROUND, -(-length // ROUND) * ROUND)
+def round_up(length: int, multiple: int = ROUND) -> int:
+    return max(multiple, -(-length // multiple) * multiple)
 
 
 MOST_SIZES = 48  # of texts, and of targets, that edges are chosen among where both differ
@@ -155,7 +156,8 @@ def bucket_edges(lengths: np.ndarray, count: int, target_cost: float = 0) -> np.
     The lengths are of texts and targets, which cost 1 and `target_cost` a place. Each shape holds
     all that the ones before it hold.
     """
-    rounded = np.vectorize(round_up, otypes=[int])(lengths)
+    multiples = ROUND, ROUND_TARGET if target_cost else ROUND
+    rounded = np.vectorize(round_up, otypes=[int])(lengths, multiples)
     texts, targets = (np.unique(column) for column in rounded.T)
     if len(targets) > 1:
         texts, targets = (
