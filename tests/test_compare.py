@@ -6,8 +6,6 @@ from pathlib import Path
 import ml_collections
 import numpy as np
 import pytest
-from lamp_files import write_split
-from test_run import small_config
 
 from pplug_jax.data.sources import read_split
 from pplug_jax.errors import ConfigError
@@ -20,6 +18,8 @@ from pplug_jax.scoring.metrics import example_statistics
 from pplug_jax.session import Models
 from pplug_jax.storage.checkpoint import Checkpoints
 from pplug_jax.train.loop import validation_loss
+from tests.support.lamp_files import write_split
+from tests.support.runs import results_of, small_config
 
 PPLUG = ALL["pplug"]
 METHODS = ("none", "bm25", "pplug", "shuffled_user", "task_lora", "user_lora")
@@ -35,10 +35,6 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("compared")
     run(comparison(), workdir, "compare")
     return workdir
-
-
-def results_of(workdir: Path) -> dict:
-    return json.loads((workdir / "results.json").read_text())
 
 
 def times(workdir: Path) -> dict[str, int]:

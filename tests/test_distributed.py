@@ -14,13 +14,13 @@ from unittest.mock import Mock
 
 import jax
 import pytest
-from test_run import SMALL, steps_done
 
 from pplug_jax.data.keys import KEY_BYTES
 from pplug_jax.errors import InputError
 from pplug_jax.runtime import distributed
+from tests.support.environment import ROOT
+from tests.support.runs import SMALL, losses_of, steps_done
 
-ROOT = Path(__file__).parent.parent
 DEVICES = 4  # of all processes together
 SETTINGS = SMALL | {
     "data.sample_eval_users": 10,  # the last batch of 8 is not full
@@ -110,13 +110,8 @@ def ends(processes: Sequence[subprocess.Popen]) -> tuple[list[int], list[str]]:
     return [process.returncode for process in processes], outputs
 
 
-def losses(workdir: Path) -> list[tuple[int, float]]:
-    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [(line["step"], line["value"]) for line in lines if line["name"] == "pplug/loss"]
-
-
 def assert_same_run(one: Path, other: Path) -> None:
-    curve, expected = losses(one), losses(other)
+    curve, expected = losses_of(one), losses_of(other)
     assert [step for step, _ in curve] == [step for step, _ in expected]
     assert [loss for _, loss in curve] == pytest.approx([loss for _, loss in expected], rel=1e-5)
     for method in ("none", "bm25", "pplug"):
@@ -196,7 +191,7 @@ def test_stopped_and_lost_processes(alone: Path, tmp_path: Path) -> None:
     shutil.copytree(alone / "history", undisturbed / "history")
     codes, more = ends(start(undisturbed, 1, **longer))
     assert codes == [0], more
-    curve, expected = losses(workdir), losses(undisturbed)
+    curve, expected = losses_of(workdir), losses_of(undisturbed)
     assert [step for step, _ in curve] == [step for step, _ in expected] == list(range(1, 61))
     assert [loss for _, loss in curve[:30]] == pytest.approx(
         [loss for _, loss in expected[:30]], rel=1e-3
@@ -205,7 +200,7 @@ def test_stopped_and_lost_processes(alone: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("failures", [1, 99])
 def test_all_restore_the_same_step_or_none_does(tmp_path: Path, failures: int) -> None:
-    script = [str(Path(__file__).with_name("restoring.py")), str(tmp_path / "kept"), str(failures)]
+    script = [str(ROOT / "tests/support/restoring.py"), str(tmp_path / "kept"), str(failures)]
     codes, outputs = ends(start_all([script] * 2, tmp_path))
     assert codes == [0, 0], outputs
     if failures == 1:

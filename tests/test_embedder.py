@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
-from conftest import EXTENSIONS, OPTIONS
 from flax import nnx
 
 from pplug_jax.encoder.bert import Bert, BertConfig
@@ -17,6 +16,8 @@ from pplug_jax.feed.form import SIZE
 from pplug_jax.plugs.persona import FIRST_RECENCY, Projector, UserEmbedder, attention_weights
 from pplug_jax.plugs.reading import PAPER, Reading, soft_tokens
 from scripts.pretrain.initialise import initialise
+from tests.support.parity import needs_torch
+from tests.support.tiny import EXTENSIONS, OPTIONS
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +86,7 @@ def gradients(plug: UserEmbedder, *inputs: jax.Array) -> UserEmbedder:
     return jax.grad(lambda plug: jnp.sum(plug(*inputs) ** 2))(plug)
 
 
+@needs_torch
 @pytest.mark.parametrize("reading", READINGS)
 def test_equals_the_equations_in_pytorch(
     plug: UserEmbedder, inputs: Inputs, reading: Reading

@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_run import small_config
 
 from pplug_jax import Personalizer
 from pplug_jax.config import check_config
@@ -18,6 +17,7 @@ from pplug_jax.feed.features import FEATURES, Feature
 from pplug_jax.plan.programs import Programs
 from pplug_jax.run import run
 from pplug_jax.runtime.mesh import make_mesh
+from tests.support.runs import small_config
 
 
 def word_counts(task: Task, profile: list[Item]) -> np.ndarray:

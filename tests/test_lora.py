@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import qwix
 from flax import nnx
-from parity import assert_close
 
 from pplug_jax.llm import LLM, load_llm
 from pplug_jax.llm.generate import generate
 from pplug_jax.nn.linear import Adapted
 from pplug_jax.plugs.lora import Lora
+from tests.support.parity import assert_close
 
 TOKENS, TARGETS = (
     np.random.default_rng(0).integers(3, 320, (3, L), dtype=np.int32) for L in (11, 6)

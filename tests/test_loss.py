@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import VOCABULARY
 
 from pplug_jax.llm import LLM, load_llm
 from pplug_jax.llm.loss import CHUNK, cross_entropy
+from tests.support.models import VOCABULARY
 
 B, D = 3, 32
 

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import OPTIONS
 from filelock import FileLock
 
 from configs import lamp5
@@ -26,6 +25,7 @@ from pplug_jax.plugs.persona import UserEmbedder
 from pplug_jax.session import Models
 from pplug_jax.storage.checkpoint import Checkpoints, _named
 from pplug_jax.storage.files import write_json
+from tests.support.tiny import OPTIONS
 
 INPUT = "Generate a title for the following abstract of a paper: Rivers are measured."
 SHARED = {"title": "A joint paper", "abstract": "By two authors.", "date": "2004"}

@@ -16,12 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 import pytest
-from conftest import QUICK_TO_COMPILE
 from etils import epath
-from lamp_files import write_split
 
 from configs import lamp5, llms
 from pplug_jax import Personalizer
@@ -40,29 +37,9 @@ from pplug_jax.storage import lock
 from pplug_jax.storage.checkpoint import Checkpoints
 from pplug_jax.storage.lock import locked
 from pplug_jax.train import step as train
-
-ROOT = Path(__file__).parent.parent
-SMALL = {
-    "data.sample_train_users": 24,
-    "data.sample_eval_users": 8,
-    "plug.num_persona_tokens": 4,
-    "plug.projector_size": 128,
-    "train.batch_size": 8,
-    "train.epochs": 2.0,
-    "train.log_every": 1,
-    "train.checkpoint_every": 2,
-    "eval.batch_size": 8,
-    "eval.max_new_tokens": 8,
-    "eval.bootstrap_samples": 100,
-}
-
-
-def small_config(**overrides: object) -> ml_collections.ConfigDict:
-    config = lamp5.get_config()
-    config.update_from_flattened_dict(
-        SMALL | {k.replace("__", "."): v for k, v in overrides.items()}
-    )
-    return config
+from tests.support.environment import QUICK_TO_COMPILE, ROOT
+from tests.support.lamp_files import write_split
+from tests.support.runs import SMALL, losses_of, small_config, steps_done
 
 
 @pytest.fixture(scope="module")
@@ -235,12 +212,6 @@ def start(workdir: Path, **settings: object) -> subprocess.Popen:
     )
 
 
-def steps_done(workdir: Path) -> int:
-    path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
-
-
 def test_killed_interrupted_and_started_again_ends_bit_identical(tmp_path: Path) -> None:
     settings = {"methods": "('pplug',)", "train.epochs": 16.0, "train.checkpoint_every": 3}
     undisturbed = start(tmp_path / "a", **settings)
@@ -274,12 +245,7 @@ def test_killed_interrupted_and_started_again_ends_bit_identical(tmp_path: Path)
     plugs = [c.restore_weights(abstract_plug(models)) for c in checkpoints]
     for a, b in zip(*map(jax.tree.leaves, plugs), strict=True):
         np.testing.assert_array_equal(a, b)
-    curves = []
-    for name in "ab":
-        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
-        curves.append(
-            [(line["step"], line["value"]) for line in lines if line["name"] == "pplug/loss"]
-        )
+    curves = [losses_of(tmp_path / name) for name in "ab"]
     assert len(curves[0]) == 48
     assert curves[0] == curves[1]
 

@@ -10,8 +10,6 @@ from pathlib import Path
 import ml_collections
 import numpy as np
 import pytest
-from lamp_files import write_split
-from task_files import INPUTS, write_task
 
 from pplug_jax import Personalizer
 from pplug_jax.config import apply_parity
@@ -21,6 +19,8 @@ from pplug_jax.data.sources import data_directory, read_split
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.errors import CheckpointError, ConfigError, DataError, InputError
 from pplug_jax.run import run
+from tests.support.lamp_files import write_split
+from tests.support.task_files import INPUTS, write_task
 
 MODE = "train_and_evaluate"
 CONFIGS = {
@@ -329,10 +329,8 @@ def test_the_embedded_sample_has_one_task_and_no_files(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["anthology_titles", "debian_synopses"])
-def test_real_files_are_read(name: str):
-    path = Path(__file__).resolve().parents[2] / "shared" / "data" / name / "small"
-    if not path.is_dir():
-        pytest.skip(f"{path} is absent: no real texts to read")
+def test_real_files_are_read(name: str, real_texts: Path):
+    path = real_texts / name / "small"
     task = TASKS["LaMP_5" if name == "anthology_titles" else "LaMP_4"]
     for split, count in (("train", 200), ("dev", 50)):
         examples = read(path, split, task)

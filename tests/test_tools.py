@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from lamp_files import write_split
 
 from pplug_jax.data import sample
 from pplug_jax.encoder import load_encoder
@@ -15,8 +14,8 @@ from pplug_jax.llm import load_llm
 from pplug_jax.session import ASSETS
 from pplug_jax.storage import hf
 from scripts.pretrain.bpe import train_bpe
-
-ROOT = Path(__file__).parent.parent
+from tests.support.environment import ROOT
+from tests.support.lamp_files import write_split
 
 
 def make(tool: str, output: Path, **settings: object) -> None:

@@ -14,12 +14,10 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import Mesh
-from parity import joined
 
-from pplug_jax.encoder.bert import Bert, BertConfig
 from pplug_jax.feed.batches import Batch, place_batch
 from pplug_jax.llm import load_llm
-from pplug_jax.llm.decoder import Decoder, DecoderConfig, Rope
+from pplug_jax.llm.decoder import Decoder
 from pplug_jax.methods.table import METHODS
 from pplug_jax.nn.variables import Frozen
 from pplug_jax.plugs.forward import inputs_embeds
@@ -28,49 +26,10 @@ from pplug_jax.plugs.persona import UserEmbedder
 from pplug_jax.runtime.mesh import make_mesh, place
 from pplug_jax.train import loop
 from pplug_jax.train.step import init_optimizer, jit_step, loss_fn, make_optimizer
-from scripts.pretrain.initialise import initialise
+from tests.support.parity import needs_torch
+from tests.support.tiny import ONE_DEVICE, B, E, L, Q, T, make_batch, make_llm, make_plug
 
-B, L, T, Q, H, E = 8, 12, 6, 6, 4, 20
-ONE_DEVICE = make_mesh(1, 1, 1, jax.devices()[:1])
 OPTIMIZER = make_optimizer(10, 1e-2, 1e-4, 0.1, 1.0)
-
-
-@functools.cache
-def make_llm(layers: int = 2, hidden: int = 40, mlp: int = 72, vocab: int = 48) -> Decoder:
-    config = DecoderConfig(vocab, hidden, mlp, layers, 4, 2, 8, 1e-5, Rope(1e4), True, 64, (1,), 0)
-    return initialise(Decoder(config, "float32"), jax.random.key(0))
-
-
-@functools.cache
-def make_plug(llm_size: int, **settings: Any) -> UserEmbedder:
-    config = BertConfig(30, E, 32, 1, 2, 8, 1, 1e-12)
-    encoder = initialise(Bert(config, "mean", nnx.Param), jax.random.key(1))
-    return UserEmbedder(encoder, llm_size, 1.0, **settings, rngs=nnx.Rngs(2))
-
-
-def make_batch(vocab: int = 48, rows: int = B) -> Batch:
-    rng = np.random.default_rng(3)
-
-    def lengths(width: int) -> np.ndarray:
-        return np.arange(width) < rng.integers(1, width + 1, (rows, 1))
-
-    history = rng.normal(size=(rows, H, E)).astype(np.float32)
-    prompt = rng.integers(0, vocab, (rows, L), dtype=np.int32), lengths(L)
-    target = rng.integers(0, vocab, (rows, T), dtype=np.int32), lengths(T)
-    text, text_mask = joined(*prompt, *target)
-    return Batch(
-        *prompt,
-        *target,
-        text,
-        text_mask,
-        query=rng.integers(0, 30, (rows, Q), dtype=np.int32),
-        query_mask=lengths(Q),
-        history=history / np.linalg.norm(history, axis=-1, keepdims=True),
-        history_mask=lengths(H),
-        index=np.arange(rows, dtype=np.int32),
-        weight=np.ones(rows, np.float32),
-        features={},
-    )
 
 
 def step(
@@ -85,6 +44,7 @@ def step(
     return plug, metrics
 
 
+@needs_torch
 def test_the_loss_is_that_of_transformers(tiny_llama: Path) -> None:
     """Soft tokens via `inputs_embeds`, cross entropy over the target tokens, plainly in PyTorch."""
     torch = pytest.importorskip("torch")

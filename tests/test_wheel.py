@@ -7,7 +7,8 @@ import sys
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.support.environment import ROOT
+
 PARTS = ("pplug_jax", "LICENSE", "README.md", "pyproject.toml", "requirements.txt")
 BUILD = "from setuptools import build_meta; build_meta.build_wheel('.')"
 SMALL = (
@@ -20,6 +21,8 @@ SMALL = (
 )
 SERVE = """
 from pathlib import Path
+
+from tests.support.environment import ROOT
 from pplug_jax import Personalizer
 import pplug_jax
 personalizer = Personalizer.from_checkpoint("runs/lamp5")
