@@ -4,6 +4,7 @@
 import tests.support.environment  # noqa: F401  before JAX
 # isort: on
 
+import functools
 import itertools
 import os
 import signal
@@ -19,6 +20,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from nltk.corpus import wordnet
 
 from tests.support.models import save_bert, save_llama, save_t5
+from tests.support.once import Once
+from tests.support.once import once as made_once
+from tests.support.runs import finish
 
 # What a shell starts in the background ignores Ctrl-C, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -72,6 +76,21 @@ def make_t5(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return save_t5(tmp_path_factory.mktemp("t5"), **settings)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """once(name, make): the directory that make(path) fills, for all tests of all workers."""
+    return functools.partial(made_once, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def finished(once: Once) -> Path:
+    """The workdir of a whole small run; copy it to write to it.
+
+    The names of what it compiled are in its file `compiled`.
+    """
+    return once("finished", finish)
 
 
 def outside(variable: str, what: str) -> Path:

@@ -13,7 +13,7 @@ from pplug_jax.data.keys import KEY_BYTES
 from pplug_jax.feed import store as history
 from pplug_jax.feed.store import HistoryStore
 from tests.support.encoders import FakeEncoder
-from tests.support.environment import ROOT
+from tests.support.environment import AS_USERS
 
 TEXTS = [f"text number {i} {'long ' * (7 * i % 5)}" for i in range(10)]
 
@@ -163,7 +163,7 @@ assert len(store.rows([f"text {i}" for i in range(first, last)])) == last - firs
 
 
 def fill(directory: Path, first: int, last: int) -> subprocess.Popen:
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = os.environ | {"PYTHONPATH": AS_USERS}
     return subprocess.Popen([sys.executable, "-c", FILL, directory, str(first), str(last)], env=env)
 
 

@@ -1,5 +1,6 @@
 """The tools that make the bundled models: what they write goes through the ordinary loaders."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,17 @@ from pplug_jax.llm import load_llm
 from pplug_jax.session import ASSETS
 from pplug_jax.storage import hf
 from scripts.pretrain.bpe import train_bpe
-from tests.support.environment import ROOT
+from tests.support.environment import AS_USERS
 from tests.support.lamp_files import write_split
+
+# A tokenizer of few authors' texts; thousands take their time to be drawn.
+RUN = """
+from absl import app
+from scripts.pretrain import {tool} as tool
+
+tool.FOR_TOKENIZER = 20
+app.run(tool.main)
+"""
 
 
 def make(tool: str, output: Path, **settings: object) -> None:
@@ -23,12 +33,12 @@ def make(tool: str, output: Path, **settings: object) -> None:
     subprocess.run(
         [
             sys.executable,
-            "-m",
-            f"scripts.pretrain.{tool}",
+            "-c",
+            RUN.format(tool=tool),
             f"--output={output}",
             *(f"--{name}={value}" for name, value in (flags | settings).items()),
         ],
-        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": AS_USERS},
         check=True,
         capture_output=True,
     )

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+# PYTHONPATH of the processes that tests start: they have what requirements.txt asks for.
+AS_USERS = os.pathsep.join([str(ROOT), str(ROOT / "tests/support/as_users")])
 # XLA ends the process at a flag that it does not know, as later ones this.
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=0" + (
     " --xla_cpu_use_fusion_emitters=false"
@@ -23,5 +25,6 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ["JAX_PLATFORMS"] = "cpu"
 # What one test, or a process that it starts, has compiled, the others need not.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache/compiled")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

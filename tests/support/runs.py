@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 
 from configs import lamp5
+from pplug_jax.run import run
 
 SMALL = {
     "data.sample_train_users": 24,
@@ -29,6 +31,23 @@ def small_config(**overrides: object) -> ml_collections.ConfigDict:
         SMALL | {k.replace("__", "."): v for k, v in overrides.items()}
     )
     return config
+
+
+def finish(workdir: Path) -> None:
+    """Runs it, and notes what is compiled."""
+    compiled = []
+
+    def note(event: str, duration: float, **kwargs: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(kwargs["fun_name"])
+
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        run(small_config(), workdir, "train_and_evaluate")
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    (workdir / "compiled").write_text("\n".join(compiled))
 
 
 def results_of(workdir: Path) -> dict[str, Any]:
