@@ -124,5 +124,11 @@ def main(argv: list[str]) -> None:
         )
 
 
+def cli() -> None:
+    """The console script `pplug`, which finds configs/ in the working directory, as `python -m`."""
+    sys.path.insert(0, "")
+    app.run(main, flags_parser=parse_flags)
+
+
 if __name__ == "__main__":
     app.run(main, flags_parser=parse_flags)

@@ -19,6 +19,7 @@ from pplug_jax.config import claim_workdir
 from pplug_jax.data.lamp import Example
 from pplug_jax.errors import InputError
 from pplug_jax.feed.batches import Assemble
+from pplug_jax.feed.features import FEATURES
 from pplug_jax.feed.peers import Peers
 from pplug_jax.methods.table import METHODS
 from pplug_jax.plugs.persona import UserEmbedder
@@ -85,7 +86,7 @@ def test_a_served_soft_prompt_is_that_of_the_evaluation(models: Models, option: 
     tokenized = models.tokenize(examples)
     buckets = models.buckets(tokenized, 1)
     peers = Peers.load(models.store, models.workdir)
-    extended = {"features": ("age", "difference", "form"), "peers": peers}
+    extended = {"features": tuple(FEATURES), "peers": peers}
     batch = Assemble(tokenized, buckets, models.store, range(8), **extended)((0, 0, np.arange(3)))
     soft = np.asarray(jax.jit(lambda plug, inputs: plug(*inputs))(plug, batch.plug_inputs))
     empty = personalizer.soft_prompt(INPUT)
@@ -95,7 +96,7 @@ def test_a_served_soft_prompt_is_that_of_the_evaluation(models: Models, option: 
         if not (found is as_texts and by_form):  # a text alone does not tell its answer
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     assert np.abs(served - empty)[1:].max(axis=1).min() > 0.1  # in every token but I
-    told = by_form or plug.recency_rate is not None
+    told = by_form or "age" in plug.features or plug.recency_rate is not None
     assert (np.abs(served - as_texts).max() > 1e-3) == told
 
 

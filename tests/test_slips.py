@@ -68,6 +68,13 @@ def test_a_slip_is_one_line(slip: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\n" not in message
 
 
+def test_where_there_are_no_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = "no such file; work in a clone of the repository, which has configs/, or give"
+    with pytest.raises(SystemExit, match=message):
+        parse_flags(["main", CONFIG])
+
+
 def test_the_command_prints_it(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pplug_jax.main", CONFIG, "--config.train.learning_rat=3"],

@@ -6,7 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 # PYTHONPATH of the processes that tests start: they have what requirements.txt asks for.
-AS_USERS = os.pathsep.join([str(ROOT), str(ROOT / "tests/support/as_users")])
+WITHOUT_TORCH = str(ROOT / "tests/support/as_users")
+AS_USERS = os.pathsep.join([str(ROOT), WITHOUT_TORCH])
 # XLA ends the process at a flag that it does not know, as later ones this.
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=0" + (
     " --xla_cpu_use_fusion_emitters=false"

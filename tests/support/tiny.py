@@ -9,6 +9,7 @@ from flax import nnx
 
 from pplug_jax.encoder.bert import Bert, BertConfig
 from pplug_jax.feed.batches import Batch
+from pplug_jax.feed.features import FEATURES
 from pplug_jax.llm.decoder import Decoder, DecoderConfig, Rope
 from pplug_jax.plugs.persona import UserEmbedder
 from pplug_jax.runtime.mesh import make_mesh
@@ -22,9 +23,7 @@ OPTIONS = {
     "paper": {},
     "all": EXTENSIONS,
     "recency": {"recency": True},
-    "difference": {"features": ("difference",)},
-    "form": {"features": ("form",)},
-}
+} | {name: {"features": (name,)} for name in FEATURES}
 
 
 @functools.cache
