@@ -25,6 +25,8 @@ from benchmarks.accelerator import (
 )
 from benchmarks.accelerator.record import Contest, Record
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:

@@ -12,6 +12,8 @@ from pplug_jax.nn import attention
 from pplug_jax.runtime.mesh import make_mesh
 from tests.support.parity import with_gradients
 
+pytestmark = pytest.mark.slow
+
 B, L, S, HEADS, KV_HEADS, D = 8, 150, 170, 4, 2, 16
 
 

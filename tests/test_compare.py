@@ -23,6 +23,8 @@ from tests.support.lamp_files import write_split
 from tests.support.once import Once
 from tests.support.runs import results_of, small_config
 
+pytestmark = pytest.mark.slow
+
 PPLUG = ALL["pplug"]
 METHODS = ("none", "bm25", "pplug", "shuffled_user", "task_lora", "user_lora")
 

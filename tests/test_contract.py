@@ -163,14 +163,17 @@ def test_padding_does_not_matter(case: Case) -> None:
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-def test_what_it_declares_trained_is_what_has_a_gradient(case: Case) -> None:
-    for reading in READINGS:
-        mask = np.array(case.batch.history_mask) & reading.history
-        mask[0] = False  # the null persona
-        batch = case.batch._replace(history_mask=mask)
-        _, gradient = learn(case.plug, case.llm, batch, reading)
-        moved = sum(x.size for x in jax.tree.leaves(gradient) if jnp.any(x))
-        assert case.plug.trained(reading) == moved > 0, reading
+@pytest.mark.parametrize(
+    "reading",
+    [PAPER, *(pytest.param(reading, marks=pytest.mark.slow) for reading in READINGS[1:])],
+    ids=str,
+)
+def test_what_it_declares_trained_is_what_has_a_gradient(case: Case, reading: Reading) -> None:
+    mask = np.array(case.batch.history_mask) & reading.history
+    mask[0] = False  # the null persona
+    _, gradient = learn(case.plug, case.llm, case.batch._replace(history_mask=mask), reading)
+    moved = sum(x.size for x in jax.tree.leaves(gradient) if jnp.any(x))
+    assert case.plug.trained(reading) == moved > 0
 
 
 def test_it_is_saved_and_restored_to_the_bit(case: Case, tmp_path: Path) -> None:

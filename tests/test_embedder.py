@@ -85,6 +85,7 @@ def gradients(plug: UserEmbedder, *inputs: jax.Array) -> UserEmbedder:
     return jax.grad(lambda plug: jnp.sum(plug(*inputs) ** 2))(plug)
 
 
+@pytest.mark.slow
 @needs_torch
 @pytest.mark.parametrize("reading", READINGS)
 def test_equals_the_equations_in_pytorch(
@@ -224,6 +225,7 @@ def test_a_learned_temperature_gets_a_gradient(inputs: Inputs) -> None:
     )
 
 
+@pytest.mark.slow
 def test_soft_tokens_start_at_the_scale_of_the_llms_embeddings() -> None:
     config = BertConfig(40, 64, 64, 1, 2, 8, 1, 1e-12)
     encoder = initialise(Bert(config, "cls", nnx.Param), jax.random.key(1))
@@ -237,6 +239,7 @@ def test_soft_tokens_start_at_the_scale_of_the_llms_embeddings() -> None:
     np.testing.assert_allclose(np.linalg.norm(soft[0], axis=-1), SCALE, rtol=0.25)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["paper", "all"])
 def test_bfloat16_computes_near_float32_and_keeps_float32_parameters(
     inputs: Inputs, option: str

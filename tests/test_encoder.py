@@ -58,6 +58,7 @@ def encoder(tiny_bert: Path) -> Encoder:
     return load_encoder(tiny_bert)
 
 
+@pytest.mark.slow
 @needs_torch
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 @pytest.mark.parametrize(
@@ -99,6 +100,7 @@ def test_both_kinds_of_variable(tiny_bert: Path) -> None:
     assert not nnx.to_flat_state(nnx.state(model, nnx.Param))
 
 
+@pytest.mark.slow
 def test_a_batch_is_its_texts_one_by_one(encoder: Encoder) -> None:
     done = []
     vectors = encoder.encode(TEXTS, batch_size=BATCH, on_batch=done.append)

@@ -142,11 +142,13 @@ def assert_same_logits(pair: Pair) -> None:
         assert_close(logits(pair.llm, embeds, mask)[mask], theirs[mask])
 
 
+@pytest.mark.slow
 @needs_torch
 def test_logits(pair: Pair) -> None:
     assert_same_logits(pair)
 
 
+@pytest.mark.slow
 @needs_torch
 def test_gradient_of_the_inputs(pair: Pair) -> None:
     random = np.random.default_rng(2)
@@ -159,6 +161,7 @@ def test_gradient_of_the_inputs(pair: Pair) -> None:
     assert_close(ours[mask], inputs.grad.numpy()[mask])
 
 
+@pytest.mark.slow
 @needs_torch
 @pytest.mark.parametrize(("num_beams", "length_penalty"), [(1, 1.0), (4, 0.6)])
 def test_generations(pair: Pair, num_beams: int, length_penalty: float) -> None:
@@ -181,6 +184,7 @@ def test_generations(pair: Pair, num_beams: int, length_penalty: float) -> None:
         np.testing.assert_array_equal(ours, expected)
 
 
+@pytest.mark.slow
 @needs_torch
 def test_targets_behind_a_gap_of_padding(pair: Pair) -> None:
     """Windows count a row's tokens, not its slots."""
@@ -194,6 +198,7 @@ def test_targets_behind_a_gap_of_padding(pair: Pair) -> None:
         assert_close(ours[row], theirs[length:])
 
 
+@pytest.mark.slow
 @needs_torch
 def test_bfloat16_is_as_exact_as_torchs(pair: Pair) -> None:
     llm = load_llm(pair.path)
@@ -209,6 +214,7 @@ def test_bfloat16_is_as_exact_as_torchs(pair: Pair) -> None:
     assert 0 < our_error <= 2 * their_error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_soft_tokens_have_the_embeddings_scale(case: str) -> None:
     kind, differences = CASES[case]
@@ -258,6 +264,7 @@ def configs(draw: st.DrawFn) -> transformers.PreTrainedConfig:
     return kind(**(BASE | drawn))
 
 
+@pytest.mark.slow
 @needs_torch
 @settings(
     max_examples=8,

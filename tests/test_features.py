@@ -31,6 +31,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> str:
     return "words"
 
 
+@pytest.mark.slow
 def test_a_feature_of_one_number(toy: str, tmp_path: Path) -> None:
     config = small_config(methods=("pplug",), plug__features=(toy,), train__epochs=1.0)
     run(config, tmp_path, "train_and_evaluate")

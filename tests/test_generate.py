@@ -101,6 +101,7 @@ def ending(
 two_eos = pytest.mark.parametrize("ending", ["two eos"], indirect=True)
 
 
+@pytest.mark.slow
 @needs_torch
 @pytest.mark.parametrize(
     ("ending", "num_beams", "length_penalty"),
@@ -131,6 +132,7 @@ def test_tokens_are_those_of_transformers(
         np.testing.assert_array_equal(ours, expected)
 
 
+@pytest.mark.slow
 @needs_torch
 @two_eos
 @pytest.mark.parametrize("num_beams", [1, 4])
@@ -190,6 +192,7 @@ def test_cached_steps_give_the_hidden_states_of_a_full_forward(path: Path, side:
 FACTORISATIONS = [(8 // (b * c), b, c) for b in (1, 2, 4, 8) for c in (1, 2, 4, 8) if b * c <= 8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", FACTORISATIONS, ids=str)
 @two_eos
 def test_on_eight_devices(ending: Ending, shape: tuple[int, int, int]) -> None:

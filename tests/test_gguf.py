@@ -200,6 +200,7 @@ def compare(
     assert llm.config.pad_id == 2
 
 
+@pytest.mark.slow
 @needs_torch
 @pytest.mark.parametrize("case", CASES)
 def test_a_file_is_the_model_that_it_was_made_from(tmp_path: Path, case: str) -> None:
@@ -208,6 +209,7 @@ def test_a_file_is_the_model_that_it_was_made_from(tmp_path: Path, case: str) ->
     compare(file, model.logits)
 
 
+@pytest.mark.slow
 @needs_torch
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q5_1"])
 @pytest.mark.parametrize("case", ["llama", "qwen3"])

@@ -88,6 +88,7 @@ def test_saved_weights_are_read_back(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 def test_layers_read_in_pieces_are_the_same(
     make_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, quantize: str | None

@@ -167,6 +167,7 @@ def fill(directory: Path, first: int, last: int) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", FILL, directory, str(first), str(last)], env=env)
 
 
+@pytest.mark.slow
 def test_two_processes_fill_one_store(tmp_path: Path):
     for process in [fill(tmp_path, 0, 200), fill(tmp_path, 190, 390)]:
         assert process.wait() == 0
@@ -176,6 +177,7 @@ def test_two_processes_fill_one_store(tmp_path: Path):
     check(store, [f"text {i}" for i in range(390)])
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_no_lock_and_no_wrong_vector(tmp_path: Path):
     killed, other = fill(tmp_path, 0, 400), fill(tmp_path, 100, 200)
     while not any(path.stat().st_size for path in tmp_path.glob("*/vectors")):

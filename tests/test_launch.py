@@ -362,6 +362,7 @@ def check_passed(calls: list[list[str]], without: str = "") -> None:
         assert had == [become for become, verbs in passed if verb_of(call) in verbs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [[], ["--queued"], ["--slices=2"]])
 def test_flags_are_passed_on(cloud: Cloud, kind: list[str]) -> None:
     for verb, steps in [
@@ -608,6 +609,7 @@ def test_a_request_that_somebody_deleted_is_not_made_again(cloud: Cloud) -> None
     assert cloud.steps == ["create"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--spot"]])
 def test_a_machine_started_anew_does_not_know_the_job(cloud: Cloud, flags: list[str]) -> None:
     cloud.write(rules=[{"on": "worker.sh wait", "do": "lose"}])

@@ -110,6 +110,7 @@ def llm(tiny_llama: Path) -> Decoder:
     return load_llm(tiny_llama, dtype="float32")
 
 
+@pytest.mark.slow
 @needs_torch
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_are_those_of_transformers(make_llama: Callable[..., Path], variant: str) -> None:
@@ -185,6 +186,7 @@ def test_weights_stored_in_half_precision(tiny_llama: Path, tmp_path: Path, stor
     assert_close(logits(llm, llm.embed(tokens), mask)[mask], theirs[mask], 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("vocab", "rows"), [(320, 160), (331, 192)])
 def test_sharded_over_eight_devices(make_llama: Callable[..., Path], vocab: int, rows: int) -> None:
     path = make_llama(vocab_size=vocab)

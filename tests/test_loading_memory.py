@@ -10,6 +10,8 @@ import pytest
 
 from tests.support.environment import AS_USERS
 
+pytestmark = pytest.mark.slow
+
 GIB = 2**30
 LAYERS, HIDDEN, MLP = 10, 2048, 32768
 KERNELS = {

@@ -54,6 +54,7 @@ def test_a_second_job_is_told_who_has_the_workdir(tmp_path: Path, holder: subpro
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_the_next_job_begins_however_the_one_before_ended(
     tmp_path: Path, holder: subprocess.Popen, end: signal.Signals

@@ -17,6 +17,8 @@ from pplug_jax.nn.linear import Adapted
 from pplug_jax.plugs.lora import Lora
 from tests.support.parity import assert_close
 
+pytestmark = pytest.mark.slow
+
 TOKENS, TARGETS = (
     np.random.default_rng(0).integers(3, 320, (3, L), dtype=np.int32) for L in (11, 6)
 )

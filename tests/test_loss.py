@@ -28,6 +28,7 @@ def drawn(T: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return hidden, targets, rng.integers(0, 2, (B, T)).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("T", [1, 16, CHUNK, 48, 80, 37])
 def test_losses_and_gradients_are_those_of_all_logits_at_once(llm: LLM, T: int) -> None:
     hidden, targets, weights = drawn(T)

@@ -69,6 +69,7 @@ def serving(models: Models, **settings: Any) -> Personalizer:
     return Personalizer(of_run, trained_plug(models, **settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_a_served_soft_prompt_is_that_of_the_evaluation(models: Models, option: str) -> None:
     plug = trained_plug(models, **OPTIONS[option])
@@ -140,6 +141,7 @@ def test_an_input_that_is_no_text(models: Models) -> None:
         personalizer.generate("half of a pair \ud83d")
 
 
+@pytest.mark.slow
 def test_an_older_workdir_is_served(models: Models, tmp_path: Path) -> None:
     """Features had a setting each, and the same names in checkpoints."""
     plug = trained_plug(models, features=("difference", "form"))

@@ -49,6 +49,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> str:
     return method.name
 
 
+@pytest.mark.slow
 def test_a_plug_of_another_kind(toy: str, tmp_path: Path) -> None:
     config = small_config(methods=("none", toy), train__learning_rate=0.1)
     run(config, tmp_path, "train_and_evaluate")

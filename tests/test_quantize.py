@@ -22,6 +22,8 @@ from pplug_jax.session import ASSETS
 from pplug_jax.storage import hf
 from tests.support.parity import assert_close
 
+pytestmark = pytest.mark.slow
+
 ERRORS = {"int8": 0.01, "int4": 0.15}  # of a random kernel, root mean square
 
 

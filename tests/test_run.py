@@ -43,6 +43,7 @@ from tests.support.lamp_files import write_split
 from tests.support.runs import SMALL, losses_of, small_config, steps_done
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_files(finished: Path) -> None:
     config = small_config()
     assert json.loads((finished / "config.json").read_text()) == json.loads(config.to_json())
@@ -68,6 +69,7 @@ def test_a_run_leaves_its_files(finished: Path) -> None:
         assert (finished / "plots" / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_step_is_compiled_once_a_bucket_and_reading(finished: Path) -> None:
     compiled = (finished / "compiled").read_text().splitlines()
     assert 0 < compiled.count("jit(train_step)") <= 2 * small_config().data.buckets
@@ -77,6 +79,7 @@ def abstract_plug(models: Models) -> UserEmbedder:
     return models.abstract_weights(METHODS["pplug"], models.config)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_the_plug_and_never_the_llm(finished: Path) -> None:
     models = Models(small_config(), finished)
     size = sum(f.stat().st_size for f in (finished / "checkpoints").rglob("*") if f.is_file())
@@ -85,6 +88,7 @@ def test_a_checkpoint_holds_the_plug_and_never_the_llm(finished: Path) -> None:
     assert size < 1.2 * 2 * 2 * 3 * plug
 
 
+@pytest.mark.slow
 def test_a_second_start_does_nothing_again(
     finished: Path,
     tmp_path: Path,
@@ -106,12 +110,14 @@ def test_a_second_start_does_nothing_again(
     assert "0 of them new" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_another_config_is_refused_and_the_fields_named(finished: Path, tmp_path: Path) -> None:
     workdir = shutil.copytree(finished, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"config\.train\.learning_rate: 0\.01 there, 0\.5 now"):
         run(small_config(train__learning_rate=0.5), workdir, "train")
 
 
+@pytest.mark.slow
 def test_the_personalizer_answers_as_the_evaluation(finished: Path) -> None:
     personalizer = Personalizer.from_checkpoint(finished)
     golds = json.loads((finished / "predictions" / "dev.pplug.json").read_text())["golds"]
@@ -127,6 +133,7 @@ def test_the_personalizer_answers_as_the_evaluation(finished: Path) -> None:
     assert np.isfinite(null).all() and np.any(null[1:] != soft[1:])
 
 
+@pytest.mark.slow
 def test_modes_stop_where_they_say(tmp_path: Path) -> None:
     config = small_config(methods=("none", "pplug"))
     run(config, tmp_path, "encode")
@@ -139,6 +146,7 @@ def test_modes_stop_where_they_say(tmp_path: Path) -> None:
         Personalizer.from_checkpoint(tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 def test_the_step_is_compiled_while_the_llm_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +200,7 @@ def start(workdir: Path, **settings: object) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_killed_interrupted_and_started_again_ends_bit_identical(tmp_path: Path) -> None:
     settings = {"methods": "('pplug',)", "train.epochs": 12.0, "train.checkpoint_every": 3}
     undisturbed = start(tmp_path / "a", **settings)
@@ -235,6 +244,7 @@ LIMITED = (
 )
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_checkpointing_is_one_clear_line(tmp_path: Path) -> None:
     # Files may not grow beyond 64 KiB: as on a full disk, writing the plug fails in the middle.
     process = subprocess.run(
@@ -360,6 +370,7 @@ def test_unknown_presets() -> None:
         lamp5.get_config("llama3_1b@v9")
 
 
+@pytest.mark.slow
 def test_files_in_lamps_format_with_empty_profiles_and_withheld_outputs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -393,6 +404,7 @@ def test_files_in_lamps_format_with_empty_profiles_and_withheld_outputs(
         run(config, tmp_path / "other", "encode")
 
 
+@pytest.mark.slow
 def test_the_command_shows_bad_input_as_one_line(tmp_path: Path) -> None:
     process = start(tmp_path / "run", **{"llm.path": "/nowhere"})
     output, _ = process.communicate(timeout=120)
@@ -401,6 +413,7 @@ def test_the_command_shows_bad_input_as_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_a_start_beside_another_does_nothing(tmp_path: Path) -> None:
     with locked(tmp_path / "run"):
         process = start(tmp_path / "run")
@@ -411,6 +424,7 @@ def test_a_start_beside_another_does_nothing(tmp_path: Path) -> None:
         assert {path.name for path in (tmp_path / "run").iterdir()} == {lock.LOCK, lock.OWNER}
 
 
+@pytest.mark.slow
 def test_a_workdir_in_a_bucket(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,6 +75,7 @@ def test_where_there_are_no_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         parse_flags(["main", CONFIG])
 
 
+@pytest.mark.slow
 def test_the_command_prints_it(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pplug_jax.main", CONFIG, "--config.train.learning_rat=3"],
@@ -89,6 +90,7 @@ def test_the_command_prints_it(tmp_path: Path) -> None:
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flag", "message"),
     [

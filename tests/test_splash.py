@@ -60,6 +60,7 @@ def reference(window: int | None = None, slides: bool = False, **settings: float
     return functools.partial(attention.attend, mask=mask, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("window", "slides"), [(None, False), (WINDOW, False), (WINDOW, True)])
 @pytest.mark.parametrize(
     ("kv_heads", "settings"), [(4, {}), (2, {"cap": 3.0}), (1, {"scale": 0.1})]
@@ -73,12 +74,14 @@ def test_against_xla(
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16() -> None:
     found, expected = outputs(kernel(), 2, "bfloat16"), outputs(reference(), 2, "bfloat16")
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [2, 1])  # one for every device, and fewer
 def test_on_a_mesh(kv_heads: int) -> None:
     expected = outputs(reference(), kv_heads)
@@ -114,6 +117,7 @@ LLMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LLMS)
 def test_decoders(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Logits, their gradient, and a step behind the prompt."""

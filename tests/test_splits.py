@@ -63,6 +63,7 @@ def config_of(task: str, path: Path, **settings: object) -> ml_collections.Confi
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_runs_end_to_end(
     task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
@@ -100,6 +101,7 @@ def test_every_task_runs_end_to_end(
     assert ("Only a judge can score" in output) == judged
 
 
+@pytest.mark.slow
 def test_methods_beyond_the_default_ones_run(tmp_path: Path):
     for split in ("train", "dev"):
         write_task(tmp_path / "data", "LaMP_3", split, 8)
@@ -111,6 +113,7 @@ def test_methods_beyond_the_default_ones_run(tmp_path: Path):
     assert trained == sorted(methods[2:])
 
 
+@pytest.mark.slow
 def test_a_served_history_is_read_as_in_the_evaluation(tmp_path: Path):
     for split, count in (("train", 16), ("dev", 8)):
         write_task(tmp_path / "data", "LaMP_2", split, count)
@@ -134,6 +137,7 @@ def test_a_served_history_is_read_as_in_the_evaluation(tmp_path: Path):
         run(config, tmp_path / "run", "train")
 
 
+@pytest.mark.slow
 def test_the_test_split_is_answered_in_the_same_workdir(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -230,6 +234,7 @@ def test_stopping_at_a_bad_record_is_the_default(custom: Path, tmp_path: Path):
         run(config_of("custom", custom), tmp_path / "run", "check_data")
 
 
+@pytest.mark.slow
 def test_bad_records_can_be_left_out_but_are_listed(
     custom: Path, capsys: pytest.CaptureFixture[str]
 ):

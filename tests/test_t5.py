@@ -79,6 +79,7 @@ def test_relative_buckets(bidirectional: bool, buckets: int, max_distance: int) 
     np.testing.assert_array_equal(ours, expected.numpy())
 
 
+@pytest.mark.slow
 @needs_torch
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_logits_and_gradient(path: Path, side: str) -> None:
@@ -117,6 +118,7 @@ def test_target_hidden_shifts_the_targets(make_t5: Callable[..., Path], remat: b
     assert_close(llm.unembed(hidden)[..., : theirs.shape[-1]], theirs)
 
 
+@pytest.mark.slow
 @needs_torch
 @pytest.mark.parametrize(("num_beams", "length_penalty"), [(1, 1.0), (4, 1.0), (4, 0.6), (3, -1)])
 def test_generations(path: Path, num_beams: int, length_penalty: float) -> None:
@@ -195,6 +197,7 @@ def test_the_first_t5_is_refused(
         load_llm(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_whole_run(make_t5: Callable[..., Path], tmp_path: Path) -> None:
     path = make_t5(vocab_size=320)
     special = {"pad_token": "<pad>", "eos_token": "</s>"}

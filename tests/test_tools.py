@@ -44,6 +44,7 @@ def make(tool: str, output: Path, **settings: object) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_pretrained_llm_loads(tmp_path: Path) -> None:
     make("pretrain_llm", tmp_path)
     llm = load_llm(tmp_path, dtype="float32")
@@ -56,6 +57,7 @@ def test_a_pretrained_llm_loads(tmp_path: Path) -> None:
     assert "step 2 " in (tmp_path / "training_log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_pretrained_llm_can_be_made_from_files(tmp_path: Path) -> None:
     users = list(sample.users(0, "train", 6))
     questions = [{"id": u.id, "input": u.input, "profile": list(u.profile)} for u in users]
@@ -65,6 +67,7 @@ def test_a_pretrained_llm_can_be_made_from_files(tmp_path: Path) -> None:
     assert load_llm(tmp_path / "llm", dtype="float32").config.vocab_size == 300
 
 
+@pytest.mark.slow
 def test_a_pretrained_encoder_loads(tmp_path: Path) -> None:
     make("pretrain_encoder", tmp_path)
     encoder = load_encoder(tmp_path)

@@ -44,6 +44,7 @@ def step(
     return plug, metrics
 
 
+@pytest.mark.slow
 @needs_torch
 def test_the_loss_is_that_of_transformers(tiny_llama: Path) -> None:
     """Soft tokens via `inputs_embeds`, cross entropy over the target tokens, plainly in PyTorch."""
@@ -72,6 +73,7 @@ def test_the_loss_is_that_of_transformers(tiny_llama: Path) -> None:
     np.testing.assert_allclose(total, sum(losses), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_only_the_plug_is_trained() -> None:
     llm, batch = make_llm(), make_batch()
     before = [np.asarray(x).copy() for x in jax.tree.leaves(llm)]
@@ -92,6 +94,7 @@ def test_only_the_plug_is_trained() -> None:
         assert was_changed or "key_bias" in name or any(u in name for u in unused), name
 
 
+@pytest.mark.slow
 def test_a_step_costs_4_flops_a_parameter_and_token() -> None:
     """Forward 2, backward through the activations 2; the LLM's weight gradients would make it 6."""
     llm = make_llm(layers=1, hidden=128, mlp=512, vocab=64)
@@ -136,6 +139,7 @@ def test_logits_are_computed_at_target_positions_only() -> None:
     assert {shape for shape in dot_shapes(jaxpr.jaxpr) if 192 in shape} == {(B, T, 192)}
 
 
+@pytest.mark.slow
 def test_accumulation_and_remat_change_nothing() -> None:
     llm, batch = make_llm(), make_batch()
     plug = make_plug(llm.config.hidden_size)
@@ -147,6 +151,7 @@ def test_accumulation_and_remat_change_nothing() -> None:
     assert math.isfinite(metrics["loss"])
 
 
+@pytest.mark.slow
 def test_a_frozen_encoder_does_not_count_as_trained() -> None:
     plug, batch = make_plug(40, frozen_encoder=True), make_batch()
     batch.history_mask[0] = False  # the null persona
@@ -155,6 +160,7 @@ def test_a_frozen_encoder_does_not_count_as_trained() -> None:
     assert plug.trained(PAPER) == moved > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.0, 0.25])
 def test_the_encoder_learns_at_its_own_rate(rate: float) -> None:
     llm, batch, plug = make_llm(), make_batch(), make_plug(40, frozen_encoder=rate == 0)
@@ -200,6 +206,7 @@ MESHES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_every_mesh_gives_the_same_step(shape: tuple[int, int, int, int]) -> None:
     llm, batch, plug = make_llm(hidden=48, mlp=64), make_batch(), make_plug(48)
@@ -225,6 +232,7 @@ def test_every_mesh_gives_the_same_step(shape: tuple[int, int, int, int]) -> Non
         )
 
 
+@pytest.mark.slow
 def test_a_lora_is_trained_alone_and_alike_on_a_mesh() -> None:
     llm, batch = make_llm(hidden=48, mlp=64), make_batch()
     lora = Lora(llm, rank=2, alpha=4.0, rngs=nnx.Rngs(0))
@@ -258,6 +266,7 @@ def test_no_device_holds_every_row() -> None:
         assert all_rows not in program, name
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_bfloat16_keeps_float32_parameters() -> None:
     llm, batch = make_llm(), make_batch()
     plug = place(make_plug(llm.config.hidden_size, dtype="bfloat16"), ONE_DEVICE)

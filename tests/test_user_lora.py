@@ -12,6 +12,8 @@ from pplug_jax.plugs.lora import Lora
 from pplug_jax.train.user_lora import fit_user_loras
 from tests.support.tiny import ONE_DEVICE, make_llm
 
+pytestmark = pytest.mark.slow
+
 MODELS = SimpleNamespace(
     mesh=ONE_DEVICE,
     buckets=lambda examples, count: Buckets(examples, count, 64, decoder_only=True),

@@ -8,7 +8,11 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import pytest
+
 from tests.support.environment import ROOT, WITHOUT_TORCH
+
+pytestmark = pytest.mark.slow
 
 PARTS = ("pplug_jax", "LICENSE", "README.md", "pyproject.toml", "requirements.txt")
 BUILD = "from setuptools import build_meta; build_meta.build_wheel('.')"
@@ -27,8 +31,6 @@ script.load()()
 """
 SERVE = """
 from pathlib import Path
-
-from tests.support.environment import ROOT, WITHOUT_TORCH
 from pplug_jax import Personalizer
 import pplug_jax
 personalizer = Personalizer.from_checkpoint("runs/lamp5")
