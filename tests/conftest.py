@@ -1,4 +1,7 @@
-"""No network, and random tiny models in Hugging Face format."""
+"""No network, and random tiny models in Hugging Face format.
+
+Fixtures import what they need: pytest's first process, which runs no test, reads this file too.
+"""
 
 # isort: off
 import tests.support.environment  # noqa: F401  before JAX
@@ -10,19 +13,16 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import hypothesis
-import nltk
 import pytest
-import transformers
-from fsspec.implementations.memory import MemoryFileSystem
-from nltk.corpus import wordnet
 
-from tests.support.models import save_bert, save_llama, save_t5
 from tests.support.once import Once
 from tests.support.once import once as made_once
-from tests.support.runs import finish
+
+if TYPE_CHECKING:
+    import transformers
 
 # What a shell starts in the background ignores Ctrl-C, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -34,6 +34,7 @@ hypothesis.settings.load_profile("untimed")
 @pytest.fixture(scope="session")
 def make_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """make_llama(**settings): a directory with a random tiny Llama and its tokenizer."""
+    from tests.support.models import save_llama
 
     def make(**settings: Any) -> Path:
         return save_llama(tmp_path_factory.mktemp("llama"), **settings)
@@ -48,13 +49,16 @@ def tiny_llama(make_llama: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def llama_tokenizer(tiny_llama: Path) -> transformers.PreTrainedTokenizerBase:
+def llama_tokenizer(tiny_llama: Path) -> "transformers.PreTrainedTokenizerBase":
+    import transformers
+
     return transformers.AutoTokenizer.from_pretrained(tiny_llama)
 
 
 @pytest.fixture(scope="session")
 def make_bert(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """make_bert(**settings): a directory with a random tiny BERT and its tokenizer."""
+    from tests.support.models import save_bert
 
     def make(**settings: Any) -> Path:
         return save_bert(tmp_path_factory.mktemp("bert"), **settings)
@@ -71,6 +75,7 @@ def tiny_bert(make_bert: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def make_t5(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """make_t5(**settings): a directory with a random tiny T5 with a head of its own."""
+    from tests.support.models import save_t5
 
     def make(**settings: Any) -> Path:
         return save_t5(tmp_path_factory.mktemp("t5"), **settings)
@@ -90,6 +95,8 @@ def finished(once: Once) -> Path:
 
     The names of what it compiled are in its file `compiled`.
     """
+    from tests.support.runs import finish
+
     return once("finished", finish)
 
 
@@ -120,6 +127,9 @@ def real_gguf() -> Path:
 
 
 def forget_nltk_data() -> None:
+    import nltk
+    from nltk.corpus import wordnet
+
     wordnet._unload()
     nltk.tokenize._get_punkt_tokenizer.cache_clear()
 
@@ -127,6 +137,8 @@ def forget_nltk_data() -> None:
 @pytest.fixture
 def no_nltk_data(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """No data and no network; the names that were asked for."""
+    import nltk
+
     asked: list[str] = []
     monkeypatch.setattr(nltk.data, "path", [])
     monkeypatch.setattr(nltk, "download", lambda name, quiet: asked.append(name))
@@ -138,6 +150,8 @@ def no_nltk_data(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 @pytest.fixture
 def nltk_data(tmp_path: Path, no_nltk_data: list[str]) -> Path:
     """The files METEOR reads: no abbreviations, and a WordNet of one synset."""
+    import nltk
+
     punkt, words = tmp_path / "tokenizers/punkt_tab/english", tmp_path / "corpora/wordnet"
     for directory in (punkt, words):
         directory.mkdir(parents=True)
@@ -164,6 +178,7 @@ def nltk_data(tmp_path: Path, no_nltk_data: list[str]) -> Path:
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> str:
     """gs://.. of a bucket that lies in memory; Orbax' arrays alone cannot go there."""
+    from fsspec.implementations.memory import MemoryFileSystem
 
     class Bucket(MemoryFileSystem):
         protocol = "gs"

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
+pytestmark = pytest.mark.slow
+
 LAUNCH = Path(__file__).parents[1] / "launch"
 SUPPORT = Path(__file__).parent / "support"
 WORKERS = 2  # of every TPU VM, as in support/fake_cloud.py
@@ -362,7 +364,6 @@ def check_passed(calls: list[list[str]], without: str = "") -> None:
         assert had == [become for become, verbs in passed if verb_of(call) in verbs]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", [[], ["--queued"], ["--slices=2"]])
 def test_flags_are_passed_on(cloud: Cloud, kind: list[str]) -> None:
     for verb, steps in [
@@ -609,7 +610,6 @@ def test_a_request_that_somebody_deleted_is_not_made_again(cloud: Cloud) -> None
     assert cloud.steps == ["create"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--spot"]])
 def test_a_machine_started_anew_does_not_know_the_job(cloud: Cloud, flags: list[str]) -> None:
     cloud.write(rules=[{"on": "worker.sh wait", "do": "lose"}])

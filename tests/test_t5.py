@@ -101,6 +101,7 @@ def test_logits_and_gradient(path: Path, side: str) -> None:
     assert_close(ours(embeds, llm), inputs.grad.numpy())
 
 
+@pytest.mark.slow
 @needs_torch
 @pytest.mark.parametrize("remat", [False, True])
 def test_target_hidden_shifts_the_targets(make_t5: Callable[..., Path], remat: bool) -> None:
@@ -153,6 +154,7 @@ def test_padding_may_hold_anything(make_t5: Callable[..., Path]) -> None:
         np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.slow
 @needs_torch
 def test_bfloat16_is_as_exact_as_torchs(make_t5: Callable[..., Path]) -> None:
     path = make_t5()

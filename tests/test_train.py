@@ -251,6 +251,7 @@ def test_a_lora_is_trained_alone_and_alike_on_a_mesh() -> None:
     np.testing.assert_allclose(jax.jit(loss_fn, static_argnums=3)(zero, llm, batch, 1)[0], bare)
 
 
+@pytest.mark.slow
 def test_no_device_holds_every_row() -> None:
     """The weights' shards do not decide for the activations: logits and encoder stay split."""
     mesh = make_mesh(1, 8, 1)
