@@ -62,12 +62,16 @@ class Case(NamedTuple):
     batch: Batch
 
 
+@functools.cache
+def input_encoder() -> Bert:
+    shapes = Bert(BertConfig(30, E, 32, 1, 2, 8, 1, 1e-12), "mean", nnx.Param)
+    return initialise(shapes, jax.random.key(1))
+
+
 def build(kind: Kind, config: ml_collections.ConfigDict, llm: LLM) -> Plug:
-    encoder = None
-    if kind.reads_input:
-        shapes = Bert(BertConfig(30, E, 32, 1, 2, 8, 1, 1e-12), "mean", nnx.Param)
-        encoder = initialise(shapes, jax.random.key(1))
-    return kind.build(config, llm, encoder, jnp.float32(1), jax.random.key(2))
+    encoder = input_encoder() if kind.reads_input else None
+    made = jax.jit(functools.partial(kind.build, config, llm))
+    return made(encoder, jnp.float32(1), jax.random.key(2))
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -76,12 +80,13 @@ def case(request: pytest.FixtureRequest) -> Case:
     kind, config, llm = PLUGS[name], config_of(*features), make_llm(layers=1, hidden=LLM_SIZE)
     rng = np.random.default_rng(0)
     graph, params, rest = nnx.split(build(kind, config, llm), nnx.Param, ...)
-    params = jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape).astype(np.float32), params)
+    noise = jax.tree.map(lambda x: 0.3 * rng.normal(size=x.shape), params)
+    params = jax.tree.map(lambda x, y: np.float32(np.asarray(x) + y), params, noise)
     told = {
         name: rng.uniform(size=(B, H, FEATURES[name].width(E))).astype(np.float32)
         for name in kind.features(config)
     }
-    plug = nnx.merge(graph, params, rest)
+    plug = nnx.merge(graph, jax.device_put(params), rest)
     return Case(kind, config, plug, llm, make_batch()._replace(features=told))
 
 
@@ -124,7 +129,7 @@ def test_it_makes_the_soft_tokens_that_its_kind_tells(case: Case, reading: Readi
 
 def test_the_llm_is_changed_by_it(case: Case) -> None:
     losses, _ = learn(case.plug, case.llm, case.batch)
-    bare = token_losses(None, case.llm, case.batch, 1)
+    bare = jax.jit(token_losses, static_argnums=3)(None, case.llm, case.batch, 1)
     there = case.batch.target_mask
     assert np.isfinite(losses).all() and not np.asarray(losses)[~there].any()
     assert np.abs(losses - bare)[there].max() > 1e-3
