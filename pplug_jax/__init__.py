@@ -4,7 +4,11 @@ A frozen LLM and a trained user embedder.
 """
 
 import importlib
+import os
 from typing import Any
+
+# Else transformers tells every user who lacks PyTorch that "models won't be available".
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 # Each is imported when it is first asked for: a reader of results needs no JAX.
 _ROOMS = {

@@ -62,7 +62,8 @@ def default_workdir(config_file: str) -> Path:
 
 def _keep_compiled() -> None:
     """Has JAX keep what it compiles, so that a second start is spared most of it."""
-    if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR
+    # JAX_COMPILATION_CACHE_DIR; mypy does not see what JAX defines at run time.
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(caches / "pplug_jax"))
 
@@ -86,7 +87,8 @@ def _quiet() -> None:
 
 def main(argv: list[str]) -> None:
     del argv  # flags alone: slips.parse_flags
-    if (_MODE.value == "plan") != bool(_TOPOLOGY.value):
+    topology = _TOPOLOGY.value or ""
+    if (_MODE.value == "plan") != bool(topology):
         sys.exit("error: --mode=plan and --topology belong together")
     _quiet()
     _keep_compiled()
@@ -108,7 +110,7 @@ def main(argv: list[str]) -> None:
         if _MODE.value == "plan":
             from pplug_jax.plan import plan  # a fifth of the package, which no other mode needs
 
-            plan(config, _TOPOLOGY.value, _SUGGEST.value)
+            plan(config, topology, bool(_SUGGEST.value))
         else:
             run(config, workdir, _MODE.value)
     except (InputError, OSError, FloatingPointError) as error:
@@ -122,6 +124,12 @@ def main(argv: list[str]) -> None:
             f"error: another process of the job was lost ({str(error).splitlines()[0]}); "
             "start all of them again to go on from the last checkpoint"
         )
+
+
+def cli() -> None:
+    """The console script `pplug`, which finds configs/ in the working directory, as `python -m`."""
+    sys.path.insert(0, "")
+    app.run(main, flags_parser=parse_flags)
 
 
 if __name__ == "__main__":

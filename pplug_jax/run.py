@@ -105,16 +105,16 @@ def check_files(config: ml_collections.ConfigDict, mode: str) -> None:
     Raises:
         InputError: a file that cannot be had or read, or a bad record.
     """
-    if data_directory(config) is None:
+    directory = data_directory(config)
+    if directory is None:
         raise ConfigError(
             "the embedded sample needs no files; name a directory for real ones: "
             "--config.data.path=DIR"
         )
     task = TASKS[config.task]
-    splits = []
+    splits: list[str] = []
     if mode == "download":
         splits = list(dict.fromkeys((config.data.train_split, config.data.eval_split)))
-        directory = data_directory(config)
         time_based, base_url = config.data.time_based, config.data.base_url
         download(task.name, splits, directory, time_based=time_based, base_url=base_url)
     bad = check_data(existing_directory(config, config.data.train_split), task, splits)
@@ -163,8 +163,8 @@ def _work(
     if bad:
         report_bad(workdir, bad)
     if mode == "convert":
-        new = models.convert_llm()
-        say(f"{models.converted}: the converted LLM {'is' if new else 'was already'} there")
+        converted = models.convert_llm()
+        say(f"{models.converted}: the converted LLM {'is' if converted else 'was already'} there")
         return
     texts = ItemTexts((train, held_out), models.item_text)
     new = models.store.add(texts, config.encoder.batch_size)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+
+torch = pytest.importorskip("torch", reason="these compare with PyTorch")
 
 from benchmarks.accelerator import (
     attention,
@@ -23,6 +24,8 @@ from benchmarks.accelerator import (
     train,
 )
 from benchmarks.accelerator.record import Contest, Record
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)

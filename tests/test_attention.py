@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity import with_gradients
 
 from pplug_jax.nn import attention
 from pplug_jax.runtime.mesh import make_mesh
+from tests.support.parity import with_gradients
+
+pytestmark = pytest.mark.slow
 
 B, L, S, HEADS, KV_HEADS, D = 8, 150, 170, 4, 2, 16
 

@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from parity import assert_close
 
 from configs import lamp5
 from pplug_jax.data.lamp import Example
@@ -28,6 +27,9 @@ from pplug_jax.plugs.reading import PAPER, Reading
 from pplug_jax.runtime.mesh import make_mesh, place
 from pplug_jax.session import Models
 from scripts.pretrain.initialise import initialise
+from tests.support.parity import assert_close
+
+pytestmark = pytest.mark.slow
 
 V, D, B, K, T = 24, 32, 8, 3, 6
 PLACE = Behind((5, 7))

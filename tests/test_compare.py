@@ -1,13 +1,12 @@
 """Methods over several seeds in one table; what is done is not done again."""
 
 import json
+import shutil
 from pathlib import Path
 
 import ml_collections
 import numpy as np
 import pytest
-from lamp_files import write_split
-from test_run import small_config
 
 from pplug_jax.data.sources import read_split
 from pplug_jax.errors import ConfigError
@@ -20,6 +19,11 @@ from pplug_jax.scoring.metrics import example_statistics
 from pplug_jax.session import Models
 from pplug_jax.storage.checkpoint import Checkpoints
 from pplug_jax.train.loop import validation_loss
+from tests.support.lamp_files import write_split
+from tests.support.once import Once
+from tests.support.runs import results_of, small_config
+
+pytestmark = pytest.mark.slow
 
 PPLUG = ALL["pplug"]
 METHODS = ("none", "bm25", "pplug", "shuffled_user", "task_lora", "user_lora")
@@ -31,14 +35,8 @@ def comparison(**overrides: object) -> ml_collections.ConfigDict:
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    workdir = tmp_path_factory.mktemp("compared")
-    run(comparison(), workdir, "compare")
-    return workdir
-
-
-def results_of(workdir: Path) -> dict:
-    return json.loads((workdir / "results.json").read_text())
+def compared(once: Once) -> Path:
+    return once("compared", lambda workdir: run(comparison(), workdir, "compare"))
 
 
 def times(workdir: Path) -> dict[str, int]:
@@ -137,8 +135,9 @@ def test_what_a_plug_made_of_the_users_is_written(compared: Path) -> None:
 
 
 def test_only_what_is_missing_is_done_again(
-    compared: Path, capsys: pytest.CaptureFixture[str]
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    compared = shutil.copytree(compared, tmp_path / "run")
     before, table = times(compared), (compared / "results.md").read_text()
     gone = "seed_1/predictions/dev.user_lora.json"
     (compared / gone).unlink()

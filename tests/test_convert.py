@@ -27,6 +27,7 @@ def small_config(quantize: str, **mesh: int) -> ml_collections.ConfigDict:
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["", "int8", "int4"])
 def test_later_starts_restore_it(
     quantize: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture

@@ -14,19 +14,19 @@ from unittest.mock import Mock
 
 import jax
 import pytest
-from test_run import SMALL, steps_done
 
 from pplug_jax.data.keys import KEY_BYTES
 from pplug_jax.errors import InputError
 from pplug_jax.runtime import distributed
+from tests.support.environment import AS_USERS, ROOT
+from tests.support.once import Once
+from tests.support.runs import SMALL, losses_of, steps_done
 
-ROOT = Path(__file__).parent.parent
 DEVICES = 4  # of all processes together
 SETTINGS = SMALL | {
     "data.sample_eval_users": 10,  # the last batch of 8 is not full
     "methods": "('none','bm25','pplug')",
 }
-COMPILED = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
 @pytest.mark.parametrize(
@@ -68,19 +68,19 @@ def test_half_a_description_of_a_job(
 
 
 def start_all(
-    commands: Sequence[Sequence[str]], directory: Path, cwd: Sequence[Path] = ()
+    commands: Sequence[Sequence[str]], cwd: Sequence[Path] = ()
 ) -> list[subprocess.Popen]:
-    """A job of these commands, which share DEVICES; what they compile lies in `directory`."""
+    """A job of these commands, which share DEVICES."""
     count = len(commands)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     processes = []
     for process, command in enumerate(commands):
-        env = os.environ | COMPILED
-        env["JAX_COMPILATION_CACHE_DIR"] = str(directory / f"compiled_{count}_{process}")
+        env = dict(os.environ)
+        env["JAX_COMPILATION_CACHE_DIR"] += f"_{count}_{process}"
         env["XLA_FLAGS"] = env["XLA_FLAGS"].replace("count=8", f"count={DEVICES // count}")
-        env["PYTHONPATH"] = str(ROOT)
+        env["PYTHONPATH"] = AS_USERS
         if count > 1:
             env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
             env["JAX_PROCESS_ID"] = str(process)
@@ -102,7 +102,7 @@ def start(workdir: Path, count: int, cwd: Sequence[Path] = (), **settings: objec
     flags = [f"--config.{field}={value}" for field, value in (SETTINGS | settings).items()]
     config = f"--config={ROOT}/configs/lamp5.py"
     command = ["-m", "pplug_jax.main", f"--workdir={workdir}", config, *flags]
-    return start_all([command] * count, workdir.parent, cwd)
+    return start_all([command] * count, cwd)
 
 
 def ends(processes: Sequence[subprocess.Popen]) -> tuple[list[int], list[str]]:
@@ -110,13 +110,8 @@ def ends(processes: Sequence[subprocess.Popen]) -> tuple[list[int], list[str]]:
     return [process.returncode for process in processes], outputs
 
 
-def losses(workdir: Path) -> list[tuple[int, float]]:
-    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [(line["step"], line["value"]) for line in lines if line["name"] == "pplug/loss"]
-
-
 def assert_same_run(one: Path, other: Path) -> None:
-    curve, expected = losses(one), losses(other)
+    curve, expected = losses_of(one), losses_of(other)
     assert [step for step, _ in curve] == [step for step, _ in expected]
     assert [loss for _, loss in curve] == pytest.approx([loss for _, loss in expected], rel=1e-5)
     for method in ("none", "bm25", "pplug"):
@@ -128,14 +123,17 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(once: Once) -> Path:
     """The workdir of one process with all the devices."""
-    workdir = tmp_path_factory.mktemp("alone") / "run"
-    codes, outputs = ends(start(workdir, 1))
-    assert codes == [0], outputs
-    return workdir
+
+    def make(workdir: Path) -> None:
+        codes, outputs = ends(start(workdir, 1))
+        assert codes == [0], outputs
+
+    return once("alone", make)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared_store", [True, False])
 def test_processes_together_do_what_one_does(
     alone: Path, tmp_path: Path, shared_store: bool
@@ -160,6 +158,7 @@ def test_processes_together_do_what_one_does(
         assert len(keys.read_bytes()) == texts * KEY_BYTES
 
 
+@pytest.mark.slow
 def test_stopped_and_lost_processes(alone: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
     longer = {"train.epochs": 20.0, "train.checkpoint_every": 10}
@@ -196,17 +195,18 @@ def test_stopped_and_lost_processes(alone: Path, tmp_path: Path) -> None:
     shutil.copytree(alone / "history", undisturbed / "history")
     codes, more = ends(start(undisturbed, 1, **longer))
     assert codes == [0], more
-    curve, expected = losses(workdir), losses(undisturbed)
+    curve, expected = losses_of(workdir), losses_of(undisturbed)
     assert [step for step, _ in curve] == [step for step, _ in expected] == list(range(1, 61))
     assert [loss for _, loss in curve[:30]] == pytest.approx(
         [loss for _, loss in expected[:30]], rel=1e-3
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failures", [1, 99])
 def test_all_restore_the_same_step_or_none_does(tmp_path: Path, failures: int) -> None:
-    script = [str(Path(__file__).with_name("restoring.py")), str(tmp_path / "kept"), str(failures)]
-    codes, outputs = ends(start_all([script] * 2, tmp_path))
+    script = [str(ROOT / "tests/support/restoring.py"), str(tmp_path / "kept"), str(failures)]
+    codes, outputs = ends(start_all([script] * 2))
     assert codes == [0, 0], outputs
     if failures == 1:
         assert all("step 2, values {2.0}" in output for output in outputs), outputs

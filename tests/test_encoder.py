@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import torch
 import transformers
 from flax import nnx
 from safetensors.numpy import load_file, save_file
@@ -20,6 +19,8 @@ from pplug_jax.encoder import Encoder, load_encoder
 from pplug_jax.encoder.encode import load_bert, read_usage
 from pplug_jax.nn.variables import Frozen
 from pplug_jax.runtime.mesh import make_mesh
+from tests.support.models import VOCABULARY
+from tests.support.parity import needs_torch, torch
 
 # Of one to a few hundred tokens, in no order, with what may trip a tokenizer.
 TEXTS = [
@@ -57,6 +58,8 @@ def encoder(tiny_bert: Path) -> Encoder:
     return load_encoder(tiny_bert)
 
 
+@pytest.mark.slow
+@needs_torch
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 @pytest.mark.parametrize(
     "settings",
@@ -97,6 +100,7 @@ def test_both_kinds_of_variable(tiny_bert: Path) -> None:
     assert not nnx.to_flat_state(nnx.state(model, nnx.Param))
 
 
+@pytest.mark.slow
 def test_a_batch_is_its_texts_one_by_one(encoder: Encoder) -> None:
     done = []
     vectors = encoder.encode(TEXTS, batch_size=BATCH, on_batch=done.append)
@@ -110,6 +114,7 @@ def test_a_batch_is_its_texts_one_by_one(encoder: Encoder) -> None:
     assert similar.max() < 0.999
 
 
+@needs_torch
 def test_vectors_are_those_of_transformers_from_text(encoder: Encoder, tiny_bert: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_bert)
     model = transformers.BertModel.from_pretrained(tiny_bert).eval()
@@ -391,10 +396,12 @@ def test_settings_that_are_not_implemented_are_refused(
         load_encoder(path)
 
 
-def test_a_model_saved_with_a_head(make_bert: Callable[..., Path], tmp_path: Path) -> None:
-    path = make_bert(kind=transformers.BertForMaskedLM)
-    bare = shutil.copytree(path, tmp_path / "bare")
-    transformers.BertForMaskedLM.from_pretrained(path).bert.save_pretrained(bare)
+def test_a_model_saved_with_a_head(tiny_bert: Path, tmp_path: Path) -> None:
+    bare, path = tiny_bert, shutil.copytree(tiny_bert, tmp_path / "with head")
+    tensors = load_file(path / "model.safetensors")
+    named = {f"bert.{name}": tensor for name, tensor in tensors.items() if "pooler" not in name}
+    head = {"cls.predictions.bias": np.zeros(VOCABULARY, np.float32)}
+    save_file(named | head, path / "model.safetensors")
     np.testing.assert_array_equal(
         encode(load_encoder(path), TEXTS), encode(load_encoder(bare), TEXTS)
     )
@@ -493,12 +500,10 @@ def test_contriever_is_pooled_by_the_mean(tiny_bert: Path, tmp_path: Path) -> No
     assert load_encoder(path).model.pooling == "mean"
 
 
-def test_a_trained_model_on_a_thousand_texts(real_models: Path) -> None:
+@needs_torch
+def test_a_trained_model_on_a_thousand_texts(real_models: Path, real_texts: Path) -> None:
     """Titles and some abstracts, on eight devices at once, in batches of like lengths."""
-    corpus = real_models.parent / "data" / "corpus" / "scholarly_corpus.jsonl.gz"
-    if not corpus.is_file():
-        pytest.skip(f"{corpus} is absent: no real texts to encode")
-    with gzip.open(corpus, "rt") as file:
+    with gzip.open(real_texts / "corpus" / "scholarly_corpus.jsonl.gz", "rt") as file:
         papers = [json.loads(line) for line in itertools.islice(file, 1000)]
     texts = [p["abstract"] if i % 20 == 0 else p["title"] for i, p in enumerate(papers)]
     path = real_models / "all-MiniLM-L6-v2"

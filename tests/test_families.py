@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from parity import assert_close, save_random
 
 from pplug_jax.llm import load_llm
 from pplug_jax.llm.decoder import Decoder
 from pplug_jax.llm.generate import generate
+from pplug_jax.llm.load import FAMILIES
+from scripts.pretrain.initialise import initialise
+from tests.support.parity import assert_close, needs_torch, save_random, torch
 
 V = 24  # so few tokens that generations meet the one that ends them
 LENGTHS = (19, 11, 1, 6)  # of a batch's rows; longer than the windows below
@@ -94,7 +95,7 @@ def make_pair(config: transformers.PreTrainedConfig, path: Path) -> Pair:
     return Pair(path, torch_model(path), load_llm(path, dtype="float32"))
 
 
-def torch_model(path: Path, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
+def torch_model(path: Path, dtype: str = "float32") -> transformers.PreTrainedModel:
     # The other implementations of attention leave out Gemma 2's cap.
     return transformers.AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, attn_implementation="eager"
@@ -119,7 +120,7 @@ def batch(side: str) -> tuple[np.ndarray, np.ndarray]:
 
 def torch_logits(
     model: transformers.PreTrainedModel, mask: np.ndarray, **inputs: Any
-) -> torch.Tensor:
+) -> "torch.Tensor":
     mask = torch.tensor(mask).long()
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     return model(attention_mask=mask, position_ids=positions, **inputs).logits
@@ -141,10 +142,14 @@ def assert_same_logits(pair: Pair) -> None:
         assert_close(logits(pair.llm, embeds, mask)[mask], theirs[mask])
 
 
+@pytest.mark.slow
+@needs_torch
 def test_logits(pair: Pair) -> None:
     assert_same_logits(pair)
 
 
+@pytest.mark.slow
+@needs_torch
 def test_gradient_of_the_inputs(pair: Pair) -> None:
     random = np.random.default_rng(2)
     _, mask = batch("left")
@@ -156,6 +161,8 @@ def test_gradient_of_the_inputs(pair: Pair) -> None:
     assert_close(ours[mask], inputs.grad.numpy()[mask])
 
 
+@pytest.mark.slow
+@needs_torch
 @pytest.mark.parametrize(("num_beams", "length_penalty"), [(1, 1.0), (4, 0.6)])
 def test_generations(pair: Pair, num_beams: int, length_penalty: float) -> None:
     T = 12
@@ -177,6 +184,8 @@ def test_generations(pair: Pair, num_beams: int, length_penalty: float) -> None:
         np.testing.assert_array_equal(ours, expected)
 
 
+@pytest.mark.slow
+@needs_torch
 def test_targets_behind_a_gap_of_padding(pair: Pair) -> None:
     """Windows count a row's tokens, not its slots."""
     prompt, mask = batch("right")
@@ -189,13 +198,15 @@ def test_targets_behind_a_gap_of_padding(pair: Pair) -> None:
         assert_close(ours[row], theirs[length:])
 
 
+@pytest.mark.slow
+@needs_torch
 def test_bfloat16_is_as_exact_as_torchs(pair: Pair) -> None:
     llm = load_llm(pair.path)
     tokens, mask = batch("right")
     ids = torch.tensor(tokens).long()
     with torch.no_grad():
         exact = torch_logits(pair.model, mask, input_ids=ids)[mask].numpy()
-        rough = torch_logits(torch_model(pair.path, torch.bfloat16), mask, input_ids=ids)[mask]
+        rough = torch_logits(torch_model(pair.path, "bfloat16"), mask, input_ids=ids)[mask]
     ours = np.asarray(logits(llm, llm.embed(tokens), mask))[mask]
     our_error, their_error = (
         np.sqrt(np.mean((x - exact) ** 2)) for x in (ours, rough.float().numpy())
@@ -203,10 +214,16 @@ def test_bfloat16_is_as_exact_as_torchs(pair: Pair) -> None:
     assert 0 < our_error <= 2 * their_error
 
 
-def test_soft_tokens_have_the_embeddings_scale(pair: Pair) -> None:
-    every = pair.llm.embed(np.arange(V, dtype=np.int32)[None])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_soft_tokens_have_the_embeddings_scale(case: str) -> None:
+    kind, differences = CASES[case]
+    config = kind(**(BASE | differences))
+    shapes = Decoder(FAMILIES[config.model_type].config_from_hf(config, (1,)), "float32")
+    llm = initialise(shapes, jax.random.key(0))
+    every = llm.embed(np.arange(V, dtype=np.int32)[None])
     norm = np.linalg.norm(every, axis=-1).mean()
-    np.testing.assert_allclose(pair.llm.embedding_norm(), norm, rtol=1e-5)
+    np.testing.assert_allclose(llm.embedding_norm(), norm, rtol=1e-5)
 
 
 @st.composite
@@ -247,6 +264,8 @@ def configs(draw: st.DrawFn) -> transformers.PreTrainedConfig:
     return kind(**(BASE | drawn))
 
 
+@pytest.mark.slow
+@needs_torch
 @settings(
     max_examples=8,
     deadline=None,
@@ -260,6 +279,7 @@ def test_logits_of_drawn_configs(config: transformers.PreTrainedConfig) -> None:
         assert_same_logits(make_pair(config, Path(directory)))
 
 
+@needs_torch
 def test_the_text_part_of_a_multimodal_gemma3(tmp_path: Path) -> None:
     kind, differences = CASES["gemma3"]
     vision = {

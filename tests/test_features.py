@@ -6,18 +6,18 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_run import small_config
 
 from pplug_jax import Personalizer
 from pplug_jax.config import check_config
 from pplug_jax.data.lamp import Item
 from pplug_jax.data.sources import read_split
-from pplug_jax.data.tasks import TASKS, Task
+from pplug_jax.data.tasks import Task
 from pplug_jax.errors import ConfigError
 from pplug_jax.feed.features import FEATURES, Feature
 from pplug_jax.plan.programs import Programs
 from pplug_jax.run import run
 from pplug_jax.runtime.mesh import make_mesh
+from tests.support.runs import small_config
 
 
 def word_counts(task: Task, profile: list[Item]) -> np.ndarray:
@@ -31,6 +31,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> str:
     return "words"
 
 
+@pytest.mark.slow
 def test_a_feature_of_one_number(toy: str, tmp_path: Path) -> None:
     config = small_config(methods=("pplug",), plug__features=(toy,), train__epochs=1.0)
     run(config, tmp_path, "train_and_evaluate")
@@ -47,21 +48,6 @@ def test_a_feature_of_one_number(toy: str, tmp_path: Path) -> None:
     programs = Programs(config, make_mesh(devices=jax.devices()[:1]))
     assert programs.batch(4).features[toy].shape[2:] == (1,)
     assert programs.train()
-
-
-def test_every_feature_has_a_row_of_its_width_for_each_item() -> None:
-    task = TASKS["LaMP_5"]
-    profile = [{"title": f"A title {i}", "abstract": "text", "date": f"200{i}"} for i in range(3)]
-    for name, feature in FEATURES.items():
-        assert (feature.of_items is None) != (feature.of_peers is None), name
-        for items in (profile, []):
-            size = len(items), feature.width(7)
-            vectors = np.ones((len(items), 7), np.float32)
-            if feature.of_items:
-                made = feature.of_items(task, items)
-            else:
-                made = feature.of_peers(vectors, vectors / 2)
-            assert (made.shape, made.dtype) == (size, np.float32), name
 
 
 def test_an_unknown_feature_is_named() -> None:

@@ -10,14 +10,14 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-import torch
 import transformers
-from parity import joined
 
 from pplug_jax.llm import load_llm
 from pplug_jax.llm.decoder import Decoder
 from pplug_jax.llm.generate import generate
 from pplug_jax.runtime.mesh import make_mesh
+from tests.support.parity import needs_torch, torch
+from tests.support.tiny import joined
 
 LENGTHS = (9, 5, 1, 7, 3)  # of the prompts
 T = 16  # new tokens
@@ -29,9 +29,8 @@ class Ending(NamedTuple):
     """A model with the tokens that end its answers."""
 
     eos: tuple[int, ...]
-    model: transformers.LlamaForCausalLM
-    llm: Decoder | None = None
-    path: Path | None = None
+    llm: Decoder
+    path: Path
 
 
 def prompts(side: str) -> tuple[np.ndarray, np.ndarray]:
@@ -53,7 +52,8 @@ def theirs(ending: Ending, embeds: np.ndarray | None = None, **settings: object)
         if embeds is None
         else {"inputs_embeds": torch.tensor(embeds)}
     )
-    new = ending.model.generate(
+    model = transformers.LlamaForCausalLM.from_pretrained(ending.path).eval()
+    new = model.generate(
         **inputs,
         attention_mask=torch.tensor(mask).long(),
         max_new_tokens=T,
@@ -83,21 +83,26 @@ def ending(
     request: pytest.FixtureRequest, path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Ending:
     """A model whose EOS are tokens that it likes to say, so that rows stop at different steps."""
-    model = transformers.LlamaForCausalLM.from_pretrained(path).eval()
-    model.generation_config.eos_token_id = None  # else it would stand in for "no eos"
-    said = Counter(theirs(Ending((), model)).ravel().tolist())
-    first, second = (token for token, _ in said.most_common(2))
-    eos = {"no eos": (), "one eos": (second,), "two eos": (first, second)}[request.param]
     copy = tmp_path_factory.mktemp("ending")
     shutil.copytree(path, copy, dirs_exist_ok=True)
-    settings = {"eos_token_id": list(eos) or None, "pad_token_id": PAD}
-    (copy / "generation_config.json").write_text(json.dumps(settings))
-    return Ending(eos, model, load_llm(copy, dtype="float32"), copy)
+
+    def load(eos: tuple[int, ...]) -> Decoder:
+        settings = {"eos_token_id": list(eos) or None, "pad_token_id": PAD}
+        (copy / "generation_config.json").write_text(json.dumps(settings))
+        return load_llm(copy, dtype="float32")
+
+    endless, (tokens, mask) = load(()), prompts("left")
+    said = Counter(np.ravel(generate(endless, endless.embed(tokens), mask, max_new_tokens=T)))
+    first, second = (int(token) for token, _ in said.most_common(2))
+    eos = {"no eos": (), "one eos": (second,), "two eos": (first, second)}[request.param]
+    return Ending(eos, load(eos), copy)
 
 
 two_eos = pytest.mark.parametrize("ending", ["two eos"], indirect=True)
 
 
+@pytest.mark.slow
+@needs_torch
 @pytest.mark.parametrize(
     ("ending", "num_beams", "length_penalty"),
     [
@@ -127,6 +132,8 @@ def test_tokens_are_those_of_transformers(
         np.testing.assert_array_equal(ours, expected)
 
 
+@pytest.mark.slow
+@needs_torch
 @two_eos
 @pytest.mark.parametrize("num_beams", [1, 4])
 def test_embeddings_that_are_no_tokens(ending: Ending, num_beams: int) -> None:
@@ -185,6 +192,7 @@ def test_cached_steps_give_the_hidden_states_of_a_full_forward(path: Path, side:
 FACTORISATIONS = [(8 // (b * c), b, c) for b in (1, 2, 4, 8) for c in (1, 2, 4, 8) if b * c <= 8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", FACTORISATIONS, ids=str)
 @two_eos
 def test_on_eight_devices(ending: Ending, shape: tuple[int, int, int]) -> None:

@@ -1,25 +1,29 @@
 """LLMs in llama.cpp's files, against the models that they were made from and `transformers`."""
 
+import functools
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import huggingface_hub
+import jax
 import numpy as np
 import pytest
-import torch
 import transformers
-from conftest import TEXT, VOCABULARY
+from safetensors.numpy import load_file
 
 from pplug_jax.llm import load_llm
+from pplug_jax.llm.decoder import Decoder
 from pplug_jax.storage import hf
 from pplug_jax.storage.gguf import directory_of
 from pplug_jax.storage.hub import local_directory
 from scripts.pretrain.bpe import train_bpe
+from tests.support.models import TEXT, VOCABULARY, save_llama
+from tests.support.parity import needs_torch, torch
 
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -63,17 +67,59 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
-def make_model(case: str) -> transformers.PreTrainedModel:
+class Original(NamedTuple):
+    """A model that files are made from: its logits, its settings and its tensors."""
+
+    logits: Callable[[np.ndarray], np.ndarray]
+    config: transformers.PreTrainedConfig
+    tensors: dict[str, np.ndarray]
+
+
+def logits_of(llm: Decoder, tokens: np.ndarray) -> jax.Array:
+    return llm.logits(llm.embed(tokens), np.ones(tokens.shape, bool))
+
+
+def of_torch(model: transformers.PreTrainedModel) -> Callable[[np.ndarray], np.ndarray]:
+    def logits(tokens: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return model(input_ids=torch.tensor(tokens)).logits.numpy()
+
+    return logits
+
+
+def of_files(path: Path, settings: dict[str, Any]) -> Original:
+    """A Llama made without PyTorch."""
+    path.mkdir()
+    llm = load_llm(save_llama(path, **settings), dtype="float32")
+    tensors = load_file(path / "model.safetensors")
+    config = transformers.LlamaConfig(**settings)
+    return Original(functools.partial(logits_of, llm), config, tensors)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Original:
+    settings = SIZES | CASES["llama"][1]
+    return of_files(tmp_path_factory.mktemp("plain") / "llama", settings)
+
+
+def of_transformers(case: str) -> Original:
     kind, settings = CASES[case]
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(
         kind(**(SIZES | settings)), attn_implementation="eager"
-    )
+    ).eval()
     with torch.no_grad():  # norms that are all alike would hide a mistake
         for name, weight in model.named_parameters():
             if "norm" in name or "bias" in name:
                 weight.add_(torch.randn_like(weight) * 0.3)
-    return model.eval()
+    config = model.config
+    tensors = {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
+    if config.rope_parameters.get("rope_type") == "llama3":
+        inverse = model.model.rotary_emb.inv_freq.numpy()
+        powers = np.arange(0, config.head_dim, 2) / config.head_dim
+        plain = config.rope_parameters["rope_theta"] ** -powers
+        tensors["rope_freqs.weight"] = (plain / inverse).astype(np.float32)
+    return Original(of_torch(model), config, tensors)
 
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -81,10 +127,10 @@ def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write(file: Path, case: str, kind: str = "F32", split: int = 0) -> transformers.PreTrainedModel:
-    """Writes a random model as llama.cpp's converter would; returns it."""
-    model, architecture = make_model(case), case.partition(",")[0]
+def write(file: Path, model: Original, kind: str = "F32", split: int = 0) -> None:
+    """Writes a model as llama.cpp's converter would."""
     config, quantised = model.config, gguf.GGMLQuantizationType[kind]
+    architecture = config.model_type.removesuffix("_text")
     writer = gguf.GGUFWriter(file, architecture, split_max_tensors=split)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -118,10 +164,12 @@ def write(file: Path, case: str, kind: str = "F32", split: int = 0) -> transform
     names = gguf.get_tensor_name_map(
         gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers
     )
-    for name, tensor in model.state_dict().items():
+    for name, weight in model.tensors.items():
+        if name.startswith("rope_freq"):
+            writer.add_tensor(name, weight)
+            continue
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        weight = tensor.float().numpy()
         if architecture.startswith("gemma") and name.endswith("norm.weight"):
             weight = weight + 1
         if architecture == "llama" and ".q_proj." in name:
@@ -134,47 +182,50 @@ def write(file: Path, case: str, kind: str = "F32", split: int = 0) -> transform
         else:
             packed = gguf.quants.quantize(weight, quantised)
             writer.add_tensor(name, packed, raw_dtype=quantised)
-    if ropes.get("rope_type") == "llama3":
-        inverse = model.model.rotary_emb.inv_freq.numpy()
-        plain = ropes["rope_theta"] ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
-        writer.add_tensor("rope_freqs.weight", (plain / inverse).astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return model
 
 
-def compare(file: Path, model: transformers.PreTrainedModel, tolerance: float) -> None:
+def compare(
+    file: Path, theirs: Callable[[np.ndarray], np.ndarray], tolerance: float = 1e-4
+) -> None:
     llm = load_llm(local_directory(file), dtype="float32")
     tokens = np.random.default_rng(0).integers(3, VOCABULARY, (2, 23))
-    ours = llm.logits(llm.embed(tokens), np.ones(tokens.shape, bool))
-    with torch.no_grad():
-        theirs = model(input_ids=torch.tensor(tokens)).logits.numpy()
-    np.testing.assert_allclose(ours, theirs, atol=tolerance * np.abs(theirs).max())
+    expected = theirs(tokens)
+    found = logits_of(llm, tokens)
+    np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max())
     assert llm.config.eos_ids == (1, 5)
     assert llm.config.pad_id == 2
 
 
+@pytest.mark.slow
+@needs_torch
 @pytest.mark.parametrize("case", CASES)
 def test_a_file_is_the_model_that_it_was_made_from(tmp_path: Path, case: str) -> None:
-    compare(tmp_path / "any name.gguf", write(tmp_path / "any name.gguf", case), 1e-4)
+    file, model = tmp_path / "any name.gguf", of_transformers(case)
+    write(file, model)
+    compare(file, model.logits)
 
 
+@pytest.mark.slow
+@needs_torch
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q5_1"])
 @pytest.mark.parametrize("case", ["llama", "qwen3"])
 def test_quantised_matrices_are_those_of_transformers(tmp_path: Path, case: str, kind: str) -> None:
     file = tmp_path / "model.gguf"
-    write(file, case, kind)
+    write(file, of_transformers(case), kind)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, gguf_file=file.name, dtype=torch.float32
+        tmp_path, gguf_file=file.name, dtype="float32"
     )
-    compare(file, theirs.eval(), 1e-4)
+    compare(file, of_torch(theirs.eval()))
 
 
-def test_the_tokenizer_is_that_of_transformers(tmp_path: Path) -> None:
+@needs_torch  # transformers reads GGUF with it
+def test_the_tokenizer_is_that_of_transformers(tmp_path: Path, plain: Original) -> None:
     file = tmp_path / "model.gguf"
-    write(file, "llama")
+    write(file, plain)
     ours = hf.load_tokenizer(directory_of(file), VOCABULARY)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
     for text in (TEXT, "two  blanks\n\tand <s> a tab", "ünïcödé 🙂", ""):
@@ -185,58 +236,61 @@ def test_the_tokenizer_is_that_of_transformers(tmp_path: Path) -> None:
     assert ours.chat_template == "{{ messages[0]['content'] }}"
 
 
-def test_a_file_in_parts(tmp_path: Path) -> None:
-    model = write(tmp_path / "model.gguf", "llama", split=8)
+def test_a_file_in_parts(tmp_path: Path, plain: Original) -> None:
+    write(tmp_path / "model.gguf", plain, split=8)
     files = sorted(tmp_path.glob("model-0000*-of-0000*.gguf"))
     assert len(files) > 2
-    compare(files[0], model, 1e-4)
+    compare(files[0], plain.logits)
     files = [file.rename(file.with_suffix(".GGUF")) for file in files]
-    compare(files[0], model, 1e-4)
+    compare(files[0], plain.logits)
     files[1].unlink()
     with pytest.raises(FileNotFoundError, match=f"{files[1].name}: no such weight file"):
         load_llm(local_directory(files[0]))
 
 
-def test_the_second_of_several_parts_is_refused(tmp_path: Path) -> None:
-    write(tmp_path / "model.gguf", "llama", split=8)
+def test_the_second_of_several_parts_is_refused(tmp_path: Path, plain: Original) -> None:
+    write(tmp_path / "model.gguf", plain, split=8)
     second = sorted(tmp_path.glob("model-0000*-of-0000*.gguf"))[1]
     with pytest.raises(ValueError, match=f"{second.name}: this is part 2 of the LLM; name the fir"):
         local_directory(second)
 
 
-def test_parts_that_are_links_to_nameless_files(tmp_path: Path) -> None:
+def test_parts_that_are_links_to_nameless_files(tmp_path: Path, plain: Original) -> None:
     """As the hub's cache keeps them."""
     (blobs := tmp_path / "blobs").mkdir()
-    model = write(tmp_path / "model.gguf", "llama", split=8)
+    write(tmp_path / "model.gguf", plain, split=8)
     files = sorted(tmp_path.glob("model-0000*-of-0000*.gguf"))
     for i, file in enumerate(files):
         file.symlink_to(file.rename(blobs / f"{i:064x}"))
-    compare(files[0], model, 1e-4)
+    compare(files[0], plain.logits)
 
 
-def test_a_name_in_capitals(tmp_path: Path) -> None:
-    compare(tmp_path / "MODEL.GGUF", write(tmp_path / "MODEL.GGUF", "llama"), 1e-4)
+def test_a_name_in_capitals(tmp_path: Path, plain: Original) -> None:
+    write(tmp_path / "MODEL.GGUF", plain)
+    compare(tmp_path / "MODEL.GGUF", plain.logits)
 
 
-def test_a_file_that_was_moved(tmp_path: Path) -> None:
+def test_a_file_that_was_moved(tmp_path: Path, plain: Original) -> None:
     (old := tmp_path / "old" / "model.gguf").parent.mkdir()
     (new := tmp_path / "new" / "model.gguf").parent.mkdir()
-    model = write(old, "llama")
-    compare(old, model, 1e-4)
+    write(old, plain)
+    compare(old, plain.logits)
     old.rename(new)
-    compare(new, model, 1e-4)
+    compare(new, plain.logits)
 
 
-def test_files_that_differ_in_nothing_but_place_and_content(tmp_path: Path) -> None:
+def test_files_that_differ_in_nothing_but_place_and_content(
+    tmp_path: Path, plain: Original
+) -> None:
     first, second = tmp_path / "first" / "model.gguf", tmp_path / "second" / "model.gguf"
     for file in (first, second):
         file.parent.mkdir()
-    model = write(first, "llama")
-    write(second, "llama")
+    write(first, plain)
+    write(second, plain)
     changed(SPECIAL["pad_token"], "<PAD>")(second)
     os.utime(second, ns=(0, first.stat().st_mtime_ns))
     assert second.stat().st_size == first.stat().st_size
-    compare(first, model, 1e-4)
+    compare(first, plain.logits)
     tokenizers = [hf.load_tokenizer(local_directory(file), VOCABULARY) for file in (first, second)]
     assert [tokenizer.pad_token for tokenizer in tokenizers] == ["<pad>", "<PAD>"]
     shutil.copy2(second, first)
@@ -244,15 +298,17 @@ def test_files_that_differ_in_nothing_but_place_and_content(tmp_path: Path) -> N
     assert hf.load_tokenizer(local_directory(first), VOCABULARY).pad_token == "<PAD>"
 
 
-def test_a_second_start_finds_the_directory_and_a_changed_file_another(tmp_path: Path) -> None:
+def test_a_second_start_finds_the_directory_and_a_changed_file_another(
+    tmp_path: Path, plain: Original
+) -> None:
     file = tmp_path / "model.gguf"
-    write(file, "llama")
+    write(file, plain)
     first = directory_of(file)
     assert directory_of(file) == first
     file.unlink()
-    model = write(file, "qwen3")
+    write(file, other := of_files(tmp_path / "other", SIZES))
     assert directory_of(file) != first
-    compare(file, model, 1e-4)
+    compare(file, other.logits)
 
 
 def changed(key: str, value: str) -> Callable[[Path], object]:
@@ -272,19 +328,21 @@ def changed(key: str, value: str) -> Callable[[Path], object]:
     ],
 )
 def test_what_cannot_be_read_is_named(
-    tmp_path: Path, damage: Callable[[Path], object], message: str
+    tmp_path: Path, plain: Original, damage: Callable[[Path], object], message: str
 ) -> None:
     file = tmp_path / "model.gguf"
-    write(file, "llama")
+    write(file, plain)
     damage(file)
     with pytest.raises(ValueError, match=rf"model\.gguf.*{message}|{message}"):
         load_llm(local_directory(file))
 
 
-def test_a_tensor_of_another_architecture_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_tensor_of_another_architecture_is_refused_by_name(
+    tmp_path: Path, plain: Original
+) -> None:
     file = tmp_path / "model.gguf"
-    write(file, "llama, untied")
-    changed("rope_freqs", "rope_freqz")(file)
+    unknown = {"rope_freqz.weight": np.ones(16, np.float32)}
+    write(file, plain._replace(tensors=plain.tensors | unknown))
     with pytest.raises(ValueError, match=r"that this architecture does not: rope_freqz\.weight"):
         load_llm(local_directory(file))
 
@@ -292,12 +350,13 @@ def test_a_tensor_of_another_architecture_is_refused_by_name(tmp_path: Path) -> 
 REAL = {"smollm2_135m_instruct": 49152, "gemma3_270m": 262144}
 
 
+@needs_torch
 @pytest.mark.parametrize("name", REAL)
 def test_real_files(name: str, real_gguf: Path) -> None:
     file, vocabulary = real_gguf / name / "model.gguf", REAL[name]
     llm = load_llm(directory_of(file), dtype="float32")
     reference = transformers.AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32
+        file.parent, gguf_file=file.name, dtype="float32"
     ).eval()
     tokenizer = hf.load_tokenizer(directory_of(file), vocabulary)
     tokens = np.array([tokenizer.encode(TEXT, add_special_tokens=False)])

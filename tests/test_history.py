@@ -1,10 +1,9 @@
 """The history store: unique texts once, whatever happens to the process that fills it."""
 
-import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,37 +12,10 @@ import pytest
 from pplug_jax.data.keys import KEY_BYTES
 from pplug_jax.feed import store as history
 from pplug_jax.feed.store import HistoryStore
+from tests.support.encoders import FakeEncoder
+from tests.support.environment import AS_USERS
 
 TEXTS = [f"text number {i} {'long ' * (7 * i % 5)}" for i in range(10)]
-
-
-class FakeEncoder:
-    """A text's vector is drawn from its own hash. `dies_at`: the call to `encode` that fails."""
-
-    size = 6
-
-    def __init__(self, fingerprint: str = "print", dies_at: int | None = None):
-        self.fingerprint, self.dies_at = fingerprint, dies_at
-        self.calls = 0
-        self.encoded: list[str] = []
-
-    def vector(self, text: str) -> np.ndarray:
-        seed = int.from_bytes(hashlib.sha256((self.fingerprint + text).encode()).digest()[:8])
-        vector = np.random.default_rng(seed).standard_normal(self.size)
-        return (vector / np.linalg.norm(vector)).astype(np.float32)
-
-    def encode(
-        self,
-        texts: Sequence[str],
-        batch_size: int = 64,
-        on_batch: Callable[[int], None] = lambda done: None,
-    ) -> np.ndarray:
-        self.calls += 1
-        if self.calls == self.dies_at:
-            raise KeyboardInterrupt
-        self.encoded += texts
-        on_batch(len(texts))
-        return np.stack([self.vector(text) for text in texts])
 
 
 def check(store: HistoryStore, texts: Sequence[str]) -> None:
@@ -172,7 +144,7 @@ FILL = """
 import sys, time
 from pathlib import Path
 from pplug_jax.feed import store as history
-from test_history import FakeEncoder
+from tests.support.encoders import FakeEncoder
 
 history.CHUNK = 20
 whole = Path.open
@@ -191,10 +163,11 @@ assert len(store.rows([f"text {i}" for i in range(first, last)])) == last - firs
 
 
 def fill(directory: Path, first: int, last: int) -> subprocess.Popen:
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2]))}
+    env = os.environ | {"PYTHONPATH": AS_USERS}
     return subprocess.Popen([sys.executable, "-c", FILL, directory, str(first), str(last)], env=env)
 
 
+@pytest.mark.slow
 def test_two_processes_fill_one_store(tmp_path: Path):
     for process in [fill(tmp_path, 0, 200), fill(tmp_path, 190, 390)]:
         assert process.wait() == 0
@@ -204,6 +177,7 @@ def test_two_processes_fill_one_store(tmp_path: Path):
     check(store, [f"text {i}" for i in range(390)])
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_no_lock_and_no_wrong_vector(tmp_path: Path):
     killed, other = fill(tmp_path, 0, 400), fill(tmp_path, 100, 200)
     while not any(path.stat().st_size for path in tmp_path.glob("*/vectors")):

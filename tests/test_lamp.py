@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lamp_files import write_split
 
 from pplug_jax.data import lamp
 from pplug_jax.data.lamp import DataError, read
 from pplug_jax.data.tasks import TASKS
+from tests.support.lamp_files import write_split
 
 TASK = TASKS["LaMP_5"]
 QUESTIONS = [

@@ -10,10 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 from flax import nnx
-from parity import assert_close, joined
 from safetensors.numpy import load_file
 
 from pplug_jax.llm import load_llm
@@ -22,6 +20,8 @@ from pplug_jax.llm.generate import generate
 from pplug_jax.llm.llama import config_from_hf
 from pplug_jax.nn.variables import Frozen
 from pplug_jax.runtime.mesh import make_mesh
+from tests.support.parity import assert_close, needs_torch, torch
+from tests.support.tiny import joined
 
 LENGTHS = (37, 20, 1, 8)  # of a batch's rows: full, padded, one token, odd
 LLAMA3 = {
@@ -79,7 +79,7 @@ hidden = jax.jit(lambda llm, embeds, mask: llm.hidden(embeds, mask))
 target_hidden = jax.jit(Decoder.target_hidden, static_argnames="remat")
 
 
-def torch_llama(path: Path, dtype: torch.dtype = torch.float32) -> transformers.LlamaForCausalLM:
+def torch_llama(path: Path, dtype: str = "float32") -> transformers.LlamaForCausalLM:
     return transformers.LlamaForCausalLM.from_pretrained(path, dtype=dtype).eval()
 
 
@@ -110,6 +110,8 @@ def llm(tiny_llama: Path) -> Decoder:
     return load_llm(tiny_llama, dtype="float32")
 
 
+@pytest.mark.slow
+@needs_torch
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_are_those_of_transformers(make_llama: Callable[..., Path], variant: str) -> None:
     path = make_llama(**VARIANTS[variant])
@@ -154,27 +156,29 @@ def test_target_hidden_is_a_slice_of_the_full_forward(llm: Decoder) -> None:
     np.testing.assert_allclose(again, ours, rtol=1e-5, atol=1e-5)
 
 
+@needs_torch
 def test_bfloat16_is_as_exact_as_torchs(tiny_llama: Path) -> None:
     llm = load_llm(tiny_llama)
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(llm))} == {jnp.dtype("bfloat16")}
     mask = masks()["right"]
     tokens = random_tokens(llm, mask.shape)
 
-    def theirs(dtype: torch.dtype) -> np.ndarray:
+    def theirs(dtype: str) -> np.ndarray:
         model = torch_llama(tiny_llama, dtype)
         return torch_logits(model, mask, input_ids=tokens.astype(np.int64))[mask]
 
-    exact = theirs(torch.float32)
+    exact = theirs("float32")
     ours = np.asarray(logits(llm, llm.embed(tokens), mask))[mask]
     our_error, their_error = (
-        np.sqrt(np.mean((x - exact) ** 2)) for x in (ours, theirs(torch.bfloat16))
+        np.sqrt(np.mean((x - exact) ** 2)) for x in (ours, theirs("bfloat16"))
     )
     assert 0 < our_error <= 2 * their_error
 
 
+@needs_torch
 @pytest.mark.parametrize("stored", ["bfloat16", "float16"])
 def test_weights_stored_in_half_precision(tiny_llama: Path, tmp_path: Path, stored: str) -> None:
-    torch_llama(tiny_llama, getattr(torch, stored)).save_pretrained(tmp_path)
+    torch_llama(tiny_llama, stored).save_pretrained(tmp_path)
     llm, model = load_llm(tmp_path, dtype="float32"), torch_llama(tmp_path)
     mask = masks()["right"]
     tokens = random_tokens(llm, mask.shape)
@@ -182,6 +186,7 @@ def test_weights_stored_in_half_precision(tiny_llama: Path, tmp_path: Path, stor
     assert_close(logits(llm, llm.embed(tokens), mask)[mask], theirs[mask], 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("vocab", "rows"), [(320, 160), (331, 192)])
 def test_sharded_over_eight_devices(make_llama: Callable[..., Path], vocab: int, rows: int) -> None:
     path = make_llama(vocab_size=vocab)
@@ -331,6 +336,7 @@ def test_special_ids(
     assert (loaded.eos_ids, loaded.pad_id) == expected
 
 
+@needs_torch
 @pytest.mark.parametrize("name", ["stories260K", "babyllama105"])
 def test_trained_models(real_models: Path, name: str) -> None:
     path = real_models / name

@@ -1,11 +1,16 @@
 """What reading a checkpoint of several GiB costs the host."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.environment import AS_USERS
+
+pytestmark = pytest.mark.slow
 
 GIB = 2**30
 LAYERS, HIDDEN, MLP = 10, 2048, 32768
@@ -87,7 +92,7 @@ def test_loading_takes_the_largest_tensor_and_1_gib(tmp_path: Path) -> None:
     assert size > 3.5 * GIB
     process = subprocess.run(
         [sys.executable, "-c", LOAD, str(tmp_path)],
-        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"PYTHONPATH": AS_USERS},
         capture_output=True,
         text=True,
         check=True,

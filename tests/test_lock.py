@@ -19,6 +19,7 @@ from pplug_jax.errors import InputError
 from pplug_jax.storage import lock
 from pplug_jax.storage.files import write_json
 from pplug_jax.storage.lock import WorkdirInUse, locked
+from tests.support.environment import AS_USERS
 
 HOLD = """
 import sys, time
@@ -34,7 +35,7 @@ with locked(Path(sys.argv[1])):
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[subprocess.Popen]:
     """Another process that has `tmp_path / "run"`."""
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    env = os.environ | {"PYTHONPATH": AS_USERS}
     command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "locked\n"
@@ -53,6 +54,7 @@ def test_a_second_job_is_told_who_has_the_workdir(tmp_path: Path, holder: subpro
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_the_next_job_begins_however_the_one_before_ended(
     tmp_path: Path, holder: subprocess.Popen, end: signal.Signals

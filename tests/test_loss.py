@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import VOCABULARY
 
 from pplug_jax.llm import LLM, load_llm
 from pplug_jax.llm.loss import CHUNK, cross_entropy
+from tests.support.models import VOCABULARY
 
 B, D = 3, 32
 
@@ -28,6 +28,7 @@ def drawn(T: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return hidden, targets, rng.integers(0, 2, (B, T)).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("T", [1, 16, CHUNK, 48, 80, 37])
 def test_losses_and_gradients_are_those_of_all_logits_at_once(llm: LLM, T: int) -> None:
     hidden, targets, weights = drawn(T)

@@ -143,6 +143,7 @@ MASK = jnp.array([[True, True, True, True], [True, True, False, False]])
 SOFT = jnp.array([[[-1, -1], [-2, -2]], [[-3, -3], [-4, -4]]], jnp.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prefix", "expected", "expected_mask"),
     [

@@ -278,6 +278,7 @@ def test_a_task_that_only_a_judge_can_score_has_no_metrics():
     assert score("LaMP_QA", ["an answer"], ["an answer"]) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["LaMP_1", "LaMP_2", "LaMP_4", "custom"])
 @settings(deadline=None)
 @given(st.lists(st.text(max_size=30), min_size=1, max_size=4))

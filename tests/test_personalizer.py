@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import OPTIONS
 from filelock import FileLock
 
 from configs import lamp5
@@ -20,6 +19,7 @@ from pplug_jax.config import claim_workdir
 from pplug_jax.data.lamp import Example
 from pplug_jax.errors import InputError
 from pplug_jax.feed.batches import Assemble
+from pplug_jax.feed.features import FEATURES
 from pplug_jax.feed.peers import Peers
 from pplug_jax.methods.shown import Layout, layout_of
 from pplug_jax.methods.table import METHODS
@@ -27,6 +27,7 @@ from pplug_jax.plugs.persona import UserEmbedder
 from pplug_jax.session import Models
 from pplug_jax.storage.checkpoint import Checkpoints, _named
 from pplug_jax.storage.files import write_json
+from tests.support.tiny import OPTIONS
 
 INPUT = "Generate a title for the following abstract of a paper: Rivers are measured."
 SETTINGS = OPTIONS | {"frozen": {"encoder_rate": 0.0}}
@@ -70,6 +71,7 @@ def serving(models: Models, **settings: Any) -> Personalizer:
     return Personalizer(of_run, trained_plug(models, **settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", SETTINGS)
 def test_a_served_soft_prompt_is_that_of_the_evaluation(models: Models, option: str) -> None:
     plug = trained_plug(models, **SETTINGS[option])
@@ -88,7 +90,7 @@ def test_a_served_soft_prompt_is_that_of_the_evaluation(models: Models, option: 
     tokenized = models.tokenize(examples, Layout(encoded=encoded))
     buckets = models.buckets(tokenized, 1)
     peers = Peers.load(models.store, models.workdir)
-    extended = {"features": ("age", "difference", "form"), "peers": peers}
+    extended = {"features": tuple(FEATURES), "peers": peers}
     extended["queries"] = models.queries if encoded else None
     batch = Assemble(tokenized, buckets, models.store, range(8), **extended)((0, 0, np.arange(3)))
     soft = np.asarray(jax.jit(lambda plug, inputs: plug(*inputs))(plug, batch.plug_inputs))
@@ -99,13 +101,14 @@ def test_a_served_soft_prompt_is_that_of_the_evaluation(models: Models, option: 
         if not (found is as_texts and by_form):  # a text alone does not tell its answer
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     assert np.abs(served - empty)[1:].max(axis=1).min() > 0.1  # in every token but I
-    told = by_form or plug.recency_rate is not None
+    told = by_form or "age" in plug.features or plug.recency_rate is not None
     assert (np.abs(served - as_texts).max() > 1e-3) == told
 
 
 INPUTS = [INPUT, INPUT + " " + "Rivers are measured again, and at greater length. " * 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_beams", [1, 2])
 @pytest.mark.parametrize("place", ["front", "behind"])
 def test_users_of_one_input_get_what_each_gets_alone(
@@ -126,6 +129,7 @@ def test_users_of_one_input_get_what_each_gets_alone(
     assert personalizer.soft_prompts(INPUT, []).shape == (0, *soft.shape[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.0, 1.0])
 def test_soon_no_request_compiles_anything(models: Models, rate: float) -> None:
     personalizer = serving(models, place="behind", encoder_rate=rate)
@@ -192,6 +196,7 @@ def test_an_input_that_is_no_text(models: Models) -> None:
         personalizer.generate("half of a pair \ud83d")
 
 
+@pytest.mark.slow
 def test_an_older_workdir_is_served(models: Models, tmp_path: Path) -> None:
     """Features had a setting each, and the same names in checkpoints."""
     plug = trained_plug(models, features=("difference", "form"))

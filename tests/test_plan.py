@@ -70,6 +70,7 @@ def test_flops_of_a_while_loop_and_of_branches() -> None:
     assert matmul_flops(jaxpr, while_trips=5) == 6 * LAYER
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_flops_of_the_tiny_llms_programs(accumulation: int) -> None:
     config = tiny_config(train__batch_size=8, train__accumulation=accumulation)
@@ -323,6 +324,7 @@ def test_other_compiler_errors_are_not_hidden() -> None:
 # The programs.
 
 
+@pytest.mark.slow
 def test_the_state_lies_as_trainings_does(tmp_path: Path) -> None:
     config = tiny_config(train__batch_size=8, eval__batch_size=8)
     config.mesh.fsdp, config.mesh.tensor = 2, 2
@@ -430,6 +432,7 @@ def test_slices() -> None:
         find_slice("v5e:3x5")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["libtpu", "CPU"])
 def test_a_whole_plan(
     tmp_path: Path,

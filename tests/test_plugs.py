@@ -8,8 +8,6 @@ import ml_collections
 import numpy as np
 import pytest
 from flax import nnx
-from test_compare import results_of
-from test_run import small_config
 
 from pplug_jax.methods.table import METHODS, Method
 from pplug_jax.plan.programs import Programs
@@ -19,6 +17,7 @@ from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.run import run
 from pplug_jax.runtime.mesh import make_mesh
 from pplug_jax.session import Models
+from tests.support.runs import results_of, small_config
 
 
 class SharedPrompt(nnx.Module):
@@ -50,6 +49,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> str:
     return method.name
 
 
+@pytest.mark.slow
 def test_a_plug_of_another_kind(toy: str, tmp_path: Path) -> None:
     config = small_config(methods=("none", toy), train__learning_rate=0.1)
     run(config, tmp_path, "train_and_evaluate")

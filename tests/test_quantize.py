@@ -10,7 +10,6 @@ import optax
 import pytest
 import qwix
 from flax import nnx
-from parity import assert_close
 
 from pplug_jax.data import sample
 from pplug_jax.errors import InputError
@@ -21,6 +20,9 @@ from pplug_jax.plugs.base import parameter_count
 from pplug_jax.runtime.mesh import make_mesh
 from pplug_jax.session import ASSETS
 from pplug_jax.storage import hf
+from tests.support.parity import assert_close
+
+pytestmark = pytest.mark.slow
 
 ERRORS = {"int8": 0.01, "int4": 0.15}  # of a random kernel, root mean square
 

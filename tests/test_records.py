@@ -55,6 +55,7 @@ def test_a_list_is_read_as_json_reads_it(values: list[Any], layout: dict, start:
         path.unlink()
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @example([{"a": "\\ud83d\\ude00"}], 9, b"")
 @example(["x", 12345], 6, b"\xff")

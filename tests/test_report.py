@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lamp_files import write_split
 
 from pplug_jax.data import submission
 from pplug_jax.data.tasks import TASKS
@@ -23,6 +22,7 @@ from pplug_jax.report.explorer import principal_plane
 from pplug_jax.report.page import report
 from pplug_jax.report.runs import read_examples, read_run
 from pplug_jax.report.scores import length_bins
+from tests.support.lamp_files import write_split
 
 HOSTILE = "</script><script>alert(1)</script> <img src=x onerror=alert(1)> {{7*7}} \u2028 & ' \""
 LENGTHS = (0, 1, 1, 2, 2, 3, 5, 8)

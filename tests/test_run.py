@@ -6,6 +6,7 @@ A whole run, a second start, every way to be interrupted, and bad input.
 import functools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,12 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 import pytest
-from conftest import QUICK_TO_COMPILE
 from etils import epath
-from lamp_files import write_split
 
 from configs import lamp5, llms
 from pplug_jax import Personalizer
@@ -40,51 +38,12 @@ from pplug_jax.storage import lock
 from pplug_jax.storage.checkpoint import Checkpoints
 from pplug_jax.storage.lock import locked
 from pplug_jax.train import step as train
-
-ROOT = Path(__file__).parent.parent
-SMALL = {
-    "data.sample_train_users": 24,
-    "data.sample_eval_users": 8,
-    "plug.num_persona_tokens": 4,
-    "plug.projector_size": 128,
-    "train.batch_size": 8,
-    "train.epochs": 2.0,
-    "train.log_every": 1,
-    "train.checkpoint_every": 2,
-    "eval.batch_size": 8,
-    "eval.max_new_tokens": 8,
-    "eval.bootstrap_samples": 100,
-}
+from tests.support.environment import AS_USERS, QUICK_TO_COMPILE, ROOT
+from tests.support.lamp_files import write_split
+from tests.support.runs import SMALL, losses_of, small_config, steps_done
 
 
-def small_config(**overrides: object) -> ml_collections.ConfigDict:
-    config = lamp5.get_config()
-    config.update_from_flattened_dict(
-        SMALL | {k.replace("__", "."): v for k, v in overrides.items()}
-    )
-    return config
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The workdir of a whole small run, with the names of what it compiled in `compiled`."""
-    workdir = tmp_path_factory.mktemp("finished")
-    compiled = []
-
-    def note(event: str, duration: float, **kwargs: object) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(kwargs["fun_name"])
-
-    jax.clear_caches()
-    jax.monitoring.register_event_duration_secs_listener(note)
-    try:
-        run(small_config(), workdir, "train_and_evaluate")
-    finally:
-        jax.monitoring.unregister_event_duration_listener(note)
-    (workdir / "compiled").write_text("\n".join(compiled))
-    return workdir
-
-
+@pytest.mark.slow
 def test_a_run_leaves_its_files(finished: Path) -> None:
     config = small_config()
     assert json.loads((finished / "config.json").read_text()) == json.loads(config.to_json())
@@ -110,6 +69,7 @@ def test_a_run_leaves_its_files(finished: Path) -> None:
         assert (finished / "plots" / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_step_is_compiled_once_a_bucket_and_reading(finished: Path) -> None:
     compiled = (finished / "compiled").read_text().splitlines()
     assert 0 < compiled.count("jit(train_step)") <= 2 * small_config().data.buckets
@@ -119,6 +79,7 @@ def abstract_plug(models: Models) -> UserEmbedder:
     return models.abstract_weights(METHODS["pplug"], models.config)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_the_plug_and_never_the_llm(finished: Path) -> None:
     models = Models(small_config(), finished)
     size = sum(f.stat().st_size for f in (finished / "checkpoints").rglob("*") if f.is_file())
@@ -127,27 +88,36 @@ def test_a_checkpoint_holds_the_plug_and_never_the_llm(finished: Path) -> None:
     assert size < 1.2 * 2 * 2 * 3 * plug
 
 
+@pytest.mark.slow
 def test_a_second_start_does_nothing_again(
-    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    workdir = shutil.copytree(finished, tmp_path / "run")
+
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("was run again")
 
-    before = (finished / "results.json").read_text()
+    before = (workdir / "results.json").read_text()
     monkeypatch.setattr(answers, "predict", never)
     monkeypatch.setattr("pplug_jax.train.step.train_step", never)
     monkeypatch.setattr("pplug_jax.encoder.Encoder.encode", never)
     monkeypatch.setattr(Models, "llm", property(never))
-    run(small_config(), finished, "train_and_evaluate")
-    assert (finished / "results.json").read_text() == before
+    run(small_config(), workdir, "train_and_evaluate")
+    assert (workdir / "results.json").read_text() == before
     assert "0 of them new" in capsys.readouterr().out
 
 
-def test_another_config_is_refused_and_the_fields_named(finished: Path) -> None:
+@pytest.mark.slow
+def test_another_config_is_refused_and_the_fields_named(finished: Path, tmp_path: Path) -> None:
+    workdir = shutil.copytree(finished, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"config\.train\.learning_rate: 0\.01 there, 0\.5 now"):
-        run(small_config(train__learning_rate=0.5), finished, "train")
+        run(small_config(train__learning_rate=0.5), workdir, "train")
 
 
+@pytest.mark.slow
 def test_the_personalizer_answers_as_the_evaluation(finished: Path) -> None:
     personalizer = Personalizer.from_checkpoint(finished)
     golds = json.loads((finished / "predictions" / "dev.pplug.json").read_text())["golds"]
@@ -163,6 +133,7 @@ def test_the_personalizer_answers_as_the_evaluation(finished: Path) -> None:
     assert np.isfinite(null).all() and np.any(null[1:] != soft[1:])
 
 
+@pytest.mark.slow
 def test_modes_stop_where_they_say(tmp_path: Path) -> None:
     config = small_config(methods=("none", "pplug"))
     run(config, tmp_path, "encode")
@@ -175,6 +146,7 @@ def test_modes_stop_where_they_say(tmp_path: Path) -> None:
         Personalizer.from_checkpoint(tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 def test_the_step_is_compiled_while_the_llm_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,10 +178,7 @@ def test_the_default_workdir_is_named_after_the_config() -> None:
     )
 
 
-ENVIRONMENT = os.environ | {
-    "XLA_FLAGS": QUICK_TO_COMPILE,
-    "JAX_PLATFORMS": "cpu",
-}
+ENVIRONMENT = os.environ | {"XLA_FLAGS": QUICK_TO_COMPILE, "PYTHONPATH": AS_USERS}
 
 
 def start(workdir: Path, **settings: object) -> subprocess.Popen:
@@ -224,34 +193,24 @@ def start(workdir: Path, **settings: object) -> subprocess.Popen:
     return subprocess.Popen(
         [*command, "--mode=train", *flags],
         cwd=ROOT,
-        env=ENVIRONMENT
-        | {
-            "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "jax_cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        },
+        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def steps_done(workdir: Path) -> int:
-    path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
-
-
+@pytest.mark.slow
 def test_killed_interrupted_and_started_again_ends_bit_identical(tmp_path: Path) -> None:
-    settings = {"methods": "('pplug',)", "train.epochs": 16.0, "train.checkpoint_every": 3}
+    settings = {"methods": "('pplug',)", "train.epochs": 12.0, "train.checkpoint_every": 3}
     undisturbed = start(tmp_path / "a", **settings)
     output, _ = undisturbed.communicate(timeout=300)
     assert undisturbed.returncode == 0, output
 
     for sent, moment in (
-        (signal.SIGKILL, 5),
-        (signal.SIGINT, 14),
+        (signal.SIGINT, 5),
+        (signal.SIGKILL, 14),
         (signal.SIGTERM, 22),
-        (signal.SIGKILL, 31),
     ):
         process = start(tmp_path / "b", **settings)
         while steps_done(tmp_path / "b") < moment and process.poll() is None:
@@ -270,17 +229,12 @@ def test_killed_interrupted_and_started_again_ends_bit_identical(tmp_path: Path)
 
     models = Models(small_config(), tmp_path / "a")
     checkpoints = [Checkpoints(tmp_path / name / "checkpoints" / "pplug") for name in "ab"]
-    assert [c.latest for c in checkpoints] == [48, 48]
+    assert [c.latest for c in checkpoints] == [36, 36]
     plugs = [c.restore_weights(abstract_plug(models)) for c in checkpoints]
     for a, b in zip(*map(jax.tree.leaves, plugs), strict=True):
         np.testing.assert_array_equal(a, b)
-    curves = []
-    for name in "ab":
-        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
-        curves.append(
-            [(line["step"], line["value"]) for line in lines if line["name"] == "pplug/loss"]
-        )
-    assert len(curves[0]) == 48
+    curves = [losses_of(tmp_path / name) for name in "ab"]
+    assert len(curves[0]) == 36
     assert curves[0] == curves[1]
 
 
@@ -290,6 +244,7 @@ LIMITED = (
 )
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_checkpointing_is_one_clear_line(tmp_path: Path) -> None:
     # Files may not grow beyond 64 KiB: as on a full disk, writing the plug fails in the middle.
     process = subprocess.run(
@@ -415,6 +370,7 @@ def test_unknown_presets() -> None:
         lamp5.get_config("llama3_1b@v9")
 
 
+@pytest.mark.slow
 def test_files_in_lamps_format_with_empty_profiles_and_withheld_outputs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -448,6 +404,7 @@ def test_files_in_lamps_format_with_empty_profiles_and_withheld_outputs(
         run(config, tmp_path / "other", "encode")
 
 
+@pytest.mark.slow
 def test_the_command_shows_bad_input_as_one_line(tmp_path: Path) -> None:
     process = start(tmp_path / "run", **{"llm.path": "/nowhere"})
     output, _ = process.communicate(timeout=120)
@@ -456,6 +413,7 @@ def test_the_command_shows_bad_input_as_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_a_start_beside_another_does_nothing(tmp_path: Path) -> None:
     with locked(tmp_path / "run"):
         process = start(tmp_path / "run")
@@ -466,6 +424,7 @@ def test_a_start_beside_another_does_nothing(tmp_path: Path) -> None:
         assert {path.name for path in (tmp_path / "run").iterdir()} == {lock.LOCK, lock.OWNER}
 
 
+@pytest.mark.slow
 def test_a_workdir_in_a_bucket(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,9 @@ from absl.testing import flagsaver
 
 from pplug_jax import main  # noqa: F401  defines the flags
 from pplug_jax.runtime.slips import near, parse_flags
+from tests.support.environment import AS_USERS, ROOT
 
+AS_A_USER = os.environ | {"PYTHONPATH": AS_USERS}
 CONFIG = "--config=configs/lamp5.py"
 SLIPS = {
     "a setting": ([CONFIG, "--config.train.learning_rat=3"], "'train.learning_rate'"),
@@ -40,7 +42,7 @@ SLIPS = {
 @pytest.fixture(autouse=True)
 def root(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The repository's root, and flags that stay as they were."""
-    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.chdir(ROOT)
     monkeypatch.delitem(sys.modules, "config_config", raising=False)  # the last one's functions
     with flagsaver.flagsaver():
         yield
@@ -66,13 +68,21 @@ def test_a_slip_is_one_line(slip: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\n" not in message
 
 
+def test_where_there_are_no_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = "no such file; work in a clone of the repository, which has configs/, or give"
+    with pytest.raises(SystemExit, match=message):
+        parse_flags(["main", CONFIG])
+
+
+@pytest.mark.slow
 def test_the_command_prints_it(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pplug_jax.main", CONFIG, "--config.train.learning_rat=3"],
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ,
+        env=AS_A_USER,
     )
     assert done.returncode == 1
     line = "error: --config.train.learning_rat: there is no such setting (did you mean "
@@ -80,6 +90,7 @@ def test_the_command_prints_it(tmp_path: Path) -> None:
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
@@ -94,6 +105,7 @@ def test_a_flag_that_cannot_work_is_one_line(flag: str, message: str, tmp_path: 
         capture_output=True,
         text=True,
         check=False,
+        env=AS_A_USER,
     )
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {message}")

@@ -2,22 +2,22 @@
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
-from parity import save_random, with_gradients
 
-from pplug_jax.llm import decoder, load_llm
+from pplug_jax.llm import decoder
 from pplug_jax.llm.decoder import Decoder
+from pplug_jax.llm.load import FAMILIES
 from pplug_jax.nn import attention, splash
 from pplug_jax.plan.chips import find_slice
 from pplug_jax.plan.flops import matmul_flops
 from pplug_jax.runtime.mesh import make_mesh
+from scripts.pretrain.initialise import initialise
+from tests.support.parity import with_gradients
 
 B, L, HEADS, D = 3, 300, 4, 16  # three blocks, the last in part
 # A whole row, one with padding behind, and one with padding in front, longer than a block.
@@ -60,6 +60,7 @@ def reference(window: int | None = None, slides: bool = False, **settings: float
     return functools.partial(attention.attend, mask=mask, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("window", "slides"), [(None, False), (WINDOW, False), (WINDOW, True)])
 @pytest.mark.parametrize(
     ("kv_heads", "settings"), [(4, {}), (2, {"cap": 3.0}), (1, {"scale": 0.1})]
@@ -73,12 +74,14 @@ def test_against_xla(
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16() -> None:
     found, expected = outputs(kernel(), 2, "bfloat16"), outputs(reference(), 2, "bfloat16")
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [2, 1])  # one for every device, and fewer
 def test_on_a_mesh(kv_heads: int) -> None:
     expected = outputs(reference(), kv_heads)
@@ -114,12 +117,12 @@ LLMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LLMS)
-def test_decoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_decoders(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Logits, their gradient, and a step behind the prompt."""
-    torch.manual_seed(0)
-    save_random(transformers.AutoModelForCausalLM.from_config(LLMS[name]), tmp_path)
-    llm = load_llm(tmp_path, dtype="float32")
+    shapes = Decoder(FAMILIES[name].config_from_hf(LLMS[name], (1,)), "float32")
+    llm = initialise(shapes, jax.random.key(0))
     embeds = jnp.asarray(np.random.default_rng(0).normal(size=(B, L, 32)), "float32")
     mask, behind = jnp.asarray(THERE), jnp.ones((B, 20), jnp.int32)
 

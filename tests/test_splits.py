@@ -10,8 +10,6 @@ from pathlib import Path
 import ml_collections
 import numpy as np
 import pytest
-from lamp_files import write_split
-from task_files import INPUTS, write_task
 
 from pplug_jax import Personalizer
 from pplug_jax.config import apply_parity
@@ -21,6 +19,8 @@ from pplug_jax.data.sources import data_directory, read_split
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.errors import CheckpointError, ConfigError, DataError, InputError
 from pplug_jax.run import run
+from tests.support.lamp_files import write_split
+from tests.support.task_files import INPUTS, write_task
 
 MODE = "train_and_evaluate"
 CONFIGS = {
@@ -63,6 +63,7 @@ def config_of(task: str, path: Path, **settings: object) -> ml_collections.Confi
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_runs_end_to_end(
     task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
@@ -100,6 +101,7 @@ def test_every_task_runs_end_to_end(
     assert ("Only a judge can score" in output) == judged
 
 
+@pytest.mark.slow
 def test_methods_beyond_the_default_ones_run(tmp_path: Path):
     for split in ("train", "dev"):
         write_task(tmp_path / "data", "LaMP_3", split, 8)
@@ -111,6 +113,7 @@ def test_methods_beyond_the_default_ones_run(tmp_path: Path):
     assert trained == sorted(methods[2:])
 
 
+@pytest.mark.slow
 def test_a_served_history_is_read_as_in_the_evaluation(tmp_path: Path):
     for split, count in (("train", 16), ("dev", 8)):
         write_task(tmp_path / "data", "LaMP_2", split, count)
@@ -134,6 +137,7 @@ def test_a_served_history_is_read_as_in_the_evaluation(tmp_path: Path):
         run(config, tmp_path / "run", "train")
 
 
+@pytest.mark.slow
 def test_the_test_split_is_answered_in_the_same_workdir(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -230,6 +234,7 @@ def test_stopping_at_a_bad_record_is_the_default(custom: Path, tmp_path: Path):
         run(config_of("custom", custom), tmp_path / "run", "check_data")
 
 
+@pytest.mark.slow
 def test_bad_records_can_be_left_out_but_are_listed(
     custom: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -329,10 +334,8 @@ def test_the_embedded_sample_has_one_task_and_no_files(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["anthology_titles", "debian_synopses"])
-def test_real_files_are_read(name: str):
-    path = Path(__file__).resolve().parents[2] / "shared" / "data" / name / "small"
-    if not path.is_dir():
-        pytest.skip(f"{path} is absent: no real texts to read")
+def test_real_files_are_read(name: str, real_texts: Path):
+    path = real_texts / name / "small"
     task = TASKS["LaMP_5" if name == "anthology_titles" else "LaMP_4"]
     for split, count in (("train", 200), ("dev", 50)):
         examples = read(path, split, task)

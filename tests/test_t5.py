@@ -10,10 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
-from parity import assert_close
-from transformers.models.t5.modeling_t5 import T5Attention
 
 from configs import lamp5
 from pplug_jax.errors import ConfigError
@@ -24,6 +21,7 @@ from pplug_jax.run import run
 from pplug_jax.runtime.mesh import make_mesh
 from pplug_jax.session import Models
 from scripts.pretrain.bpe import train_bpe
+from tests.support.parity import assert_close, needs_torch, torch
 
 V = 24  # so few tokens that generations meet the one that ends them
 LENGTHS = (37, 20, 1, 8)  # of the prompts; beyond the largest distance below
@@ -38,7 +36,7 @@ def path(request: pytest.FixtureRequest, make_t5: Callable[..., Path]) -> Path:
     return make_t5(**VARIANTS[request.param])
 
 
-def torch_t5(path: Path, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
+def torch_t5(path: Path, dtype: str = "float32") -> transformers.PreTrainedModel:
     return transformers.T5ForConditionalGeneration.from_pretrained(
         path, dtype=dtype, attn_implementation="eager"
     ).eval()
@@ -57,7 +55,7 @@ def batch(side: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def torch_logits(
     model: transformers.PreTrainedModel, mask: np.ndarray, targets: np.ndarray, **inputs: Any
-) -> torch.Tensor:
+) -> "torch.Tensor":
     return model(
         attention_mask=torch.tensor(mask).long(),
         decoder_input_ids=torch.tensor(targets).long(),
@@ -68,10 +66,13 @@ def torch_logits(
 logits = jax.jit(T5.logits)
 
 
+@needs_torch
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize(("buckets", "max_distance"), [(32, 128), (8, 16), (4, 7)])
 def test_relative_buckets(bidirectional: bool, buckets: int, max_distance: int) -> None:
     distance = np.arange(-300, 301)
+    from transformers.models.t5.modeling_t5 import T5Attention
+
     expected = T5Attention._relative_position_bucket(
         torch.tensor(distance), bidirectional, buckets, max_distance
     )
@@ -79,6 +80,8 @@ def test_relative_buckets(bidirectional: bool, buckets: int, max_distance: int) 
     np.testing.assert_array_equal(ours, expected.numpy())
 
 
+@pytest.mark.slow
+@needs_torch
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_logits_and_gradient(path: Path, side: str) -> None:
     llm, model = load_llm(path, dtype="float32"), torch_t5(path)
@@ -99,6 +102,8 @@ def test_logits_and_gradient(path: Path, side: str) -> None:
     assert_close(ours(embeds, llm), inputs.grad.numpy())
 
 
+@pytest.mark.slow
+@needs_torch
 @pytest.mark.parametrize("remat", [False, True])
 def test_target_hidden_shifts_the_targets(make_t5: Callable[..., Path], remat: bool) -> None:
     path = make_t5()
@@ -115,6 +120,8 @@ def test_target_hidden_shifts_the_targets(make_t5: Callable[..., Path], remat: b
     assert_close(llm.unembed(hidden)[..., : theirs.shape[-1]], theirs)
 
 
+@pytest.mark.slow
+@needs_torch
 @pytest.mark.parametrize(("num_beams", "length_penalty"), [(1, 1.0), (4, 1.0), (4, 0.6), (3, -1)])
 def test_generations(path: Path, num_beams: int, length_penalty: float) -> None:
     T = 20
@@ -148,6 +155,8 @@ def test_padding_may_hold_anything(make_t5: Callable[..., Path]) -> None:
         np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.slow
+@needs_torch
 def test_bfloat16_is_as_exact_as_torchs(make_t5: Callable[..., Path]) -> None:
     path = make_t5()
     llm = load_llm(path)
@@ -156,7 +165,7 @@ def test_bfloat16_is_as_exact_as_torchs(make_t5: Callable[..., Path]) -> None:
     with torch.no_grad():
         exact, rough = (
             torch_logits(torch_t5(path, dtype), mask, targets, input_ids=ids).float().numpy()
-            for dtype in (torch.float32, torch.bfloat16)
+            for dtype in ("float32", "bfloat16")
         )
     ours = np.asarray(logits(llm, llm.embed(tokens), mask, targets))
     our_error, their_error = (np.sqrt(np.mean((x - exact) ** 2)) for x in (ours, rough))
@@ -191,6 +200,7 @@ def test_the_first_t5_is_refused(
         load_llm(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_whole_run(make_t5: Callable[..., Path], tmp_path: Path) -> None:
     path = make_t5(vocab_size=320)
     special = {"pad_token": "<pad>", "eos_token": "</s>"}

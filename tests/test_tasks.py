@@ -1,17 +1,15 @@
 """Every task's texts, by hand: what is compared, what is encoded, what a prompt shows."""
 
 import importlib
-from pathlib import Path
 
 import pytest
-from task_files import INPUTS, ITEMS
 
 from pplug_jax.config import PARITY, apply_parity, check_config
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.feed.retrieval import demonstration_prompt
 from pplug_jax.scoring.metrics import METRICS
-
-ROOT = Path(__file__).parent.parent
+from tests.support.environment import ROOT
+from tests.support.task_files import INPUTS, ITEMS
 
 
 @pytest.mark.parametrize("name", TASKS)

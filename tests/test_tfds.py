@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lamp_files import write_split
 
 from pplug_jax.data.lamp import read
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.errors import DataError, InputError
+from tests.support.lamp_files import write_split
 
 tfds = pytest.importorskip("tensorflow_datasets", reason="needs pip install tensorflow-datasets")
 from pplug_jax.data import tfds_builder

@@ -1,5 +1,6 @@
 """The tools that make the bundled models: what they write goes through the ordinary loaders."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from lamp_files import write_split
 
 from pplug_jax.data import sample
 from pplug_jax.encoder import load_encoder
@@ -15,8 +15,17 @@ from pplug_jax.llm import load_llm
 from pplug_jax.session import ASSETS
 from pplug_jax.storage import hf
 from scripts.pretrain.bpe import train_bpe
+from tests.support.environment import AS_USERS
+from tests.support.lamp_files import write_split
 
-ROOT = Path(__file__).parent.parent
+# A tokenizer of few authors' texts; thousands take their time to be drawn.
+RUN = """
+from absl import app
+from scripts.pretrain import {tool} as tool
+
+tool.FOR_TOKENIZER = 20
+app.run(tool.main)
+"""
 
 
 def make(tool: str, output: Path, **settings: object) -> None:
@@ -24,17 +33,18 @@ def make(tool: str, output: Path, **settings: object) -> None:
     subprocess.run(
         [
             sys.executable,
-            "-m",
-            f"scripts.pretrain.{tool}",
+            "-c",
+            RUN.format(tool=tool),
             f"--output={output}",
             *(f"--{name}={value}" for name, value in (flags | settings).items()),
         ],
-        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": AS_USERS},
         check=True,
         capture_output=True,
     )
 
 
+@pytest.mark.slow
 def test_a_pretrained_llm_loads(tmp_path: Path) -> None:
     make("pretrain_llm", tmp_path)
     llm = load_llm(tmp_path, dtype="float32")
@@ -47,6 +57,7 @@ def test_a_pretrained_llm_loads(tmp_path: Path) -> None:
     assert "step 2 " in (tmp_path / "training_log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_pretrained_llm_can_be_made_from_files(tmp_path: Path) -> None:
     users = list(sample.users(0, "train", 6))
     questions = [{"id": u.id, "input": u.input, "profile": list(u.profile)} for u in users]
@@ -56,6 +67,7 @@ def test_a_pretrained_llm_can_be_made_from_files(tmp_path: Path) -> None:
     assert load_llm(tmp_path / "llm", dtype="float32").config.vocab_size == 300
 
 
+@pytest.mark.slow
 def test_a_pretrained_encoder_loads(tmp_path: Path) -> None:
     make("pretrain_encoder", tmp_path)
     encoder = load_encoder(tmp_path)

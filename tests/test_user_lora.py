@@ -5,13 +5,15 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from test_train import ONE_DEVICE, make_llm
 
 from configs.common import base_config
 from pplug_jax.feed.batches import Buckets, Tokenized
 from pplug_jax.llm.prompts import Front
 from pplug_jax.plugs.lora import Lora
 from pplug_jax.train.user_lora import fit_user_loras
+from tests.support.tiny import ONE_DEVICE, make_llm
+
+pytestmark = pytest.mark.slow
 
 MODELS = SimpleNamespace(
     mesh=ONE_DEVICE,

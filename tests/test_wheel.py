@@ -4,10 +4,16 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+import pytest
+
+from tests.support.environment import ROOT, WITHOUT_TORCH
+
+pytestmark = pytest.mark.slow
+
 PARTS = ("pplug_jax", "LICENSE", "README.md", "pyproject.toml", "requirements.txt")
 BUILD = "from setuptools import build_meta; build_meta.build_wheel('.')"
 SMALL = (
@@ -18,6 +24,11 @@ SMALL = (
     "--config.train.epochs=1.0",
     "--config.eval.max_new_tokens=2",
 )
+PPLUG = """
+from importlib.metadata import entry_points
+(script,) = entry_points(group="console_scripts", name="pplug")
+script.load()()
+"""
 SERVE = """
 from pathlib import Path
 from pplug_jax import Personalizer
@@ -28,6 +39,13 @@ print(personalizer.soft_prompt("Rain falls.", items).shape[0], Path(pplug_jax.__
 """
 
 
+def test_the_extra_dev_is_what_tests_need() -> None:
+    lines = (ROOT / "requirements-dev.txt").read_text().splitlines()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [line.partition("#")[0].strip() for line in lines if not line.startswith("-r")]
+    assert project["optional-dependencies"]["dev"] == needed
+
+
 def test_a_wheel_trains_and_serves_a_plug(tmp_path: Path) -> None:
     source, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
     source.mkdir()
@@ -36,11 +54,13 @@ def test_a_wheel_trains_and_serves_a_plug(tmp_path: Path) -> None:
         copy(ROOT / part, source / part)
     shutil.copytree(ROOT / "configs", elsewhere / "configs")
 
+    path = os.pathsep.join([str(tmp_path / "site"), WITHOUT_TORCH])
+
     def python(*arguments: str, at: Path) -> str:
         done = subprocess.run(
             [sys.executable, *arguments],
             cwd=at,
-            env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+            env=os.environ | {"PYTHONPATH": path},
             capture_output=True,
             text=True,
             check=False,
@@ -51,7 +71,9 @@ def test_a_wheel_trains_and_serves_a_plug(tmp_path: Path) -> None:
     python("-c", BUILD, at=source)
     (wheel,) = source.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    assert "pplug" in python("-m", "pplug_jax.main", *SMALL, at=elsewhere)
+    assert (tmp_path / "site" / "pplug_jax" / "py.typed").is_file()
+    # -P: as for a script, the working directory is not where modules are looked for.
+    assert "pplug" in python("-P", "-c", PPLUG, *SMALL, at=elsewhere)
     k = 16  # configs/lamp5.py's, and the instruction's
     told = python("-c", SERVE, at=elsewhere).split()
     assert told[-2:] == [str(k + 1), str(tmp_path / "site" / "pplug_jax")]

@@ -157,7 +157,7 @@ def check_history(task: Task, history: Any, *, sort_by_date: bool) -> list[str |
             f"the history must be a list of items, not one {type(history).__name__}; "
             "put it into a list"
         )
-    checked: list[str | Item] = []
+    checked: list[Any] = []
     for i, item in enumerate(history):
         where = f"history item {i}"
         try:
@@ -237,7 +237,7 @@ def parse(
         for i, item in enumerate(_field(record, "profile", list, where))
     ]
     if sort_by_date:
-        profile = in_order(profile, f"{where}, profile")
+        profile = [*in_order(profile, f"{where}, profile")]
     return Example(id, input, target, tuple(profile), user)
 
 
@@ -258,7 +258,7 @@ class Examples(Sequence[Example]):
         """Return the record as the file has it."""
         return load(self.path, self.places[index])
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # no slices
         id, target = self.ids_and_targets[index]
         try:
             record = self.record(index)
@@ -400,5 +400,5 @@ class Subset(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, i: int) -> Example:
+    def __getitem__(self, i: int) -> Example:  # type: ignore[override]  # no slices
         return self.examples[self.indices[i]]

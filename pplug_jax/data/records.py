@@ -124,7 +124,9 @@ class _Text:
     def skip(self) -> str:
         """Move over blanks; return the character there, or "" at the file's end."""
         while True:
-            self.take(BLANK.match(self.text, self.at).end())
+            blank = BLANK.match(self.text, self.at)
+            assert blank  # it may be of no length
+            self.take(blank.end())
             if self.at < len(self.text):
                 return self.text[self.at]
             if not self.more():

@@ -165,7 +165,7 @@ def user(seed: int, number: int, split: str, history: tuple[int, int]) -> Exampl
     style = style_of(rng)
     # A user comes back to the same few subjects, so that retrieval has something to find.
     tasks, methods = rng.sample(PROBLEMS, 6), rng.sample(METHODS, 6)
-    papers = {}
+    papers: dict[str, str] = {}
     wanted = rng.randint(*history) + 1
     while len(papers) < wanted:
         aspect = rng.choice(tuple(ASPECTS))

@@ -37,7 +37,7 @@ def existing_directory(config: ml_collections.ConfigDict, split: str) -> Path:
         ConfigError: it does not exist.
     """
     directory = data_directory(config)
-    if not directory.is_dir():
+    if directory is None or not directory.is_dir():
         names = lamp.expected_files(TASKS[config.task], split)
         raise ConfigError(
             f"config.data.path: there is no directory {str(directory)!r}; it should hold "

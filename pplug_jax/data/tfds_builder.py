@@ -104,7 +104,7 @@ class PersonalTexts(tfds.core.ShardBasedBuilder):
         self, dl_manager: tfds.download.DownloadManager
     ) -> dict[str, list[Callable[[], Iterator[tuple[str, Item]]]]]:
         directory, task = os.fspath(dl_manager.manual_dir), self.builder_config.task
-        shards = {}
+        shards: dict[str, list[Callable[[], Iterator[tuple[str, Item]]]]] = {}
         for split in lamp.splits(directory, task):
             examples = lamp.read(directory, split, task, sort_by_date=False)
             if not examples:
@@ -164,7 +164,7 @@ class TfdsExamples(Sequence[Example]):
         texts = {"id": element["id"].decode(), self.task.input_key: element["input"].decode()}
         return texts | {field: json.loads(element[field]) for field in self.task.judged}
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # no slices
         # A range knows negative indices, and raises IndexError at the end.
         element = self.elements[range(len(self))[index]]
         fields = element["profile"].keys()

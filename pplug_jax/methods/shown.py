@@ -70,6 +70,7 @@ def shown(
             for each, prompt in zip(tokenized, prompts, strict=True)
         ]
     reads = method.plug and PLUGS[method.kind].reads_input
+    readers: Sequence[int | None]
     if not reads or method.history == "none":
         readers = [None] * len(tokenized)
     elif method.history == "another":

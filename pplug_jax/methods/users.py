@@ -58,7 +58,8 @@ def split_users(
     histories: Sequence[np.ndarray], share: float, seed: int
 ) -> tuple[list[int], list[int]]:
     """Examples to train on, and about a `share` that is held out, of users who have no others."""
-    same, held = SameUser(histories), set()
+    held: set[int] = set()
+    same = SameUser(histories)
     for i in np.random.default_rng(seed).permutation(len(histories)).tolist():
         if len(held) >= share * len(histories):
             break

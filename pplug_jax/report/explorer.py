@@ -80,9 +80,7 @@ def explorer(
     }
 
 
-def _texts(
-    run: Run, example: Example, weights: Mapping[str, Mapping[str, np.ndarray | None]]
-) -> dict[str, Any]:
+def _texts(run: Run, example: Example, weights: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return an example's texts, and the weights of the items that are shown."""
     items = run.history(example)
     known = [of for w in weights.values() for of in (w["own"], w["other"]) if of is not None]

@@ -25,7 +25,7 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]])
 def write_results(folder: Path, runs: Sequence[Run], costs: Mapping[str, str]) -> None:
     """Write all runs to results.csv, and a picture of each to results.png, results2.png, ..."""
     others = list(dict.fromkeys(other for run in runs for other in run.others))
-    costs = [field for field in costs if any(field in run.known(costs) for run in runs)]
+    known = [field for field in costs if any(field in run.known(costs) for run in runs)]
     ends = ("difference", "low", "high", "p_value")
     header = ["workdir", "method", "metric", "value", "low", "high", "seeds"]
     header += [f"{end}_against_{other}" for other in others for end in ends]
@@ -48,10 +48,10 @@ def write_results(folder: Path, runs: Sequence[Run], costs: Mapping[str, str]) -
                         *(score.get(end) for end in ("value", "low", "high")),
                         " ".join(map(str, score.get("seeds", []))),
                         *(difference.get(end) for difference in versus for end in ends),
-                        *(entry.get(cost) for cost in costs),
+                        *(entry.get(cost) for cost in known),
                     ]
                 )
-    _write_csv(folder / "results.csv", header + costs, rows)
+    _write_csv(folder / "results.csv", header + known, rows)
 
 
 def write_losses(folder: Path, curves: Mapping[str, Mapping[str, Mapping[int, float]]]) -> None:
@@ -136,8 +136,11 @@ def _plot_map(title: str, plane: Mapping[str, Any], path: Path) -> None:
     axes = figure.subplots()
     gain = plane.get("gain")
     largest = max(map(abs, gain or [0]))
-    ends = {} if gain is None else {"cmap": "coolwarm_r", "vmin": -largest, "vmax": largest}
-    dots = axes.scatter(*zip(*plane["points"], strict=True), s=12, c=gain, **ends)
+    ends: dict[str, Any] = (
+        {} if gain is None else {"cmap": "coolwarm_r", "vmin": -largest, "vmax": largest}
+    )
+    across, up = zip(*plane["points"], strict=True)
+    dots = axes.scatter(across, up, s=12, c=gain, **({} if gain is None else ends))
     if gain is not None:
         figure.colorbar(dots, label="gain over none")
     axes.set_title(title)

@@ -119,11 +119,13 @@ def _examples(run: Run, folder: Path) -> dict[str, Any]:
     split = read_examples(run)
     answers = [read_predictions(run, path, split) for path in run.folders.values()]
     personas = read_personas(run, next(iter(run.folders.values())), split)
-    bins, by_length, statistics = [], {}, [{}]
-    if any(answers) and run.metrics and None not in split.golds:
+    bins, by_length = [], {}
+    statistics: list[dict[str, Any]] = [{}]
+    golds = [gold for gold in split.golds if gold is not None]
+    if any(answers) and run.metrics and len(golds) == len(split.golds):
         statistics = [
             {
-                name: example_statistics(run.task.name, texts, split.golds)
+                name: example_statistics(run.task.name, texts, golds)
                 for name, texts in methods.items()
             }
             for methods in answers

@@ -28,7 +28,7 @@ def start() -> None:
     Raises:
         InputError: the variables make no sense, or the other processes do not answer.
     """
-    given = {
+    given: dict[str, str | None] = {
         name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")
     }
     # JAX takes every pod for a member of a job, also one that somebody's notebook runs in.

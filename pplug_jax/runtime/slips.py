@@ -46,7 +46,7 @@ def _mistake(argv: Sequence[str]) -> str | None:
     path, _, argument = given.partition(":")
     if not Path(path).is_file():
         known = [file.as_posix() for file in Path("configs").glob("*.py")]
-        return f"--config={path}: there is no such file{near(path, known)}"
+        return f"--config={path}: there is no such file{near(path, known) or _where_configs_lie()}"
     try:
         get_config = runpy.run_path(path).get("get_config")
         if get_config is None:
@@ -64,6 +64,13 @@ def _mistake(argv: Sequence[str]) -> str | None:
         if flag.startswith("--config.") and not _has(config, field):
             return f"--config.{field}: there is no such setting{near(field, names_of(config))}"
     return None
+
+
+def _where_configs_lie() -> str:
+    """What to do where there are none; the package has no configs."""
+    if Path("configs").is_dir():
+        return ""
+    return "; work in a clone of the repository, which has configs/, or give --config=PATH.py"
 
 
 def _value_of(flag: str, argv: Sequence[str]) -> str | None:

@@ -198,7 +198,11 @@ def example_statistics(
                 f"reference {reference!r} is no label of {task}: {', '.join(row.labels)}"
             )
     check_metrics(task)
-    return {name: METRICS[name].statistics(row, predictions, references) for name in row.metrics}
+    return {
+        name: statistics(row, predictions, references)
+        for name in row.metrics
+        if (statistics := METRICS[name].statistics)
+    }
 
 
 def value_of(metric: str, statistics: np.ndarray) -> float:

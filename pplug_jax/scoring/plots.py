@@ -66,7 +66,7 @@ def plot_curves(curves: Mapping[str, Sequence[Mapping[int, float]]], path: Path)
     axes = figure.subplots()
     for i, (name, seeds) in enumerate(curves.items()):
         for k, losses in enumerate(seeds):
-            look = {"color": f"C{i % 10}", "ls": DASHES[i // 10 % 3]}
+            look: dict[str, Any] = {"color": f"C{i % 10}", "ls": DASHES[i // 10 % 3]}
             look |= {"lw": 1.5 if len(seeds) == 1 else 0.8, "label": name if k == 0 else None}
             axes.plot(*zip(*losses.items(), strict=True), **look)
     axes.set_xlabel("step")

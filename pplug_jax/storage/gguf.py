@@ -178,8 +178,10 @@ def read_config(file: Path) -> dict[str, Any]:
     names = {tensor.name for part in parts(file) for tensor in _reader(part).tensors}
     embedding = next((t for t in reader.tensors if t.name == "token_embd.weight"), None)
     for field in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
-        if field not in config or embedding is None:
+        if field not in config:
             raise InputError(f"{file}: the file lacks {field}; it holds no whole LLM")
+    if embedding is None:
+        raise InputError(f"{file}: the file lacks token_embd.weight; it holds no whole LLM")
     config |= {
         "model_type": MODEL_TYPES[architecture],
         "vocab_size": int(embedding.shape[1]),

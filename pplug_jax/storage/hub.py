@@ -8,7 +8,7 @@ import functools
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def _from_hub(repository: str, file: str | None) -> Path:
 
 def _snapshot(repository: str, file: str | None) -> Path:
     """Fetch the repository's files that are read, or the parts of one .gguf file."""
-    fetch = functools.partial(huggingface_hub.snapshot_download, repository)
+    fetch: Callable[..., Any] = functools.partial(huggingface_hub.snapshot_download, repository)
     try:
         files = {entry.filename: entry for entry in fetch(dry_run=True)}
     except DryRunError:  # no network, or no such model; what was fetched before will do
@@ -146,10 +146,8 @@ def _from_url(url: str) -> Path:
         # Whole or not at all, also if killed or if two processes fetch at once.
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             try:
-                retrying(
-                    f"fetching {file}",
-                    lambda file=file, scratch=scratch: remote.get_file(file, f"{scratch}/file"),
-                )
+                fetch = functools.partial(remote.get_file, file, f"{scratch}/file")
+                retrying(f"fetching {file}", fetch)
             except OSError as error:
                 raise InputError(f"{url} cannot be read: {file}: {error}") from error
             Path(scratch, "file").rename(target)

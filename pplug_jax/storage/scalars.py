@@ -25,17 +25,17 @@ class Writer:
         start: the step that the run continues from.
     """
 
-    def __init__(self, workdir: str | Path, name: str, start: int):
+    def __init__(self, workdir: epath.PathLike, name: str, start: int):
         self.name, self.active = name, is_primary()
         if not self.active:
             return
-        workdir = epath.Path(workdir)
-        self.path = workdir / METRICS
+        directory = epath.Path(workdir)
+        self.path = directory / METRICS
         lines = read_text(self.path).splitlines() if self.path.exists() else []
         self.lines = [f"{line}\n" for line in lines if self._stays(line, name, start)]
         write_text(self.path, self.lines)
-        self.file = None if is_remote(workdir) else self.path.open("a")
-        self.events = SummaryWriter(str(workdir / EVENTS / name), purge_step=start + 1)
+        self.file = None if is_remote(directory) else self.path.open("a")
+        self.events = SummaryWriter(str(directory / EVENTS / name), purge_step=start + 1)
 
     @staticmethod
     def _stays(line: str, name: str, start: int) -> bool:

@@ -49,6 +49,7 @@ flags.DEFINE_float("temperature", 0.1, "Of the InfoNCE loss.")
 flags.DEFINE_integer("seed", 0, "Seed of everything.")
 
 TASK = TASKS["LaMP_5"]
+FOR_TOKENIZER = 10_000  # authors with two papers each that it is made from
 
 
 def pairs() -> Iterator[tuple[dict[str, str], dict[str, str]]]:
@@ -59,7 +60,7 @@ def pairs() -> Iterator[tuple[dict[str, str], dict[str, str]]]:
 
 
 def train_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    papers = itertools.chain.from_iterable(itertools.islice(pairs(), 10000))
+    papers = itertools.chain.from_iterable(itertools.islice(pairs(), FOR_TOKENIZER))
     special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     return train_bpe(
         map(TASK.item_text, papers), FLAGS.vocab_size, special, template="[CLS] $A [SEP]"

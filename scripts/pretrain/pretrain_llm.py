@@ -76,6 +76,7 @@ flags.DEFINE_integer("seed", 0, "Seed of everything.")
 
 SAMPLE = TASKS["LaMP_5"]
 SEPARATOR = "\n"
+FOR_TOKENIZER = 2000  # authors whose texts it is made from
 FORMS = ("bare", "demonstrations", "notes", "list", "titles", "repeat")
 
 
@@ -124,7 +125,7 @@ def authors(rng: random.Random) -> Iterator[Author]:
 def train_tokenizer(rng: random.Random) -> transformers.PreTrainedTokenizerFast:
     texts = (
         f"{author.notes} {SEPARATOR.join(author.task.own_example(item))}"
-        for author in itertools.islice(authors(rng), 2000)
+        for author in itertools.islice(authors(rng), FOR_TOKENIZER)
         for item in author.items
     )
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}

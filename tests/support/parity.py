@@ -1,13 +1,24 @@
 """What comparisons, with transformers or of two ways of ours, share."""
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-import transformers
+import pytest
+
+if TYPE_CHECKING:
+    import transformers
+
+if importlib.util.find_spec("torch"):
+    import torch
+else:
+    torch = None
+
+needs_torch = pytest.mark.skipif(torch is None, reason="PyTorch is not installed")
 
 
 def assert_close(ours: jax.Array, theirs: np.ndarray, tolerance: float = 1e-4) -> None:
@@ -29,21 +40,9 @@ def with_gradients(f: Callable[..., jax.Array], *arrays: jax.Array) -> list[jax.
     return [h, *grads]
 
 
-def save_random(model: transformers.PreTrainedModel, path: Path) -> None:
+def save_random(model: "transformers.PreTrainedModel", path: Path) -> None:
     """Saves `model` with noise on every tensor, for norms and biases start as all ones or zeros."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(path)
-
-
-def joined(
-    prompt: np.ndarray, prompt_mask: np.ndarray, target: np.ndarray, target_mask: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """`Batch.text` and its mask: each row's own tokens, but for its target's last, side by side."""
-    text = np.zeros((len(prompt), prompt.shape[1] + target.shape[1] - 1), np.int32)
-    mask = np.zeros(text.shape, bool)
-    for row in range(len(text)):
-        ids = [*prompt[row, prompt_mask[row]], *target[row, target_mask[row]][:-1]]
-        text[row, : len(ids)], mask[row, : len(ids)] = ids, True
-    return text, mask

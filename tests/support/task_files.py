@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lamp_files import write_split
-
 from pplug_jax.data.tasks import TASKS
+from tests.support.lamp_files import write_split
 
 TAGS = ", ".join(TASKS["LaMP_2"].labels)
 INPUTS = {
