@@ -24,7 +24,7 @@ from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.runtime.mesh import parts, place_abstract, sharding
 from pplug_jax.session import Models, model_path
 from pplug_jax.storage import hf
-from pplug_jax.train.step import abstract_optimizer, jit_step, make_optimizer
+from pplug_jax.train.step import abstract_optimizer, jit_step, optimizer_of
 
 # Tokens around the input: what the chat templates of the presets have at most (Llama's, with its
 # dates), or the start token and the separator.
@@ -158,10 +158,7 @@ class Programs:
 
     def train(self, remat: bool | None = None) -> jax.stages.Traced:
         """Trace the step of `train.fit`; `remat` is the config's by default."""
-        train = self.settings.train
-        optimizer = make_optimizer(
-            1, train.learning_rate, train.weight_decay, train.warmup, train.clip_norm
-        )
+        train, optimizer = self.settings.train, optimizer_of(self.settings, steps=1)
         state = abstract_optimizer(optimizer, self.weights, self.mesh)
         return self._trace(
             jit_step(self.weights, state).trace,

@@ -35,7 +35,7 @@ from pplug_jax.train.step import (
     init_optimizer,
     jit_step,
     loss_fn,
-    make_optimizer,
+    optimizer_of,
 )
 from pplug_jax.train.stop import Stop
 
@@ -69,14 +69,7 @@ def fit(
         persona_dropout=config.plug.persona_dropout,
     )
     plan = Plan(assemble.buckets.of, config.train.batch_size, config.train.epochs, config.seed)
-    optimizer = make_optimizer(
-        len(plan),
-        config.train.learning_rate,
-        config.train.weight_decay,
-        config.train.warmup,
-        config.train.clip_norm,
-        config.plug.encoder_rate,
-    )
+    optimizer = optimizer_of(config, len(plan))
     shapes = models.abstract_weights(method, config)
     trained = shapes, abstract_optimizer(optimizer, shapes, models.mesh)
     lower = _lowering(models, method, config, assemble, optimizer, trained)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import optax
 from jax.sharding import Mesh
 
@@ -45,6 +46,19 @@ def make_optimizer(
         optax.adamw(schedule, weight_decay=weight_decay),
         optax.masked(optax.scale(encoder_rate), _part("input_encoder")),
         optax.masked(optax.set_to_zero(), _part("scale")),
+    )
+
+
+def optimizer_of(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
+    """Make the optimizer that `config` names, `table.configured`, for so many steps."""
+    train = config.train
+    return make_optimizer(
+        steps,
+        train.learning_rate,
+        train.weight_decay,
+        train.warmup,
+        train.clip_norm,
+        config.plug.encoder_rate,
     )
 
 
