@@ -18,6 +18,7 @@ from pplug_jax.llm import abstract_llm
 from pplug_jax.llm.decoder import Decoder
 from pplug_jax.llm.generate import generate
 from pplug_jax.llm.prompts import Behind
+from pplug_jax.llm.quantize import KINDS, quantize
 from pplug_jax.methods.shown import layout_of
 from pplug_jax.methods.table import METHODS
 from pplug_jax.plan.flops import matmul_flops
@@ -193,6 +194,12 @@ def test_losses_and_gradients_are_those_of_one_text(llm: Decoder) -> None:
 
 def test_nor_does_remat_change_them(llama: Decoder) -> None:
     assert_same(make_plug(), llama, make_rows(), remat=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_may_be_integers(llama: Decoder, kind: str) -> None:
+    stored = jax.tree.map(lambda x: quantize(x, kind) if x.ndim == 3 else x, llama)
+    assert_same(make_plug(), stored, make_rows())
 
 
 def test_the_gradient_of_a_plug_that_changes_the_llm_runs_through_the_prompt(

@@ -120,7 +120,7 @@ LLMS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LLMS)
 def test_decoders(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Logits, their gradient, and a step behind the prompt."""
+    """Logits, their gradient, a step behind the prompt, and a text that goes on from it."""
     shapes = Decoder(FAMILIES[name].config_from_hf(LLMS[name], (1,)), "float32")
     llm = initialise(shapes, jax.random.key(0))
     embeds = jnp.asarray(np.random.default_rng(0).normal(size=(B, L, 32)), "float32")
@@ -135,6 +135,12 @@ def test_decoders(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
             first, cache = llm.prefill(embeds, mask, max_new_tokens=2)
             return first, llm.step(behind[:, :1], cache)[0]
 
+        def followed(llm: Decoder, tail: jax.Array) -> tuple[jax.Array, jax.Array]:
+            context = llm.read(embeds, mask)
+            logits = llm.unembed(llm.hidden(tail, jnp.ones((B, 7), bool), context=context))
+            return jnp.sum(jnp.cos(logits)), logits
+
+        followed_gradient = jax.value_and_grad(followed, argnums=1, has_aux=True)
         with_gradient = jax.value_and_grad(total, argnums=1, has_aux=True)
         targets = jax.jit(lambda llm, x: llm.logits(x, mask[:, :-20], behind))
         return jax.tree.leaves(
@@ -142,6 +148,7 @@ def test_decoders(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
                 jax.jit(with_gradient)(llm, embeds),
                 jax.jit(generated)(llm, embeds),
                 targets(llm, embeds[:, :-20]),
+                jax.jit(followed_gradient)(llm, embeds[:, 20:27]),
             ]
         )
 
