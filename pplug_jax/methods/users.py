@@ -1,4 +1,4 @@
-"""Which examples are of one user, of others, and what a user's own items are as examples."""
+"""Tell users apart by their histories, and turn a user's items into examples."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -10,9 +10,11 @@ from pplug_jax.data.tasks import Task
 
 
 def strangers(own: Sequence[np.ndarray], seed: int) -> list[int | None]:
-    """For each example another one, whose history has no text in common with its own, if any.
+    """Choose for each example another whose history shares no text with it; None if there is none.
 
-    own: (n,) int rows of each example's own history in the history store.
+    Args:
+        own: (n,) int for each example, its history's rows in the history store.
+        seed: of the choice.
     """
     # A random cycle over the examples gives everyone another's history. One user may have several
     # examples, with histories of different times, and the files may not say whose they are: so the
@@ -28,10 +30,13 @@ def strangers(own: Sequence[np.ndarray], seed: int) -> list[int | None]:
 
 
 class SameUser:
-    """Which of some histories, each (n,) int rows of the store, are the user's whose one is given.
+    """A function from a history to the places of all histories of the same user.
 
-    Two histories are taken for one user's where they share half of the shorter one's texts: files
-    need not name users, and co-authors share some.
+    Two histories count as one user's if they share half of the shorter one's texts: files need not
+    name users, and co-authors share some.
+
+    Args:
+        histories: (n,) int each, rows of the history store.
     """
 
     def __init__(self, histories: Sequence[np.ndarray]):
@@ -49,7 +54,12 @@ class SameUser:
 
 
 def unseen(train: Sequence[np.ndarray], held_out: Sequence[np.ndarray]) -> list[int]:
-    """The training examples whose users are not held out; arguments are rows of histories."""
+    """Return the training examples whose users are not held out.
+
+    Args:
+        train: (n,) int for each training example, its history's rows in the store.
+        held_out: the same of each held-out example.
+    """
     held = SameUser(held_out)
     return [i for i, rows in enumerate(train) if not held(rows)]
 
@@ -57,7 +67,7 @@ def unseen(train: Sequence[np.ndarray], held_out: Sequence[np.ndarray]) -> list[
 def split_users(
     histories: Sequence[np.ndarray], share: float, seed: int
 ) -> tuple[list[int], list[int]]:
-    """Examples to train on, and about a `share` that is held out, of users who have no others."""
+    """Split examples into those to train on and about a `share` held out, without a common user."""
     held: set[int] = set()
     same = SameUser(histories)
     for i in np.random.default_rng(seed).permutation(len(histories)).tolist():
@@ -70,7 +80,7 @@ def split_users(
 
 
 def own_items(task: Task, example: Example) -> Iterator[Example]:
-    """Each item of the user's as an example, whose history is all the others."""
+    """Yield each of the user's items as an example, whose history is all the others."""
     for i, item in enumerate(example.profile):
         if item[task.answer].strip():
             input, target = task.own_example(item)
