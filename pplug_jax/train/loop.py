@@ -1,4 +1,4 @@
-"""Fits a plug or a LoRA: the loss, the jit-compiled step, and the loop around them."""
+"""The loop that fits a plug or a LoRA: resume, step, log, validate, save."""
 
 import contextlib
 import math
@@ -48,15 +48,22 @@ def fit(
     directory: Path,
     validation: Sequence[Tokenized] = (),
 ) -> Weights:
-    """Trains the weights of `method` on `examples`, going on from the newest checkpoint.
+    """Train the weights of `method`, from the newest checkpoint on.
 
-    config: `table.configured`. examples: `inputs.TrainingInputs`'. directory: of checkpoints/,
-    metrics.jsonl and tensorboard/. validation: each checkpoint tells its loss on these examples,
-    if any. Returns the last step's weights, which need not be the best.
+    Args:
+        models: the run's models.
+        method: the method.
+        config: the method's config (`table.configured`).
+        examples: the training examples (`inputs.TrainingInputs`).
+        directory: receives checkpoints/, metrics.jsonl and tensorboard/.
+        validation: each checkpoint records the loss on these examples, if any.
+
+    Returns:
+        the last step's weights, which need not be the best.
 
     Raises:
-        SystemExit: on SIGTERM or Ctrl-C, after a checkpoint was saved.
-        FloatingPointError: the loss is no number any more.
+        SystemExit: SIGTERM or Ctrl-C came; a checkpoint was saved.
+        FloatingPointError: the loss is not finite.
         CheckpointError: the newest checkpoint is of other data.
     """
     assemble = models.assemble(
@@ -145,9 +152,15 @@ def _lowering(
     optimizer: optax.GradientTransformation,
     trained: tuple[Weights, Any],
 ) -> Callable[[int], jax.stages.Lowered]:
-    """What lowers the update for a bucket.
+    """Return a function that lowers the update for a bucket.
 
-    trained: the abstract weights and the state of their optimiser.
+    Args:
+        models: the run's models.
+        method: the method.
+        config: the method's config.
+        assemble: makes batches of the bucket's shape.
+        optimizer: of the update.
+        trained: the abstract weights and optimiser state.
     """
     jitted = jit_step(*trained)
 
@@ -171,10 +184,10 @@ def _lowering(
 def _resumed(
     checkpoints: Checkpoints, trained: tuple[Weights, Any], steps: int
 ) -> tuple[Weights | None, Any, int]:
-    """The newest checkpoint's weights, optimiser state and step; (None, None, 0) where none is.
+    """Return the newest checkpoint's weights, optimiser state and step, or (None, None, 0).
 
     Raises:
-        CheckpointError: it is of more than `steps` steps, so of other data.
+        CheckpointError: the checkpoint is of more than `steps` steps, so of other data.
     """
     latest = checkpoints.latest_for_all()
     if latest is None:
@@ -188,7 +201,7 @@ def _resumed(
 
 
 class Meter:
-    """What the steps since the last reading told, on average, and how fast they were."""
+    """The mean metrics of the steps since the last reading, and their speed."""
 
     def __init__(self) -> None:
         self._restart()
@@ -203,7 +216,7 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out what is done meanwhile."""
+        """Leave out the time that the context takes."""
         before = time.monotonic()
         yield
         self.since += time.monotonic() - before
@@ -211,7 +224,7 @@ class Meter:
     def read(self) -> dict[str, float]:
         """Return each metric's mean, `steps_per_second` and `tokens_per_second`, and start anew.
 
-        The only place where the host waits for the device.
+        Only here does the host wait for the device.
         """
         # NumPy would wrap what interrupts the wait into an error of its own.
         told = jax.device_get(self.metrics)
@@ -224,7 +237,7 @@ class Meter:
 
 
 def training_seconds(directory: Path, method: str) -> float:
-    """How long `fit` has worked on the method's steps, those of all starts together."""
+    """Return the seconds that `fit` took for the method's steps, over all starts."""
     seconds, before = 0.0, 0
     for step, speed in read_scalars(directory / METRICS, "steps_per_second")[method].items():
         seconds += (step - before) / speed
@@ -239,7 +252,7 @@ def validation_loss(
     weights: Weights,
     examples: Sequence[Tokenized],
 ) -> float:
-    """The mean loss per target token, without dropout."""
+    """Return the mean loss per target token, without dropout."""
     size = config.train.batch_size
     assemble = models.assemble(method, config, examples, size)
     loss = jax.jit(loss_fn, static_argnames=("place", "reading"))

@@ -1,4 +1,4 @@
-"""Learning rates by the loss on training users held out, the same trials for every method."""
+"""Choose learning rates by the loss on held-out training users, with the same trials for all."""
 
 import json
 
@@ -17,9 +17,16 @@ from pplug_jax.train.loop import fit, validation_loss
 
 
 def tune(models: Models, training: TrainingInputs) -> dict[str, float]:
-    """The learning rate with the lowest loss on the users held out, for each trained method.
+    """Return the learning rate with the lowest loss on the held-out users, for each trained method.
 
     Every method gets the same trials. tune.json keeps the losses; a rate that diverges has none.
+
+    Args:
+        models: the run's models.
+        training: makes each method's examples.
+
+    Raises:
+        ConfigError: a method diverges at all rates.
     """
     config = models.config
     path = models.workdir / TRIALS
