@@ -1,4 +1,4 @@
-"""Every method over several seeds on users that no training has seen, in one table."""
+"""Compare methods over several seeds, on users that no training has seen, in one table."""
 
 import functools
 import statistics
@@ -37,7 +37,13 @@ REFERENCES = ("none", "instruction_only", "shuffled_user", "pplug")  # what diff
 
 
 class Run(NamedTuple):
-    """A method with one seed; train_seconds and learning_rate of the weights that it uses."""
+    """A method's result with one seed.
+
+    Attributes:
+        answers: the answers and their costs.
+        train_seconds: the training time of the weights that it uses, if any.
+        learning_rate: their learning rate, if any.
+    """
 
     answers: Answers
     train_seconds: float | None
@@ -45,7 +51,7 @@ class Run(NamedTuple):
 
 
 def compare_methods(models: Models, train: Sequence[Example], held_out: Sequence[Example]) -> None:
-    """Trains and evaluates what is not done yet, and writes results.json and results.md.
+    """Train and evaluate what is not done yet, and write results.json and results.md.
 
     Each seed has a directory like a run's. A method without weights is run once.
     """
@@ -91,7 +97,7 @@ def run_method(
     tokenized: Callable[[], Sequence[Tokenized]],
     directory: Path,
 ) -> Run:
-    """Trains the method, if it has weights of its own, and answers, unless that was done before."""
+    """Train the method, if it trains weights, and answer, unless that was done before."""
     path = predictions_path(directory, settings.data.eval_split, method.name)
     if method.trained and not path.is_file():
         examples, validation = training(method, settings), training.validation(method, settings)
@@ -108,7 +114,7 @@ def run_method(
 def summary(
     models: Models, held_out: Sequence[Example], runs: dict[str, list[Run]]
 ) -> dict[str, Any]:
-    """The table of results.json: of several seeds the mean of each example's statistics."""
+    """Make results.json's table; statistics of each example are averaged over the seeds."""
     config = models.config
     samples = config.eval.bootstrap_samples
     users = [example.user for example in held_out]
@@ -141,7 +147,7 @@ def summary(
 
 
 def commit() -> str:
-    """The code's commit; empty where there is no git, or the code is not of a checkout."""
+    """Return the code's commit; empty without git, or outside a checkout."""
     try:
         return subprocess.run(
             ["git", "describe", "--always", "--dirty"],
@@ -155,7 +161,7 @@ def commit() -> str:
 
 
 def facts(models: Models) -> dict[str, str]:
-    """What a reader needs to place the figures."""
+    """Return what a reader needs to place the figures."""
     return {
         "commit": commit() or "unknown",
         "jax": jax.__version__,
@@ -166,7 +172,7 @@ def facts(models: Models) -> dict[str, str]:
 
 
 def difference_rows(results: dict[str, Any], metric: str) -> tuple[list[str], list[list[str]]]:
-    """The methods' differences from the references: header and cells; p < 0.05 is starred."""
+    """Return the differences from the references: header and cells; p < 0.05 is starred."""
     entries = results["methods"]
     references = [other for other in REFERENCES if other in entries]
     cells = []
@@ -180,7 +186,7 @@ def difference_rows(results: dict[str, Any], metric: str) -> tuple[list[str], li
 
 
 def cost_rows(results: dict[str, Any], metric: str | None) -> tuple[list[str], list[list[str]]]:
-    """What the methods cost, and how far the seeds are apart in the metric: header and cells."""
+    """Return the methods' costs, and the metric's deviation over seeds: header and cells."""
     cells = []
     for name, entry in results["methods"].items():
         seeds = entry.get(metric, {}).get("seeds", ())
@@ -200,7 +206,7 @@ def cost_rows(results: dict[str, Any], metric: str | None) -> tuple[list[str], l
 
 
 def report(results: dict[str, Any], workdir: Path) -> None:
-    """Prints the tables and writes results.md."""
+    """Print the tables and write results.md."""
     title = title_of(results)
     header, columns = metric_columns(results)
     cells = [[name, *row] for name, row in zip(results["methods"], columns, strict=True)]

@@ -1,4 +1,4 @@
-"""A method's answers to the held-out examples, and what the plug made of each user."""
+"""Answer the held-out examples with a method, and record what the plug made of each user."""
 
 import contextlib
 import functools
@@ -39,11 +39,15 @@ from pplug_jax.train.user_lora import fit_user_loras
 
 
 class Answers(NamedTuple):
-    """What a method gave: a text for each example by its id, and what it took.
+    """A method's answers and what they cost.
 
-    losses: of each example's gold, the sum over its tokens and their number. step: the trained
-    weights', if any. trainable: parameters that training changed. bytes_per_user: what has to be
-    kept of a user, on average. milliseconds: the median over batches of an example's.
+    Attributes:
+        texts: {example's id: answer}.
+        losses: for each example's gold, the sum over its tokens and their number.
+        step: the trained weights' step, if any.
+        trainable: the number of parameters that training changed.
+        bytes_per_user: the bytes that must be kept of a user, on average.
+        milliseconds: an example's time, the median over batches.
     """
 
     texts: dict[str, str]
@@ -62,10 +66,18 @@ def predict(
     tokenized: Sequence[Tokenized],
     own: Sequence[Sequence[Tokenized]] = (),
 ) -> tuple[list[str], np.ndarray, float]:
-    """The method's answer to each example, its gold's losses, and an example's milliseconds.
+    """Return the method's answer to each example, its gold's losses, and an example's milliseconds.
 
-    own: each example's history items as examples, of a method with `user_lora`. The losses (n, 2)
-    are `Answers.losses`.
+    Args:
+        models: the run's models.
+        method: the method.
+        config: the method's config (`table.configured`).
+        weights: the trained weights, if any.
+        tokenized: the examples, as the method shows them.
+        own: each user's history items as examples, for a method with `user_lora`.
+
+    Returns:
+        answers; losses (n, 2), as in `Answers.losses`; milliseconds.
     """
     tokenizer, size = models.tokenizer, config.eval.batch_size
     assemble = models.assemble(method, config, tokenized, size)
@@ -127,10 +139,16 @@ def predict(
 
 
 def by_prompt(tokenized: Sequence[Tokenized], most: int) -> tuple[np.ndarray, int]:
-    """An order of the examples in which each prompt stands as often as there are users for it.
+    """Order examples by prompt, so that several users in a row share one.
 
-    Also how many of these can share it, in all of the order: 1 unless every prompt is there for
-    several. It divides `most`.
+    Args:
+        tokenized: the examples.
+        most: the largest number of users that may share.
+
+    Returns:
+        the order, and how many consecutive users share a prompt everywhere in it. The number
+            divides `most`; it is 1, and the order unchanged, unless every prompt occurs several
+            times.
     """
     order = sorted(range(len(tokenized)), key=lambda i: tokenized[i].prompt.tobytes())
     numbers = Counter(example.prompt.tobytes() for example in tokenized).values()
@@ -147,12 +165,18 @@ def answer(
     directory: Path,
     weights: Callable[[], Weights],
 ) -> Answers:
-    """Runs a method on the held-out examples, unless its answers by the same weights are there.
+    """Run a method on the held-out examples, unless the same weights' answers are on disk.
 
-    config: `methods.configured`. tokenized: makes the examples' tokens, where they are needed.
-    weights: gives the method's trained ones, where they are needed.
+    Writes predictions/ and, for a plug that reads the user, personas/ in `directory`.
 
-    Writes predictions/ and, of a plug that reads the user, personas/ in `directory`.
+    Args:
+        models: the run's models.
+        method: the method.
+        config: the method's config (`table.configured`).
+        examples: the held-out examples.
+        tokenized: tokenises the examples; called only if needed.
+        directory: holds the method's checkpoints and receives the answers.
+        weights: restores the method's trained weights; called only if needed.
     """
     task, split = models.task, config.data.eval_split
     path = predictions_path(directory, split, method.name)
@@ -204,7 +228,7 @@ def _bytes_per_user(
     examples: Iterable[Example],
     inputs: Sequence[Tokenized],
 ) -> float:
-    """Texts as UTF-8, vectors as the store's float16, a LoRA as float16."""
+    """Return a user's mean bytes: texts as UTF-8, vectors and LoRAs as float16."""
     total = 0.0
     if method.retrieval:
         total += np.mean(
@@ -237,12 +261,12 @@ def write_personas(
     inputs: Sequence[Tokenized],
     directory: Path,
 ) -> None:
-    """Writes what the plug made of each user, for people to look at, as an npz of arrays.
+    """Write an npz of what the plug made of each user, for people to look at.
 
-    lengths: (n,) items of each history. weights, other: (sum of lengths,) float32, the items'
-    attention weights for the example's input, and for the text of the user's newest item as an
-    input. other_item: (n,) that item's place, -1 for none. persona: (n, D) float32, the mean of
-    the persona tokens.
+    `lengths` (n,) has the items of each history. `weights` and `other`, (sum of lengths,) float32,
+    are the items' attention weights for the example's input, and for the text of the user's newest
+    item as an input. `other_item` (n,) is that item's place, -1 for none. `persona` (n, D) float32
+    is the mean of the persona tokens.
     """
     texts = [
         example.profile[-1][models.task.cut] if len(each.rows) else ""

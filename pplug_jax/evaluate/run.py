@@ -1,4 +1,4 @@
-"""Every method on the held-out users: predictions, scores, intervals, and the table."""
+"""Evaluate every method on the held-out users: predictions, scores, intervals, and the table."""
 
 import functools
 from collections.abc import Sequence
@@ -26,9 +26,9 @@ from pplug_jax.storage.workdir import CONFIG, RESULTS, plot_path
 def statistics_of(
     models: Models, examples: Sequence[Example], answers: Answers
 ) -> dict[str, np.ndarray]:
-    """Each example's statistics for the task's metrics, `loss`, and `style` where users have one.
+    """Compute each example's statistics: the task's metrics, `loss`, and `style` if users have one.
 
-    Nothing where the outputs are withheld or only a judge can score.
+    They are empty if the outputs are withheld or only a judge can score.
     """
     task = models.task
     golds = [example.target for example in examples]
@@ -43,7 +43,7 @@ def statistics_of(
 
 
 def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
-    """Runs every method of the config and prints the table.
+    """Run every method of the config and print the table.
 
     Writes predictions/, personas/, results.json and results.md.
     """
@@ -105,7 +105,7 @@ def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
 
 
 def empty_results(config: ml_collections.ConfigDict, examples: Sequence[Example]) -> dict[str, Any]:
-    """What results are about, before there are any."""
+    """Return the head of the results, before any method has run."""
     return {
         "task": config.task,
         "data": data_name(config),
@@ -131,7 +131,7 @@ def show_examples(
     answers: dict[str, dict[str, str]],
     count: int = 3,
 ) -> None:
-    """A few users, spread evenly over the split: what the LLM says without and with the persona."""
+    """Print a few users, spread evenly over the split: answers without and with the persona."""
     for i in sorted({len(examples) * (2 * n + 1) // (2 * count) for n in range(count)}):
         example = examples[i]
         say(f"\nuser {example.id}, {len(example.profile)} items of history, such as")
@@ -147,5 +147,6 @@ def show_examples(
 
 
 def shorten(text: str, width: int = 100) -> str:
+    """Return the text on one line of at most `width` characters."""
     text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 3] + "..."
