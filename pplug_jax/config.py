@@ -1,4 +1,4 @@
-"""Checks of a config: that it can work, and that a workdir belongs to it."""
+"""Check a config: that it can work, and that a workdir belongs to it."""
 
 import json
 import math
@@ -67,13 +67,13 @@ CHOICES = {
 
 
 def apply_parity(config: ml_collections.ConfigDict) -> None:
-    """Sets what `config.parity` stands for."""
+    """Set what `config.parity` stands for."""
     if config.parity:
         config.update_from_flattened_dict(PARITY)
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
-    """Finds what cannot work before anything is loaded.
+    """Find what cannot work before anything is loaded.
 
     Raises:
         ConfigError: names the field.
@@ -153,7 +153,11 @@ def _check_ranges(config: ml_collections.ConfigDict) -> None:
 
 
 def check_batches(config: ml_collections.ConfigDict, parts: int) -> None:
-    """The same for what depends on the mesh, which cuts every batch into `parts`."""
+    """Check that the mesh, which cuts every batch into `parts`, divides the batch sizes.
+
+    Raises:
+        ConfigError: names the field.
+    """
     sizes = {
         "train.batch_size / config.train.accumulation": config.train.batch_size
         // config.train.accumulation,
@@ -168,10 +172,10 @@ def check_batches(config: ml_collections.ConfigDict, parts: int) -> None:
 
 
 def claim_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
-    """Writes config.json, or checks that the one there says the same.
+    """Write config.json, or check that the existing one says the same.
 
-    Only the mesh may differ, the split to evaluate on, which methods and seeds are run, and which
-    variants there are.
+    Only these may differ: the mesh, the split to evaluate on, the methods, the seeds, and which
+    variants exist.
 
     Raises:
         ConfigError: the workdir belongs to another config; the message names the fields.
