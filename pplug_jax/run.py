@@ -181,8 +181,8 @@ def _work(
         training.save_peers()
         for method in (method for method in asked_for(config) if method.trained):
             settings = configured(config, method, config.seed)
-            examples = training(method, settings)
-            fit(models, method, settings, examples, workdir, training.validation(method, settings))
+            tokenized = training(method, settings)
+            fit(models, method, settings, tokenized, workdir, training.validation(method, settings))
             plot_losses(workdir / METRICS, plot_path(workdir, "loss"))
     if mode in ("evaluate", "train_and_evaluate"):
         evaluate(models, held_out)

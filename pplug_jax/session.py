@@ -153,8 +153,8 @@ class Models:
         """Return the store's rows of each example's history, without tokenising anything."""
         data = self.config.data
         return [
-            history_rows(self.task, each, self.store, data.max_history, data.history_labels)
-            for each in examples
+            history_rows(self.task, example, self.store, data.max_history, data.history_labels)
+            for example in examples
         ]
 
     def tokenize(self, examples: Iterable[Example], layout: Layout = PLAIN) -> list[Tokenized]:
@@ -187,17 +187,17 @@ class Models:
         """The items of the training split's histories, which `train.inputs.save_peers` wrote."""
         return Peers.load(self.store, self.workdir)
 
-    def buckets(self, examples: Sequence[Tokenized], count: int, behind: bool = False) -> Buckets:
+    def buckets(self, tokenized: Sequence[Tokenized], count: int, behind: bool = False) -> Buckets:
         longest_query = self.encoder.model.config.max_length
         # Behind the input a place has a backward pass beside the forward one.
         target_cost = 2 if behind else 0 if self.abstract_llm.decoder_only else 1
-        return Buckets(examples, count, longest_query, target_cost)
+        return Buckets(tokenized, count, longest_query, target_cost)
 
     def assemble(
         self,
         method: Method,
         config: ml_collections.ConfigDict,
-        examples: Sequence[Tokenized],
+        tokenized: Sequence[Tokenized],
         batch_size: int,
         **training: Any,
     ) -> Assemble:
@@ -206,14 +206,14 @@ class Models:
         Args:
             method: the method.
             config: the method's config (`table.configured`).
-            examples: the tokenised examples.
+            tokenized: the examples.
             batch_size: rows of the global batch.
             **training: the seed and rates of `Assemble`'s dropout.
         """
         features, layout = PLUGS[method.kind].features(config), layout_of(method, config)
         return Assemble(
-            examples,
-            self.buckets(examples, config.data.buckets, layout.behind),
+            tokenized,
+            self.buckets(tokenized, config.data.buckets, layout.behind),
             self.store,
             local_rows(self.mesh, batch_size),
             features=features,
@@ -228,7 +228,7 @@ class Models:
         # Of an older workdir's methods some may be gone.
         methods = [known[name] for name in self.config.methods if name in known]
         settings = [configured(self.config, method, 0) for method in methods]
-        behind = any(layout_of(*each).behind for each in zip(methods, settings, strict=True))
+        behind = any(layout_of(*pair).behind for pair in zip(methods, settings, strict=True))
         if behind and not self.abstract_llm.decoder_only:
             raise ConfigError(
                 "config.plug.place 'behind': an LLM with an encoder reads the whole prompt at "
@@ -288,8 +288,9 @@ class Models:
         Raises:
             CheckpointError: `directory` has no checkpoint of them.
         """
-        with contextlib.closing(Checkpoints(checkpoints_path(directory, method.plug))) as found:
-            return found.restore_weights(self.abstract_weights(method, config))
+        path = checkpoints_path(directory, method.plug)
+        with contextlib.closing(Checkpoints(path)) as checkpoints:
+            return checkpoints.restore_weights(self.abstract_weights(method, config))
 
     def new_weights(self, method: Method, config: ml_collections.ConfigDict) -> Weights:
         """Make the method's weights before training, on the mesh, drawn from the config's seed.

@@ -16,7 +16,7 @@ import numpy as np
 from pplug_jax.data.lamp import Example, Subset
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.errors import ConfigError
-from pplug_jax.evaluate.predict import Answers, answer
+from pplug_jax.evaluate.predict import Answers, answer_examples
 from pplug_jax.evaluate.run import empty_results, statistics_of
 from pplug_jax.feed.batches import Tokenized
 from pplug_jax.methods.table import Method, asked_for, configured, methods_of
@@ -36,7 +36,7 @@ from pplug_jax.train.tune import tune
 REFERENCES = ("none", "instruction_only", "shuffled_user", "pplug")  # what differences are from
 
 
-class Run(NamedTuple):
+class SeedRun(NamedTuple):
     """A method's result with one seed.
 
     Attributes:
@@ -71,7 +71,7 @@ def compare_methods(models: Models, train: Sequence[Example], held_out: Sequence
         training = TrainingInputs(models, Subset(train, kept))
         training.save_peers()
     rates = tune(models, training) if training and config.tune.learning_rates else {}
-    runs: dict[str, list[Run]] = defaultdict(list)
+    runs: dict[str, list[SeedRun]] = defaultdict(list)
     for seed in config.seeds:
         directory = seed_path(workdir, seed)
         for method in methods:
@@ -85,7 +85,7 @@ def compare_methods(models: Models, train: Sequence[Example], held_out: Sequence
     results = summary(models, held_out, runs)
     results["facts"] = facts(models)
     write_json(workdir / f"{RESULTS}.json", results)
-    report(results, workdir)
+    write_tables(results, workdir)
 
 
 def run_method(
@@ -96,7 +96,7 @@ def run_method(
     held_out: Sequence[Example],
     tokenized: Callable[[], Sequence[Tokenized]],
     directory: Path,
-) -> Run:
+) -> SeedRun:
     """Train the method, if it trains weights, and answer, unless that was done before."""
     path = predictions_path(directory, settings.data.eval_split, method.name)
     if method.trained and not path.is_file():
@@ -104,15 +104,15 @@ def run_method(
         fit(models, method, settings, examples, directory, validation)
         plot_losses(directory / METRICS, plot_path(directory, "loss"))
     weights = functools.partial(models.restore_weights, method, settings, directory)
-    answers = answer(models, method, settings, held_out, tokenized, directory, weights)
+    answers = answer_examples(models, method, settings, held_out, tokenized, directory, weights)
     if not method.plug:
-        return Run(answers, None, None)
+        return SeedRun(answers, None, None)
     seconds = training_seconds(directory, method.plug)
-    return Run(answers, seconds, settings.train.learning_rate)
+    return SeedRun(answers, seconds, settings.train.learning_rate)
 
 
 def summary(
-    models: Models, held_out: Sequence[Example], runs: dict[str, list[Run]]
+    models: Models, held_out: Sequence[Example], runs: dict[str, list[SeedRun]]
 ) -> dict[str, Any]:
     """Make results.json's table; statistics of each example are averaged over the seeds."""
     config = models.config
@@ -121,8 +121,8 @@ def summary(
     results = empty_results(config, held_out) | {"seeds": list(config.seeds)}
     pooled: dict[str, dict[str, np.ndarray]] = {}
     for name, of_seeds in runs.items():
-        each = [statistics_of(models, held_out, run.answers) for run in of_seeds]
-        pooled[name] = mean_statistics(each)
+        by_seed = [statistics_of(models, held_out, run.answers) for run in of_seeds]
+        pooled[name] = mean_statistics(by_seed)
         entry = {"about": methods_of(config)[name].about} | {
             field: statistics.mean(getattr(run.answers, field) for run in of_seeds)
             for field in ("trainable", "bytes_per_user", "milliseconds")
@@ -132,7 +132,7 @@ def summary(
             entry["learning_rate"] = of_seeds[0].learning_rate
         entry |= scores(pooled[name], samples, users)
         for metric in pooled[name]:
-            entry[metric]["seeds"] = [value_of(metric, found[metric]) for found in each]
+            entry[metric]["seeds"] = [value_of(metric, statistic[metric]) for statistic in by_seed]
         results["methods"][name] = entry
     for name, entry in results["methods"].items():
         entry["versus"] = {
@@ -179,9 +179,9 @@ def difference_rows(results: dict[str, Any], metric: str) -> tuple[list[str], li
     for name, entry in entries.items():
         cells.append([name])
         for other in references:
-            found = entry["versus"].get(other, {}).get(metric)
-            star = "*" if found and found["p_value"] < 0.05 else " "
-            cells[-1].append(f"{found['difference']:+.3f}{star}" if found else "")
+            comparison = entry["versus"].get(other, {}).get(metric)
+            star = "*" if comparison and comparison["p_value"] < 0.05 else " "
+            cells[-1].append(f"{comparison['difference']:+.3f}{star}" if comparison else "")
     return ["method", *references], cells
 
 
@@ -205,7 +205,7 @@ def cost_rows(results: dict[str, Any], metric: str | None) -> tuple[list[str], l
     return header, cells
 
 
-def report(results: dict[str, Any], workdir: Path) -> None:
+def write_tables(results: dict[str, Any], workdir: Path) -> None:
     """Print the tables and write results.md."""
     title = title_of(results)
     header, columns = metric_columns(results)

@@ -242,7 +242,7 @@ class Buckets:
     An example fits its bucket and all larger ones.
 
     Args:
-        examples: the tokenised examples.
+        tokenized: the examples.
         count: the most shapes.
         longest_query: the most tokens that the input encoder takes.
         target_cost: the cost of a place of the target over one of the text. 0 means that the LLM
@@ -251,17 +251,17 @@ class Buckets:
     """
 
     def __init__(
-        self, examples: Sequence[Tokenized], count: int, longest_query: int, target_cost: float
+        self, tokenized: Sequence[Tokenized], count: int, longest_query: int, target_cost: float
     ):
         self.joined = target_cost == 0
-        texts = np.array([len(self.text(e)) for e in examples])
-        targets = np.array([len(e.target) for e in examples])
+        texts = np.array([len(self.text(e)) for e in tokenized])
+        targets = np.array([len(e.target) for e in tokenized])
         if self.joined:  # they have one padded length
             targets[:] = targets.max()
         edges = bucket_edges(np.stack([texts, targets], axis=1), count, target_cost)
         fits = (texts[:, None] <= edges[:, 0]) & (targets[:, None] <= edges[:, 1])
         self.of = fits.argmax(axis=1)
-        lengths = np.array([(len(e.prompt), len(e.query)) for e in examples])
+        lengths = np.array([(len(e.prompt), len(e.query)) for e in tokenized])
         longest = [
             lengths[self.of <= bucket].max(axis=0, initial=0) for bucket in range(len(edges))
         ]
@@ -269,7 +269,7 @@ class Buckets:
             Shape(int(text), round_up(prompt), min(round_up(query), longest_query), int(target))
             for (text, target), (prompt, query) in zip(edges, longest, strict=True)
         ]
-        self.history = round_up(max(len(e.rows) for e in examples))
+        self.history = round_up(max(len(e.rows) for e in tokenized))
 
     def text(self, example: Tokenized) -> np.ndarray:
         """Return what the LLM reads of an example: the prompt, and if joined the target behind it.
@@ -346,7 +346,7 @@ class Assemble:
     """A function from (step, bucket, indices) to this process' rows of the batch.
 
     Args:
-        examples: the tokenised examples.
+        tokenized: the examples.
         buckets: their padded shapes.
         store: the history store.
         rows: the places of this process' rows in the batch (`mesh.local_rows`).
@@ -360,7 +360,7 @@ class Assemble:
 
     def __init__(
         self,
-        examples: Sequence[Tokenized],
+        tokenized: Sequence[Tokenized],
         buckets: Buckets,
         store: HistoryStore,
         rows: Sequence[int],
@@ -372,7 +372,7 @@ class Assemble:
         peers: Peers | None = None,
         queries: HistoryStore | None = None,
     ):
-        self.examples, self.buckets, self.store, self.rows = examples, buckets, store, rows
+        self.tokenized, self.buckets, self.store, self.rows = tokenized, buckets, store, rows
         self.seed, self.history_dropout, self.persona_dropout = (
             seed,
             history_dropout,
@@ -405,7 +405,7 @@ class Assemble:
             if row >= len(indices):
                 break
             index = indices[row]
-            example = self.examples[index]
+            example = self.tokenized[index]
             for name in shape:
                 ids = self.buckets.text(example) if name == "text" else getattr(example, name)
                 batch[name][i, : len(ids)] = ids

@@ -73,7 +73,7 @@ def compare_with_peers(names: Sequence[str]) -> bool:
 
 def of_history(
     names: Sequence[str],
-    told: Mapping[str, np.ndarray],
+    item_features: Mapping[str, np.ndarray],
     vectors: np.ndarray,
     means: Callable[[], np.ndarray],
 ) -> dict[str, np.ndarray]:
@@ -81,12 +81,14 @@ def of_history(
 
     Args:
         names: the features.
-        told: what `of_items` returns for the history.
+        item_features: what `of_items` returns for the history.
         vectors: (n, E) float32, the items' vectors.
         means: returns the means of the items' peers, (n, E); called at most once.
     """
     peers = means() if compare_with_peers(names) else vectors
     return {
-        name: told[name] if FEATURES[name].of_items else FEATURES[name].of_peers(vectors, peers)
+        name: item_features[name]
+        if FEATURES[name].of_items
+        else FEATURES[name].of_peers(vectors, peers)
         for name in names
     }

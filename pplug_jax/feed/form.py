@@ -21,7 +21,7 @@ def form(text: str) -> np.ndarray:
     words = text.split()
     if not words:
         return np.zeros(SIZE, np.float32)
-    found = [
+    marks = [
         text.strip()[0].isupper(),
         ":" in text,
         "(" in text,
@@ -30,5 +30,5 @@ def form(text: str) -> np.ndarray:
         words[-1][-1] in ".!?",
         sum(word[0].isupper() for word in words) / len(words),
     ]
-    values = [2 * value - 1 for value in found] + [math.log2(len(words)) - 3]
+    values = [2 * value - 1 for value in marks] + [math.log2(len(words)) - 3]
     return np.array(values, np.float32) / math.sqrt(SIZE)

@@ -37,7 +37,7 @@ class Peers:
     def __init__(self, store: HistoryStore, pool: np.ndarray):
         self.store, self.pool = store, pool
         self._vectors = store.vectors(pool)
-        self._found: dict[bytes, np.ndarray] = {}
+        self._places: dict[bytes, np.ndarray] = {}
 
     @classmethod
     def of(cls, store: HistoryStore, histories: Iterable[np.ndarray]) -> "Peers":
@@ -75,40 +75,40 @@ class Peers:
     def means(self, rows: np.ndarray) -> np.ndarray:
         """Return the mean of each item's peers, for rows of the store: (n,) -> (n, E) float32."""
         key = rows.tobytes()
-        if key not in self._found:
-            self._found[key] = self._search(self.store.vectors(rows), rows)
-        return self._mean(self._found[key], self.store.vectors(rows))
+        if key not in self._places:
+            self._places[key] = self._search(self.store.vectors(rows), rows)
+        return self._mean(self._places[key], self.store.vectors(rows))
 
-    def means_of(self, vectors: np.ndarray, own: np.ndarray) -> np.ndarray:
+    def means_of(self, vectors: np.ndarray, user_rows: np.ndarray) -> np.ndarray:
         """Return the mean of each item's peers, for items that the store may lack, (n, E) float32.
 
         Args:
             vectors: (n, E) float32, unit norm.
-            own: (m,) int, the rows of the user's items in the store.
+            user_rows: (m,) int, the rows of the user's items in the store.
         """
-        return self._mean(self._search(vectors, own), vectors)
+        return self._mean(self._search(vectors, user_rows), vectors)
 
-    def _search(self, vectors: np.ndarray, own: np.ndarray) -> np.ndarray:
+    def _search(self, vectors: np.ndarray, user_rows: np.ndarray) -> np.ndarray:
         """Return the peers' places in the pool, (n, COUNT) int32; -1 stands for a missing peer."""
         places = np.full((len(vectors), COUNT), -1, np.int32)
         scores = np.full((len(vectors), COUNT), -np.inf, np.float32)
-        mine = np.isin(self.pool, own)
+        is_users = np.isin(self.pool, user_rows)
         for start in range(0, len(self.pool), CHUNK):
             part = slice(start, start + CHUNK)
-            found = vectors @ self._vectors[part].T
-            found[:, mine[part]] = -np.inf
-            found = np.concatenate([scores, found], axis=1)
-            best = np.argpartition(found, -COUNT, axis=1)[:, -COUNT:]
-            scores = np.take_along_axis(found, best, 1)
+            candidates = vectors @ self._vectors[part].T
+            candidates[:, is_users[part]] = -np.inf
+            candidates = np.concatenate([scores, candidates], axis=1)
+            best = np.argpartition(candidates, -COUNT, axis=1)[:, -COUNT:]
+            scores = np.take_along_axis(candidates, best, 1)
             before = np.take_along_axis(places, np.minimum(best, COUNT - 1), 1)
             places = np.where(best < COUNT, before, start + best - COUNT)
         return np.where(np.isfinite(scores), places, -1).astype(np.int32)
 
     def _mean(self, places: np.ndarray, vectors: np.ndarray) -> np.ndarray:
         """Average the peers at `places`; an item without any gets its vector: it differs by 0."""
-        there = places >= 0
-        if not there.any():
+        is_peer = places >= 0
+        if not is_peer.any():
             return vectors
-        total = np.einsum("nk,nke->ne", there.astype(np.float32), self._vectors[places])
-        mean = total / np.maximum(there.sum(1, keepdims=True), 1).astype(np.float32)
-        return np.where(there.any(1, keepdims=True), mean, vectors)
+        total = np.einsum("nk,nke->ne", is_peer.astype(np.float32), self._vectors[places])
+        mean = total / np.maximum(is_peer.sum(1, keepdims=True), 1).astype(np.float32)
+        return np.where(is_peer.any(1, keepdims=True), mean, vectors)

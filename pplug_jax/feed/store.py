@@ -78,11 +78,11 @@ class HistoryStore:
         if is_primary():
             mark.touch()
         wait_for_all("the history store is marked")
-        found = mark.is_file()
+        is_marked = mark.is_file()
         wait_for_all("all have looked for the mark")
         if is_primary():
             mark.unlink()
-        return found
+        return is_marked
 
     def _files(self) -> dict[Path, int]:
         """Return the files, and the bytes of a row in each."""

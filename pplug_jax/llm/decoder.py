@@ -212,8 +212,8 @@ class KVCache(NamedTuple):
 def see_own(seen: jax.Array, length: jax.Array) -> jax.Array:
     """Let each beam see its slot among the K slots that the next step fills: seen (B, K, S)."""
     B, K, _ = seen.shape
-    own = jnp.broadcast_to(jnp.eye(K, dtype=bool), (B, K, K))
-    return jax.lax.dynamic_update_slice(seen, own, (0, 0, length))
+    slots = jnp.broadcast_to(jnp.eye(K, dtype=bool), (B, K, K))
+    return jax.lax.dynamic_update_slice(seen, slots, (0, 0, length))
 
 
 def write(
@@ -408,11 +408,11 @@ class Decoder(nnx.Module):
         if context is None:
             at = positions(mask)
             alone = pays(mask.shape[1])
-            own = OwnText(mask, jnp.bool(False), self.config.window) if alone else causal(mask)
-            return at, self._views(at, (at, own), None)
-        slots, there = context.for_rows(len(mask))
-        at = positions(mask) + jnp.sum(there, axis=1, keepdims=True)
-        return at, self._views(at, (at, causal(mask)), (slots, there[:, None]))
+            visible = OwnText(mask, jnp.bool(False), self.config.window) if alone else causal(mask)
+            return at, self._views(at, (at, visible), None)
+        slots, context_mask = context.for_rows(len(mask))
+        at = positions(mask) + jnp.sum(context_mask, axis=1, keepdims=True)
+        return at, self._views(at, (at, causal(mask)), (slots, context_mask[:, None]))
 
     def _scanned(self, context: Context | None = None) -> tuple:
         """Return the layers, which of them slide, and each layer's part of the context."""
@@ -453,13 +453,13 @@ class Decoder(nnx.Module):
 
         def layer(x: jax.Array, scanned: tuple) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             weights, slides, before = scanned
-            made = []
+            keys_values = []
 
             def keep(key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
-                made.append((key, value))
+                keys_values.append((key, value))
                 return key, value
 
-            return weights(rows(x), *view(slides), before, keep), made[0]
+            return weights(rows(x), *view(slides), before, keep), keys_values[0]
 
         x = inputs_embeds.astype(self.embedding.dtype)
         x, (keys, values) = jax.lax.scan(layer, x, self._scanned(context))
@@ -528,11 +528,11 @@ class Decoder(nnx.Module):
             embeds = jnp.concatenate(
                 [inputs_embeds.astype(self.embedding.dtype), self.embed(targets)], axis=1
             )
-            there = jnp.concatenate([mask, jnp.ones(targets.shape, bool)], axis=1)
-            order = jnp.argsort(there, axis=1, stable=True)  # no padding inside a text
+            text_mask = jnp.concatenate([mask, jnp.ones(targets.shape, bool)], axis=1)
+            order = jnp.argsort(text_mask, axis=1, stable=True)  # no padding inside a text
             embeds = jnp.take_along_axis(embeds, order[..., None], axis=1)
-            there = jnp.take_along_axis(there, order, axis=1)
-            hidden = self.hidden(embeds, there)[:, mask.shape[1] :]
+            text_mask = jnp.take_along_axis(text_mask, order, axis=1)
+            hidden = self.hidden(embeds, text_mask)[:, mask.shape[1] :]
         return self.unembed(hidden)[..., : self.config.vocab_size]
 
     def prefill(
@@ -578,8 +578,8 @@ class Decoder(nnx.Module):
         at = jax.lax.dynamic_slice_in_dim(cache.positions, cache.length, 1, axis=1)
         before = None
         if cache.context is not None:
-            slots, there = cache.context.for_rows(len(tokens))
-            before = slots, there[:, None]
+            slots, context_mask = cache.context.for_rows(len(tokens))
+            before = slots, context_mask[:, None]
         view = self._views(at, (cache.positions, seen), before)
 
         # The cache is carried, not scanned over, so that XLA writes the new slots in place.

@@ -134,8 +134,8 @@ class Tokenizer:
         self.tokenizer = tokenizer
         special = {*getattr(tokenizer, "all_special_ids", ())}
         self.meant = special - {getattr(tokenizer, "unk_token_id", None)}
-        own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        self.stops = own if eos_ids is None else list(eos_ids)
+        text_end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self.stops = text_end if eos_ids is None else list(eos_ids)
         if chat:
             turn = read_template(tokenizer)
             self.prefix, self.suffix, closing = map(self._template_ids, turn)
@@ -148,7 +148,7 @@ class Tokenizer:
             self.prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
             self.suffix = [*self.ids(separator), *prompt_end]
             self.joint = ""
-            self.end = self._end_of_sequence(own)
+            self.end = self._end_of_sequence(text_end)
         fixed = {"prefix": self.prefix, "suffix": self.suffix, "end": self.end}
         for part, ids in fixed.items():
             if beyond := [token for token in ids if not 0 <= token < vocab_size]:
@@ -159,13 +159,13 @@ class Tokenizer:
                     f"LLM's embedding table has {vocab_size} rows: they do not belong together"
                 )
 
-    def _end_of_sequence(self, own: list[int]) -> list[int]:
+    def _end_of_sequence(self, text_end: list[int]) -> list[int]:
         """Return the end of a plain target, if any: the tokenizer's or another special stop."""
-        if not own or own[0] in self.stops:
-            return own or self.stops[:1]
+        if not text_end or text_end[0] in self.stops:
+            return text_end or self.stops[:1]
         special = [token for token in self.stops if token in self.tokenizer.all_special_ids]
         if not special:
-            name = self.tokenizer.convert_ids_to_tokens(own[0])
+            name = self.tokenizer.convert_ids_to_tokens(text_end[0])
             raise self._never_stops(f"the tokenizer ends a text with {name!r}")
         return special[:1]
 

@@ -82,18 +82,18 @@ def shown(
             for example in examples
         )
         tokenized = [
-            each._replace(prompt=tokenizer.prompt(prompt, length, behind))
-            for each, prompt in zip(tokenized, prompts, strict=True)
+            arrays._replace(prompt=tokenizer.prompt(prompt, length, behind))
+            for arrays, prompt in zip(tokenized, prompts, strict=True)
         ]
     reads = method.plug and PLUGS[method.kind].reads_input
     readers: Sequence[int | None]
     if not reads or method.history == "none":
         readers = [None] * len(tokenized)
     elif method.history == "another":
-        readers = strangers([each.rows for each in tokenized], config.seed)
+        readers = strangers([arrays.rows for arrays in tokenized], config.seed)
     else:
         readers = range(len(tokenized))
     return [
-        each.with_history_of(None if i is None else tokenized[i])
-        for each, i in zip(tokenized, readers, strict=True)
+        arrays.with_history_of(None if i is None else tokenized[i])
+        for arrays, i in zip(tokenized, readers, strict=True)
     ]

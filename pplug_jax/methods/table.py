@@ -186,8 +186,8 @@ def read_variants(text: str) -> dict[str, Settings]:
         ConfigError: the text is malformed, or a name is another method's.
     """
     try:
-        found = ast.literal_eval(text) if text else {}
-        variants = {name: tuple(settings.items()) for name, settings in found.items()}
+        parsed = ast.literal_eval(text) if text else {}
+        variants = {name: tuple(settings.items()) for name, settings in parsed.items()}
         assert all(isinstance(name, str) and re.fullmatch(r"[\w+-]+", name) for name in variants)
     except (ValueError, SyntaxError, AttributeError, AssertionError) as error:
         raise ConfigError(

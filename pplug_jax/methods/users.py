@@ -9,24 +9,24 @@ from pplug_jax.data.lamp import Example
 from pplug_jax.data.tasks import Task
 
 
-def strangers(own: Sequence[np.ndarray], seed: int) -> list[int | None]:
+def strangers(histories: Sequence[np.ndarray], seed: int) -> list[int | None]:
     """Choose for each example another whose history shares no text with it; None if there is none.
 
     Args:
-        own: (n,) int for each example, its history's rows in the history store.
+        histories: (n,) int for each example, its history's rows in the history store.
         seed: of the choice.
     """
     # A random cycle over the examples gives everyone another's history. One user may have several
     # examples, with histories of different times, and the files may not say whose they are: so the
     # cycle is walked on to the next history that has no text in common.
-    cycle = np.random.default_rng(seed).permutation(len(own))
+    cycle = np.random.default_rng(seed).permutation(len(histories))
     place = {example: i for i, example in enumerate(cycle)}
-    found = []
-    for i in range(len(own)):
-        others = (int(cycle[(place[i] + step) % len(own)]) for step in range(1, len(own)))
-        strange = (j for j in others if len(own[j]) and not np.isin(own[j], own[i]).any())
-        found.append(next(strange, None))
-    return found
+    chosen = []
+    for i, rows in enumerate(histories):
+        others = (int(cycle[(place[i] + step) % len(cycle)]) for step in range(1, len(cycle)))
+        strange = (j for j in others if len(histories[j]) and not np.isin(histories[j], rows).any())
+        chosen.append(next(strange, None))
+    return chosen
 
 
 class SameUser:
@@ -42,15 +42,15 @@ class SameUser:
     def __init__(self, histories: Sequence[np.ndarray]):
         self.sizes, self.whose = [], defaultdict(list)
         for i, rows in enumerate(histories):
-            own = set(rows.tolist())
-            self.sizes.append(len(own))
-            for row in own:
+            texts = set(rows.tolist())
+            self.sizes.append(len(texts))
+            for row in texts:
                 self.whose[row].append(i)
 
     def __call__(self, rows: np.ndarray) -> set[int]:
-        own = set(rows.tolist())
-        shared = Counter(i for row in own for i in self.whose.get(row, ()))
-        return {i for i, count in shared.items() if 2 * count >= min(len(own), self.sizes[i])}
+        texts = set(rows.tolist())
+        shared = Counter(i for row in texts for i in self.whose.get(row, ()))
+        return {i for i, count in shared.items() if 2 * count >= min(len(texts), self.sizes[i])}
 
 
 def unseen(train: Sequence[np.ndarray], held_out: Sequence[np.ndarray]) -> list[int]:

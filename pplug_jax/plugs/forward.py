@@ -54,12 +54,12 @@ def inputs_embeds(
     if soft is None:
         return embeds, mask, {}
     soft = soft.astype(embeds.dtype)
-    there = jnp.ones(soft.shape[:2], bool)
+    soft_mask = jnp.ones(soft.shape[:2], bool)
     if isinstance(place, Front):
         n = place.prefix_length
         return (
             jnp.concatenate([embeds[:, :n], soft, embeds[:, n:]], axis=1),
-            jnp.concatenate([mask[:, :n], there, mask[:, n:]], axis=1),
+            jnp.concatenate([mask[:, :n], soft_mask, mask[:, n:]], axis=1),
             {},
         )
     # Nothing here depends on the plug, unless that changes the LLM. So JAX differentiates none of
@@ -67,11 +67,11 @@ def inputs_embeds(
     context = llm.read(embeds, mask)
     suffix = jnp.array(place.suffix, jnp.int32)
     tokens = jnp.broadcast_to(suffix, (len(soft), len(suffix)))
-    there = jnp.pad(there, ((0, 0), (0, len(suffix))), constant_values=True)
+    mask = jnp.pad(soft_mask, ((0, 0), (0, len(suffix))), constant_values=True)
     if target is not None:  # nothing is predicted from its last token
         tokens = jnp.concatenate([tokens, target[:, :-1]], axis=1)
-        there = jnp.concatenate([there, target_mask[:, 1:]], axis=1)
-    return jnp.concatenate([soft, llm.embed(tokens)], axis=1), there, {"context": context}
+        mask = jnp.concatenate([mask, target_mask[:, 1:]], axis=1)
+    return jnp.concatenate([soft, llm.embed(tokens)], axis=1), mask, {"context": context}
 
 
 def token_losses(

@@ -223,8 +223,8 @@ class UserEmbedder(nnx.Module):
 
         parts = [tokens(self.projector, history, self.null_persona)]
         for name in self.features:
-            own = getattr(self, f"{name}_projector"), features[name], getattr(self, f"null_{name}")
-            parts.append(tokens(*own))
+            projector, null = getattr(self, f"{name}_projector"), getattr(self, f"null_{name}")
+            parts.append(tokens(projector, features[name], null))
         if reading.instruction:
             vector = self.instruction[...].astype(self.dtype)
             made = self.instruction_projector.second(self.instruction_projector.first(vector))

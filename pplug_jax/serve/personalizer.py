@@ -40,8 +40,8 @@ def _soft_prompts(plug: UserEmbedder, *arrays: Any) -> jax.Array:
 def _answers(
     llm: LLM, soft: jax.Array, prompt: jax.Array, mask: jax.Array, *, place: Place, **decoding: Any
 ) -> jax.Array:
-    embeds, there, context = inputs_embeds(llm, soft, prompt, mask, place)
-    return generate(llm, embeds, there, **decoding, **context)
+    embeds, embeds_mask, context = inputs_embeds(llm, soft, prompt, mask, place)
+    return generate(llm, embeds, embeds_mask, **decoding, **context)
 
 
 def padded_length(length: int) -> int:
@@ -114,8 +114,8 @@ class Personalizer:
         Raises:
             InputError: as `soft_prompt`.
         """
-        made = [self._soft_prompts(input, some) for some in self._in_batches(histories)]
-        soft = [np.asarray(x, np.float32)[:count] for x, count in made]
+        batches = [self._soft_prompts(input, group) for group in self._in_batches(histories)]
+        soft = [np.asarray(x, np.float32)[:count] for x, count in batches]
         none = 0, soft_tokens(self.models.config.plug), self.llm.config.hidden_size
         return np.concatenate([np.zeros(none, np.float32), *soft])
 
@@ -150,8 +150,8 @@ class Personalizer:
         length = padded_length(len(ids))
         prompt, mask = pad(ids, length)[None], (np.arange(length) < len(ids))[None]
         answers = []
-        for some in self._in_batches(histories):
-            soft, count = self._soft_prompts(input, some)
+        for group in self._in_batches(histories):
+            soft, count = self._soft_prompts(input, group)
             copies = 1 if behind else len(soft)
             tokens = _answers(
                 self.llm,
@@ -179,20 +179,22 @@ class Personalizer:
         vectors = self.models.encoder.encode(texts).astype(np.float16).astype(np.float32)
         ends = np.cumsum([len(texts) for texts, _ in read])[:-1]
         users = [
-            (own, self._features(texts, told, own))
-            for (texts, told), own in zip(read, np.split(vectors, ends), strict=True)
+            (user_vectors, self._features(texts, item_features, user_vectors))
+            for (texts, item_features), user_vectors in zip(
+                read, np.split(vectors, ends), strict=True
+            )
         ]
         rows = 1 << (len(users) - 1).bit_length()
-        items = padded_length(max(len(own) for own, _ in users))
+        items = padded_length(max(len(user_vectors) for user_vectors, _ in users))
 
         def batch(arrays: Sequence[np.ndarray]) -> np.ndarray:
             return pad(np.stack([pad(array, items) for array in arrays]), rows)
 
-        masks = [np.ones(len(own), bool) for own, _ in users]
+        masks = [np.ones(len(user_vectors), bool) for user_vectors, _ in users]
         features = {
             name: batch([features[name] for _, features in users]) for name in self.features
         }
-        history = batch([own for own, _ in users])
+        history = batch([user_vectors for user_vectors, _ in users])
         return _soft_prompts(self.plug, *self._query(input), history, batch(masks), features), len(
             users
         )
@@ -215,11 +217,11 @@ class Personalizer:
         texts = [item if isinstance(item, str) else models.item_text(item) for item in history]
         items = [{} if isinstance(item, str) else item for item in history]
         newest = slice(-models.config.data.max_history, None)
-        told = of_items(models.task, items)
-        return texts[newest], {name: values[newest] for name, values in told.items()}
+        item_features = of_items(models.task, items)
+        return texts[newest], {name: values[newest] for name, values in item_features.items()}
 
     def _features(
-        self, texts: Sequence[str], told: dict[str, np.ndarray], vectors: np.ndarray
+        self, texts: Sequence[str], item_features: dict[str, np.ndarray], vectors: np.ndarray
     ) -> dict[str, np.ndarray]:
         store = self.models.store
 
@@ -227,4 +229,4 @@ class Personalizer:
             known = store.rows([text for text in texts if text in store])
             return self.peers.means_of(vectors, known)
 
-        return of_history(self.features, told, vectors, means)
+        return of_history(self.features, item_features, vectors, means)

@@ -54,7 +54,7 @@ class TrainingInputs:
             kept, held_out = split_users(rows, share, models.config.seed)
             self.examples, self.held_out = Subset(examples, kept), Subset(examples, held_out)
         self.tokenized = functools.cache(
-            lambda own, layout: models.tokenize(self._with_own_items(own), layout)
+            lambda count, layout: models.tokenize(self._with_own_items(count), layout)
         )
         self.tokenized_held_out = functools.cache(
             lambda layout: models.tokenize(self.held_out, layout)
@@ -79,8 +79,10 @@ class TrainingInputs:
             Peers.of(self.models.store, rows).save(self.models.workdir)
 
     def __call__(self, method: Method, config: ml_collections.ConfigDict) -> list[Tokenized]:
-        own, layout = config.train.own_items, layout_of(method, config)
-        return self._shown(method, config, self._with_own_items(own), self.tokenized(own, layout))
+        count, layout = config.train.own_items, layout_of(method, config)
+        return self._shown(
+            method, config, self._with_own_items(count), self.tokenized(count, layout)
+        )
 
     def validation(self, method: Method, config: ml_collections.ConfigDict) -> list[Tokenized]:
         """Return the held-out examples, as the method shows them."""

@@ -44,7 +44,7 @@ def fit(
     models: Models,
     method: Method,
     config: ml_collections.ConfigDict,
-    examples: Sequence[Tokenized],
+    tokenized: Sequence[Tokenized],
     directory: Path,
     validation: Sequence[Tokenized] = (),
 ) -> Weights:
@@ -54,7 +54,7 @@ def fit(
         models: the run's models.
         method: the method.
         config: the method's config (`table.configured`).
-        examples: the training examples (`inputs.TrainingInputs`).
+        tokenized: the training examples (`inputs.TrainingInputs`).
         directory: receives checkpoints/, metrics.jsonl and tensorboard/.
         validation: each checkpoint records the loss on these examples, if any.
 
@@ -69,7 +69,7 @@ def fit(
     assemble = models.assemble(
         method,
         config,
-        examples,
+        tokenized,
         config.train.batch_size,
         seed=config.seed,
         history_dropout=config.plug.history_dropout,
@@ -103,13 +103,13 @@ def fit(
         meter, info = Meter(), ""
         while step < len(plan):
             batch = next(data)
-            own = batch.prompt_mask.sum() + batch.target_mask.sum() + soft * batch.weight.sum()
+            tokens = batch.prompt_mask.sum() + batch.target_mask.sum() + soft * batch.weight.sum()
             update = compiled(buckets[step])
             placed = place_batch(batch, models.mesh)
             weights, opt_state, metrics = update(weights, opt_state, llm, placed)
             step += 1
             # Of several processes each sees its own rows alone.
-            meter.add(metrics, int(own) * config.train.batch_size // len(batch.weight))
+            meter.add(metrics, int(tokens) * config.train.batch_size // len(batch.weight))
             if step % config.train.log_every == 0 or step == len(plan):
                 values = meter.read()
                 if not math.isfinite(values["loss"]):
@@ -227,10 +227,10 @@ class Meter:
         Only here does the host wait for the device.
         """
         # NumPy would wrap what interrupts the wait into an error of its own.
-        told = jax.device_get(self.metrics)
-        values = {name: float(np.mean([each[name] for each in told])) for name in told[0]}
+        metrics = jax.device_get(self.metrics)
+        values = {name: float(np.mean([step[name] for step in metrics])) for name in metrics[0]}
         seconds = time.monotonic() - self.since
-        values["steps_per_second"] = len(told) / seconds
+        values["steps_per_second"] = len(metrics) / seconds
         values["tokens_per_second"] = self.tokens / seconds
         self._restart()
         return values
@@ -250,22 +250,22 @@ def validation_loss(
     method: Method,
     config: ml_collections.ConfigDict,
     weights: Weights,
-    examples: Sequence[Tokenized],
+    tokenized: Sequence[Tokenized],
 ) -> float:
     """Return the mean loss per target token, without dropout."""
     size = config.train.batch_size
-    assemble = models.assemble(method, config, examples, size)
+    assemble = models.assemble(method, config, tokenized, size)
     loss = jax.jit(loss_fn, static_argnames=("place", "reading"))
     total = np.zeros(2)
-    for bucket, indices in plan_batches(np.arange(len(examples)), assemble.buckets.of, size):
+    for bucket, indices in plan_batches(np.arange(len(tokenized)), assemble.buckets.of, size):
         with jax.set_mesh(models.mesh):
             batch = place_batch(assemble((0, bucket, indices)), models.mesh)
-            found = loss(
+            sums = loss(
                 weights,
                 models.llm,
                 batch,
                 place=models.place(method, config),
                 reading=method.reading,
             )
-        total += np.array(found)
+        total += np.array(sums)
     return float(total[0] / total[1])

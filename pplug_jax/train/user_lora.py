@@ -72,9 +72,9 @@ def fit_user_loras(
     rows = local_rows(models.mesh, count)
     assemble = Assemble(items, models.buckets(items, 1), models.store, rows)
     orders = []
-    for own in users:
-        rng = np.random.default_rng((config.seed, *own[:1]))
-        epochs = [rng.permutation(own) for _ in range(settings.user_epochs)]
+    for places in users:
+        rng = np.random.default_rng((config.seed, *places[:1]))
+        epochs = [rng.permutation(places) for _ in range(settings.user_epochs)]
         orders.append(np.concatenate(epochs).astype(int))
     for step in range(max(map(len, orders))):
         # Who has no item left gets any one, and weight 0.
