@@ -188,6 +188,7 @@ class Models:
         return Peers.load(self.store, self.workdir)
 
     def buckets(self, tokenized: Sequence[Tokenized], count: int, behind: bool = False) -> Buckets:
+        """Choose padded shapes for examples whose soft tokens stand in front, or `behind`."""
         longest_query = self.encoder.model.config.max_length
         # Behind the input a place has a backward pass beside the forward one.
         target_cost = 2 if behind else 0 if self.abstract_llm.decoder_only else 1
