@@ -125,7 +125,7 @@ class Recipe:
 
     def inputs(self, indices: np.ndarray) -> Inputs:
         """The examples' batch."""
-        examples = [self.data.examples[i] for i in indices]
+        examples = [self.data.tokenized[i] for i in indices]
 
         def width(rows: Sequence[np.ndarray], most: int) -> int:
             return max(map(len, rows)) if self.plug.lean else most

@@ -249,7 +249,7 @@ def main(_: list[str]) -> None:
     ours = peers["ours"]
     flops, ideal = (sum(map(count, plan)) for count in (ours.flops, ours.ideal_flops))
     places = {name: sum(map(peer.places, plan)) for name, peer in peers.items()}
-    examples = [ours.data.examples[i] for _, _, indices in plan for i in indices]
+    examples = [ours.data.tokenized[i] for _, _, indices in plan for i in indices]
     real = np.sum(
         [(len(x.prompt) + SOFT + len(x.target), len(x.query), len(x.rows)) for x in examples], 0
     )

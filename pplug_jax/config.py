@@ -1,4 +1,4 @@
-"""Checks of a config: that it can work, and that a workdir belongs to it."""
+"""Check a config: that it can work, and that a workdir belongs to it."""
 
 import json
 import math
@@ -67,13 +67,13 @@ CHOICES = {
 
 
 def apply_parity(config: ml_collections.ConfigDict) -> None:
-    """Sets what `config.parity` stands for."""
+    """Set what `config.parity` stands for."""
     if config.parity:
         config.update_from_flattened_dict(PARITY)
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
-    """Finds what cannot work before anything is loaded.
+    """Find what cannot work before anything is loaded.
 
     Raises:
         ConfigError: names the field.
@@ -141,9 +141,9 @@ def _check_ranges(config: ml_collections.ConfigDict) -> None:
         "must be above 0": [field for field in ABOVE_ZERO if not 0 < given[field] < math.inf],
         "is a share, from 0 to 1": [field for field in SHARES if not 0 <= given[field] <= 1],
     }
-    for said, fields in wrong.items():
+    for problem, fields in wrong.items():
         for field in fields:
-            raise ConfigError(f"config.{field} {given[field]!r} {said}")
+            raise ConfigError(f"config.{field} {given[field]!r} {problem}")
     for field, known in CHOICES.items():
         if given[field] not in known:
             raise ConfigError(
@@ -153,7 +153,11 @@ def _check_ranges(config: ml_collections.ConfigDict) -> None:
 
 
 def check_batches(config: ml_collections.ConfigDict, parts: int) -> None:
-    """The same for what depends on the mesh, which cuts every batch into `parts`."""
+    """Check that the mesh, which cuts every batch into `parts`, divides the batch sizes.
+
+    Raises:
+        ConfigError: names the field.
+    """
     sizes = {
         "train.batch_size / config.train.accumulation": config.train.batch_size
         // config.train.accumulation,
@@ -168,10 +172,10 @@ def check_batches(config: ml_collections.ConfigDict, parts: int) -> None:
 
 
 def claim_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
-    """Writes config.json, or checks that the one there says the same.
+    """Write config.json, or check that the existing one says the same.
 
-    Only the mesh may differ, the split to evaluate on, which methods and seeds are run, and which
-    variants there are.
+    Only these may differ: the mesh, the split to evaluate on, the methods, the seeds, and which
+    variants exist.
 
     Raises:
         ConfigError: the workdir belongs to another config; the message names the fields.
@@ -183,24 +187,24 @@ def claim_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
         write_json(path, ours)
         wait_for_all("config.json is there")
         return
-    there, now = flatten(upgraded(read_object(path))), flatten(ours)
-    before, after = (read_variants(each.get("variants", "")) for each in (there, now))
+    saved, now = flatten(upgraded(read_object(path))), flatten(ours)
+    before, after = (read_variants(settings.get("variants", "")) for settings in (saved, now))
     if changed := [name for name in before.keys() & after.keys() if before[name] != after[name]]:
         raise ConfigError(
             f"{workdir} was made with another variant {min(changed)!r}: give it another name"
         )
     different = sorted(
         field
-        for field in there.keys() | now.keys()
-        if there.get(field) != now.get(field)
+        for field in saved.keys() | now.keys()
+        if saved.get(field) != now.get(field)
         and not field.startswith("mesh.")
         and field not in ("data.eval_split", "methods", "seeds", "variants")
     )
     if different:
-        told = "; ".join(
-            f"config.{f}: {there.get(f)!r} there, {now.get(f)!r} now" for f in different
+        changes = "; ".join(
+            f"config.{f}: {saved.get(f)!r} there, {now.get(f)!r} now" for f in different
         )
         raise ConfigError(
-            f"{workdir} was made with a different config ({told}): "
+            f"{workdir} was made with a different config ({changes}): "
             "give another --workdir, or the same settings"
         )

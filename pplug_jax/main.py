@@ -55,13 +55,16 @@ ALONE = ("download", "check_data", "plan")  # the modes in which each process wo
 
 
 def default_workdir(config_file: str) -> Path:
-    """configs/lamp5.py:llama3_1b@v5e-8 -> runs/lamp5-llama3_1b, whatever the slice."""
+    """Return the workdir of a config: configs/lamp5.py:llama3_1b -> runs/lamp5-llama3_1b.
+
+    A slice such as in llama3_1b@v5e-8 does not change it.
+    """
     path, _, argument = config_file.partition("@")[0].partition(":")
     return Path("runs") / "-".join([Path(path).stem, *filter(None, argument.split(":"))])
 
 
 def _keep_compiled() -> None:
-    """Has JAX keep what it compiles, so that a second start is spared most of it."""
+    """Let JAX keep what it compiles, so that later starts need not compile it again."""
     # JAX_COMPILATION_CACHE_DIR; mypy does not see what JAX defines at run time.
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -69,11 +72,10 @@ def _keep_compiled() -> None:
 
 
 def _quiet() -> None:
-    """Leaves it to the exception that reaches us to say what failed, once.
+    """Leave it to the exception that reaches `main` to say what failed, once.
 
-    A checkpoint that cannot be written is otherwise also logged by Orbax's threads, and reported
-    by TensorStore's for every array that still waits for the event loop that has ended, or whose
-    writing had not begun.
+    Otherwise Orbax's threads also log a checkpoint that cannot be written, and TensorStore's report
+    every array whose writing still waits for the event loop that has ended, or had not begun.
     """
     logging.set_verbosity(logging.FATAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
@@ -127,7 +129,7 @@ def main(argv: list[str]) -> None:
 
 
 def cli() -> None:
-    """The console script `pplug`, which finds configs/ in the working directory, as `python -m`."""
+    """Run the console script `pplug`, which, as `python -m`, finds configs/ where it is called."""
     sys.path.insert(0, "")
     app.run(main, flags_parser=parse_flags)
 

@@ -1,4 +1,4 @@
-"""One run of the command: say what will be done, then encode, train and evaluate."""
+"""Run the command: say what will be done, then encode, train and evaluate."""
 
 import dataclasses
 from collections import defaultdict
@@ -38,7 +38,7 @@ from pplug_jax.train.loop import fit
 
 
 def describe(models: Models, train: Sequence[Example], held_out: Sequence[Example]) -> None:
-    """Prints what is about to be done."""
+    """Print what is about to be done."""
     config = models.config
     frozen = parameter_count(models.abstract_llm)
     trainable: dict[int, list[str]] = defaultdict(list)
@@ -85,7 +85,7 @@ def describe(models: Models, train: Sequence[Example], held_out: Sequence[Exampl
 
 @dataclasses.dataclass(frozen=True)
 class ItemTexts:
-    """The history texts of examples, read anew each time they are gone through."""
+    """The history texts of examples, computed at each pass."""
 
     splits: Sequence[Sequence[Example]]
     text: Callable[[Item], str]
@@ -100,10 +100,10 @@ class ItemTexts:
 
 
 def check_files(config: ml_collections.ConfigDict, mode: str) -> None:
-    """Fetches the task's files, or not, and says what is in them.
+    """Check the task's files and say what is in them; the mode `download` fetches them first.
 
     Raises:
-        InputError: a file that cannot be had or read, or a bad record.
+        InputError: a file is unavailable or unreadable, or a record is bad.
     """
     directory = data_directory(config)
     if directory is None:
@@ -126,7 +126,7 @@ def check_files(config: ml_collections.ConfigDict, mode: str) -> None:
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
-    """Does what `mode` says; started again, it goes on where it stopped."""
+    """Do what `mode` says; started again, it goes on from where it stopped."""
     apply_parity(config)
     check_config(config)
     if mode in ("download", "check_data"):
@@ -156,7 +156,7 @@ def _work(
     held_out: Sequence[Example],
     bad: Sequence[DataError],
 ) -> None:
-    """What `run` does once the workdir is this job's."""
+    """Do the part of `run` that needs the lock on the workdir."""
     models = Models(config, workdir)
     claim_workdir(workdir, config)
     describe(models, train, held_out)
@@ -181,8 +181,8 @@ def _work(
         training.save_peers()
         for method in (method for method in asked_for(config) if method.trained):
             settings = configured(config, method, config.seed)
-            examples = training(method, settings)
-            fit(models, method, settings, examples, workdir, training.validation(method, settings))
+            tokenized = training(method, settings)
+            fit(models, method, settings, tokenized, workdir, training.validation(method, settings))
             plot_losses(workdir / METRICS, plot_path(workdir, "loss"))
     if mode in ("evaluate", "train_and_evaluate"):
         evaluate(models, held_out)

@@ -1,4 +1,4 @@
-"""The parts that training, evaluation and serving share: mesh, LLM, encoder, store."""
+"""What training, evaluation and serving share: mesh, LLM, encoder, store."""
 
 import contextlib
 import functools
@@ -48,7 +48,7 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 def model_path(path: str, field: str) -> Path:
-    """A model's directory: `assets/NAME` is one bundled with the package, others as `hub` has it.
+    """Return a model's directory: `assets/NAME` is bundled with the package, `hub` finds others.
 
     Raises:
         ConfigError: nothing is there; the message says what belongs there.
@@ -62,12 +62,19 @@ def model_path(path: str, field: str) -> Path:
 
 
 class Models:
-    """What a config names, on its mesh.
+    """The models and stores that a config names, on its mesh.
 
-    abstract_llm: the LLM's shapes, dtypes and places, which is all that compiling needs.
+    Args:
+        config: the run's config.
+        workdir: the run's directory.
+
+    Attributes:
+        abstract_llm: the LLM's shapes, dtypes and places, which suffice to compile.
 
     Raises:
-        ConfigError, FileNotFoundError, ValueError: a path, checkpoint or setting that cannot work.
+        ConfigError: a path or setting cannot work.
+        FileNotFoundError: a path is missing.
+        ValueError: a checkpoint or setting cannot work.
     """
 
     def __init__(self, config: ml_collections.ConfigDict, workdir: Path):
@@ -113,12 +120,12 @@ class Models:
 
     @functools.cached_property
     def llm(self) -> LLM:
-        """The frozen LLM, loaded when it is first asked for."""
+        """The frozen LLM, loaded at the first access."""
         load = vars(self).pop("_load_llm")  # and with it the open files
         return load()
 
     def convert_llm(self) -> bool:
-        """Writes the loaded LLM for later starts to restore; returns whether it was not there."""
+        """Write the loaded LLM for later starts to restore; return whether it was not there yet."""
         if is_saved(self.converted):
             return False
         own_head = {"own_head": self.llm.head is not None}
@@ -127,7 +134,7 @@ class Models:
 
     @property
     def converted(self) -> epath.Path:
-        """Where the converted LLM lies, if it was converted."""
+        """The path of the converted LLM, which need not exist."""
         return absolute(self.config.llm.converted or self.workdir / CONVERTED)
 
     @property
@@ -139,19 +146,19 @@ class Models:
         return {"path": self.config.llm.path, **self._llm_settings}
 
     def item_text(self, item: Item) -> str:
-        """A history item as the encoder reads it."""
+        """Return a history item as the encoder reads it."""
         return self.task.item_text(item, self.config.data.history_labels)
 
     def history_rows(self, examples: Iterable[Example]) -> list[np.ndarray]:
-        """Each example's history as rows of the store, without tokenising anything."""
+        """Return the store's rows of each example's history, without tokenising anything."""
         data = self.config.data
         return [
-            history_rows(self.task, each, self.store, data.max_history, data.history_labels)
-            for each in examples
+            history_rows(self.task, example, self.store, data.max_history, data.history_labels)
+            for example in examples
         ]
 
     def tokenize(self, examples: Iterable[Example], layout: Layout = PLAIN) -> list[Tokenized]:
-        """`feed.batches.tokenize` with this task, tokenizer, store and the config's lengths."""
+        """Tokenise examples with this task, tokenizer, store and the config's lengths."""
         data = self.config.data
         return tokenize(
             self.task,
@@ -168,40 +175,46 @@ class Models:
 
     @functools.cached_property
     def queries(self) -> HistoryStore:
-        """The vectors of inputs, for plugs that leave Enc_inp as it was."""
+        """The store of inputs' vectors, for plugs that do not train Enc_inp."""
         return HistoryStore(self._history_path, self.encoder, queries=True)
 
     def place(self, method: Method, config: ml_collections.ConfigDict) -> Place:
-        """Where the method's soft tokens stand."""
+        """Return where the method's soft tokens stand."""
         return self.tokenizer.place(layout_of(method, config).behind)
 
     @functools.cached_property
     def peers(self) -> Peers:
-        """The items of the training split's histories, as `train.inputs.save_peers` left them."""
+        """The items of the training split's histories, which `train.inputs.save_peers` wrote."""
         return Peers.load(self.store, self.workdir)
 
-    def buckets(self, examples: Sequence[Tokenized], count: int, behind: bool = False) -> Buckets:
+    def buckets(self, tokenized: Sequence[Tokenized], count: int, behind: bool = False) -> Buckets:
+        """Choose padded shapes for examples whose soft tokens stand in front, or `behind`."""
         longest_query = self.encoder.model.config.max_length
         # Behind the input a place has a backward pass beside the forward one.
         target_cost = 2 if behind else 0 if self.abstract_llm.decoder_only else 1
-        return Buckets(examples, count, longest_query, target_cost)
+        return Buckets(tokenized, count, longest_query, target_cost)
 
     def assemble(
         self,
         method: Method,
         config: ml_collections.ConfigDict,
-        examples: Sequence[Tokenized],
+        tokenized: Sequence[Tokenized],
         batch_size: int,
         **training: Any,
     ) -> Assemble:
-        """What makes batches of the examples, as the method's plug reads them.
+        """Return the function that makes batches of the examples, as the method's plug reads them.
 
-        training: the seed and shares of `Assemble`'s dropout.
+        Args:
+            method: the method.
+            config: the method's config (`table.configured`).
+            tokenized: the examples.
+            batch_size: rows of the global batch.
+            **training: the seed and rates of `Assemble`'s dropout.
         """
         features, layout = PLUGS[method.kind].features(config), layout_of(method, config)
         return Assemble(
-            examples,
-            self.buckets(examples, config.data.buckets, layout.behind),
+            tokenized,
+            self.buckets(tokenized, config.data.buckets, layout.behind),
             self.store,
             local_rows(self.mesh, batch_size),
             features=features,
@@ -216,7 +229,7 @@ class Models:
         # Of an older workdir's methods some may be gone.
         methods = [known[name] for name in self.config.methods if name in known]
         settings = [configured(self.config, method, 0) for method in methods]
-        behind = any(layout_of(*each).behind for each in zip(methods, settings, strict=True))
+        behind = any(layout_of(*pair).behind for pair in zip(methods, settings, strict=True))
         if behind and not self.abstract_llm.decoder_only:
             raise ConfigError(
                 "config.plug.place 'behind': an LLM with an encoder reads the whole prompt at "
@@ -254,9 +267,11 @@ class Models:
         return abstract_bert(self.encoder_path, **self._input_encoder(config.plug))
 
     def abstract_weights(self, method: Method, config: ml_collections.ConfigDict) -> Weights:
-        """What the method trains: shapes, dtypes and places on the mesh, to restore into.
+        """Return the shapes, dtypes and places of the method's weights, to restore into.
 
-        config: `methods.configured`.
+        Args:
+            method: the method.
+            config: the method's config (`table.configured`).
         """
         kind = PLUGS[method.kind]
         build = functools.partial(kind.build, config, self.abstract_llm)
@@ -269,18 +284,19 @@ class Models:
     def restore_weights(
         self, method: Method, config: ml_collections.ConfigDict, directory: Path
     ) -> Weights:
-        """The trained weights that the method uses, of the newest checkpoint in `directory`.
+        """Restore the weights that the method uses, of the best checkpoint in `directory`.
 
         Raises:
-            CheckpointError: there is none.
+            CheckpointError: `directory` has no checkpoint of them.
         """
-        with contextlib.closing(Checkpoints(checkpoints_path(directory, method.plug))) as found:
-            return found.restore_weights(self.abstract_weights(method, config))
+        path = checkpoints_path(directory, method.plug)
+        with contextlib.closing(Checkpoints(path)) as checkpoints:
+            return checkpoints.restore_weights(self.abstract_weights(method, config))
 
     def new_weights(self, method: Method, config: ml_collections.ConfigDict) -> Weights:
-        """The method's weights before training, on the mesh, drawn from the config's seed.
+        """Make the method's weights before training, on the mesh, drawn from the config's seed.
 
-        A plug's Enc_inp has the encoder's weights, a LoRA changes nothing yet.
+        A plug's Enc_inp has the encoder's weights; a LoRA changes nothing yet.
         """
         kind = PLUGS[method.kind]
         build = functools.partial(kind.build, config, self.abstract_llm)

@@ -1,4 +1,4 @@
-"""Every method over several seeds on users that no training has seen, in one table."""
+"""Compare methods over several seeds, on users that no training has seen, in one table."""
 
 import functools
 import statistics
@@ -16,7 +16,7 @@ import numpy as np
 from pplug_jax.data.lamp import Example, Subset
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.errors import ConfigError
-from pplug_jax.evaluate.predict import Answers, answer
+from pplug_jax.evaluate.predict import Answers, answer_examples
 from pplug_jax.evaluate.run import empty_results, statistics_of
 from pplug_jax.feed.batches import Tokenized
 from pplug_jax.methods.table import Method, asked_for, configured, methods_of
@@ -36,8 +36,14 @@ from pplug_jax.train.tune import tune
 REFERENCES = ("none", "instruction_only", "shuffled_user", "pplug")  # what differences are from
 
 
-class Run(NamedTuple):
-    """A method with one seed; train_seconds and learning_rate of the weights that it uses."""
+class SeedRun(NamedTuple):
+    """A method's result with one seed.
+
+    Attributes:
+        answers: the answers and their costs.
+        train_seconds: the training time of the weights that it uses, if any.
+        learning_rate: their learning rate, if any.
+    """
 
     answers: Answers
     train_seconds: float | None
@@ -45,7 +51,7 @@ class Run(NamedTuple):
 
 
 def compare_methods(models: Models, train: Sequence[Example], held_out: Sequence[Example]) -> None:
-    """Trains and evaluates what is not done yet, and writes results.json and results.md.
+    """Train and evaluate what is not done yet, and write results.json and results.md.
 
     Each seed has a directory like a run's. A method without weights is run once.
     """
@@ -65,7 +71,7 @@ def compare_methods(models: Models, train: Sequence[Example], held_out: Sequence
         training = TrainingInputs(models, Subset(train, kept))
         training.save_peers()
     rates = tune(models, training) if training and config.tune.learning_rates else {}
-    runs: dict[str, list[Run]] = defaultdict(list)
+    runs: dict[str, list[SeedRun]] = defaultdict(list)
     for seed in config.seeds:
         directory = seed_path(workdir, seed)
         for method in methods:
@@ -79,7 +85,7 @@ def compare_methods(models: Models, train: Sequence[Example], held_out: Sequence
     results = summary(models, held_out, runs)
     results["facts"] = facts(models)
     write_json(workdir / f"{RESULTS}.json", results)
-    report(results, workdir)
+    write_tables(results, workdir)
 
 
 def run_method(
@@ -90,33 +96,33 @@ def run_method(
     held_out: Sequence[Example],
     tokenized: Callable[[], Sequence[Tokenized]],
     directory: Path,
-) -> Run:
-    """Trains the method, if it has weights of its own, and answers, unless that was done before."""
+) -> SeedRun:
+    """Train the method, if it trains weights, and answer, unless that was done before."""
     path = predictions_path(directory, settings.data.eval_split, method.name)
     if method.trained and not path.is_file():
         examples, validation = training(method, settings), training.validation(method, settings)
         fit(models, method, settings, examples, directory, validation)
         plot_losses(directory / METRICS, plot_path(directory, "loss"))
     weights = functools.partial(models.restore_weights, method, settings, directory)
-    answers = answer(models, method, settings, held_out, tokenized, directory, weights)
+    answers = answer_examples(models, method, settings, held_out, tokenized, directory, weights)
     if not method.plug:
-        return Run(answers, None, None)
+        return SeedRun(answers, None, None)
     seconds = training_seconds(directory, method.plug)
-    return Run(answers, seconds, settings.train.learning_rate)
+    return SeedRun(answers, seconds, settings.train.learning_rate)
 
 
 def summary(
-    models: Models, held_out: Sequence[Example], runs: dict[str, list[Run]]
+    models: Models, held_out: Sequence[Example], runs: dict[str, list[SeedRun]]
 ) -> dict[str, Any]:
-    """The table of results.json: of several seeds the mean of each example's statistics."""
+    """Make results.json's table; statistics of each example are averaged over the seeds."""
     config = models.config
     samples = config.eval.bootstrap_samples
     users = [example.user for example in held_out]
     results = empty_results(config, held_out) | {"seeds": list(config.seeds)}
     pooled: dict[str, dict[str, np.ndarray]] = {}
     for name, of_seeds in runs.items():
-        each = [statistics_of(models, held_out, run.answers) for run in of_seeds]
-        pooled[name] = mean_statistics(each)
+        by_seed = [statistics_of(models, held_out, run.answers) for run in of_seeds]
+        pooled[name] = mean_statistics(by_seed)
         entry = {"about": methods_of(config)[name].about} | {
             field: statistics.mean(getattr(run.answers, field) for run in of_seeds)
             for field in ("trainable", "bytes_per_user", "milliseconds")
@@ -126,7 +132,7 @@ def summary(
             entry["learning_rate"] = of_seeds[0].learning_rate
         entry |= scores(pooled[name], samples, users)
         for metric in pooled[name]:
-            entry[metric]["seeds"] = [value_of(metric, found[metric]) for found in each]
+            entry[metric]["seeds"] = [value_of(metric, statistic[metric]) for statistic in by_seed]
         results["methods"][name] = entry
     for name, entry in results["methods"].items():
         entry["versus"] = {
@@ -141,7 +147,7 @@ def summary(
 
 
 def commit() -> str:
-    """The code's commit; empty where there is no git, or the code is not of a checkout."""
+    """Return the code's commit; empty without git, or outside a checkout."""
     try:
         return subprocess.run(
             ["git", "describe", "--always", "--dirty"],
@@ -155,7 +161,7 @@ def commit() -> str:
 
 
 def facts(models: Models) -> dict[str, str]:
-    """What a reader needs to place the figures."""
+    """Return what a reader needs to place the figures."""
     return {
         "commit": commit() or "unknown",
         "jax": jax.__version__,
@@ -166,21 +172,21 @@ def facts(models: Models) -> dict[str, str]:
 
 
 def difference_rows(results: dict[str, Any], metric: str) -> tuple[list[str], list[list[str]]]:
-    """The methods' differences from the references: header and cells; p < 0.05 is starred."""
+    """Return the differences from the references: header and cells; p < 0.05 is starred."""
     entries = results["methods"]
     references = [other for other in REFERENCES if other in entries]
     cells = []
     for name, entry in entries.items():
         cells.append([name])
         for other in references:
-            found = entry["versus"].get(other, {}).get(metric)
-            star = "*" if found and found["p_value"] < 0.05 else " "
-            cells[-1].append(f"{found['difference']:+.3f}{star}" if found else "")
+            comparison = entry["versus"].get(other, {}).get(metric)
+            star = "*" if comparison and comparison["p_value"] < 0.05 else " "
+            cells[-1].append(f"{comparison['difference']:+.3f}{star}" if comparison else "")
     return ["method", *references], cells
 
 
 def cost_rows(results: dict[str, Any], metric: str | None) -> tuple[list[str], list[list[str]]]:
-    """What the methods cost, and how far the seeds are apart in the metric: header and cells."""
+    """Return the methods' costs, and the metric's deviation over seeds: header and cells."""
     cells = []
     for name, entry in results["methods"].items():
         seeds = entry.get(metric, {}).get("seeds", ())
@@ -199,8 +205,8 @@ def cost_rows(results: dict[str, Any], metric: str | None) -> tuple[list[str], l
     return header, cells
 
 
-def report(results: dict[str, Any], workdir: Path) -> None:
-    """Prints the tables and writes results.md."""
+def write_tables(results: dict[str, Any], workdir: Path) -> None:
+    """Print the tables and write results.md."""
     title = title_of(results)
     header, columns = metric_columns(results)
     cells = [[name, *row] for name, row in zip(results["methods"], columns, strict=True)]

@@ -1,4 +1,4 @@
-"""A method's answers to the held-out examples, and what the plug made of each user."""
+"""Answer the held-out examples with a method, and record what the plug made of each user."""
 
 import contextlib
 import functools
@@ -39,11 +39,15 @@ from pplug_jax.train.user_lora import fit_user_loras
 
 
 class Answers(NamedTuple):
-    """What a method gave: a text for each example by its id, and what it took.
+    """A method's answers and what they cost.
 
-    losses: of each example's gold, the sum over its tokens and their number. step: the trained
-    weights', if any. trainable: parameters that training changed. bytes_per_user: what has to be
-    kept of a user, on average. milliseconds: the median over batches of an example's.
+    Attributes:
+        texts: {example's id: answer}.
+        losses: for each example's gold, the sum over its tokens and their number.
+        step: the trained weights' step, if any.
+        trainable: the number of parameters that training changed.
+        bytes_per_user: the bytes that must be kept of a user, on average.
+        milliseconds: an example's time, the median over batches.
     """
 
     texts: dict[str, str]
@@ -60,12 +64,20 @@ def predict(
     config: ml_collections.ConfigDict,
     weights: Weights | None,
     tokenized: Sequence[Tokenized],
-    own: Sequence[Sequence[Tokenized]] = (),
+    user_items: Sequence[Sequence[Tokenized]] = (),
 ) -> tuple[list[str], np.ndarray, float]:
-    """The method's answer to each example, its gold's losses, and an example's milliseconds.
+    """Return the method's answer to each example, its gold's losses, and an example's milliseconds.
 
-    own: each example's history items as examples, of a method with `user_lora`. The losses (n, 2)
-    are `Answers.losses`.
+    Args:
+        models: the run's models.
+        method: the method.
+        config: the method's config (`table.configured`).
+        weights: the trained weights, if any.
+        tokenized: the examples, as the method shows them.
+        user_items: each user's history items as examples, for a method with `user_lora`.
+
+    Returns:
+        answers; losses (n, 2), as in `Answers.losses`; milliseconds.
     """
     tokenizer, size = models.tokenizer, config.eval.batch_size
     assemble = models.assemble(method, config, tokenized, size)
@@ -73,12 +85,12 @@ def predict(
     llm, order = models.abstract_llm, np.arange(len(tokenized))
     if method.user_lora:
         llm = weights.on(models.llm)
-        items = [item for mine in own for item in mine]
-        ends = np.cumsum([len(mine) for mine in own])
-        users = [range(end - len(mine), end) for mine, end in zip(own, ends, strict=True)]
+        items = [item for part in user_items for item in part]
+        ends = np.cumsum([len(part) for part in user_items])
+        users = [range(end - len(part), end) for part, end in zip(user_items, ends, strict=True)]
         weights = fit_user_loras(models, llm, config, items, [range(0)] * size)  # untrained yet
         # Users of as many items together: a batch's training is as long as its longest user's.
-        order = np.argsort([len(mine) for mine in own], kind="stable")
+        order = np.argsort([len(part) for part in user_items], kind="stable")
     users_of_one = 1
     if layout_of(method, config).behind:
         order, users_of_one = by_prompt(tokenized, size // parts(models.mesh, "batch"))
@@ -112,25 +124,31 @@ def predict(
             answer_with = compiled((answer_tokens, bucket))
             start = time.monotonic()
             if method.user_lora:
-                mine = [users[i] for i in indices] + [range(0)] * (size - len(indices))
-                weights = fit_user_loras(models, llm, config, items, mine)
+                places = [users[i] for i in indices] + [range(0)] * (size - len(indices))
+                weights = fit_user_loras(models, llm, config, items, places)
             batch = assemble((0, bucket, indices)).with_prompts_of(users_of_one)
             batch = place_batch(batch, models.mesh)
             tokens = answer_with(weights, llm, batch)
             for index, row in zip(indices, fetch(tokens), strict=False):
                 answers[index] = tokenizer.decode(row)
             times.append(1000 * (time.monotonic() - start) / len(indices))
-            found = compiled((gold_losses, bucket))(weights, llm, batch)
-            losses[indices] = fetch(found)[: len(indices)]
+            sums = compiled((gold_losses, bucket))(weights, llm, batch)
+            losses[indices] = fetch(sums)[: len(indices)]
             progress.advance(len(indices))
     return answers, losses, float(np.median(times))
 
 
 def by_prompt(tokenized: Sequence[Tokenized], most: int) -> tuple[np.ndarray, int]:
-    """An order of the examples in which each prompt stands as often as there are users for it.
+    """Order examples by prompt, so that several users in a row share one.
 
-    Also how many of these can share it, in all of the order: 1 unless every prompt is there for
-    several. It divides `most`.
+    Args:
+        tokenized: the examples.
+        most: the largest number of users that may share.
+
+    Returns:
+        the order, and how many consecutive users share a prompt everywhere in it. The number
+            divides `most`; it is 1, and the order unchanged, unless every prompt occurs several
+            times.
     """
     order = sorted(range(len(tokenized)), key=lambda i: tokenized[i].prompt.tobytes())
     numbers = Counter(example.prompt.tobytes() for example in tokenized).values()
@@ -138,7 +156,7 @@ def by_prompt(tokenized: Sequence[Tokenized], most: int) -> tuple[np.ndarray, in
     return (np.array(order) if users > 1 else np.arange(len(order))), users
 
 
-def answer(
+def answer_examples(
     models: Models,
     method: Method,
     config: ml_collections.ConfigDict,
@@ -147,20 +165,27 @@ def answer(
     directory: Path,
     weights: Callable[[], Weights],
 ) -> Answers:
-    """Runs a method on the held-out examples, unless its answers by the same weights are there.
+    """Run a method on the held-out examples, unless the same weights' answers are on disk.
 
-    config: `methods.configured`. tokenized: makes the examples' tokens, where they are needed.
-    weights: gives the method's trained ones, where they are needed.
+    Writes predictions/ and, for a plug that reads the user, personas/ in `directory`.
 
-    Writes predictions/ and, of a plug that reads the user, personas/ in `directory`.
+    Args:
+        models: the run's models.
+        method: the method.
+        config: the method's config (`table.configured`).
+        examples: the held-out examples.
+        tokenized: tokenises the examples; called only if needed.
+        directory: holds the method's checkpoints and receives the answers.
+        weights: restores the method's trained weights; called only if needed.
     """
     task, split = models.task, config.data.eval_split
     path = predictions_path(directory, split, method.name)
     about = path.with_suffix(".about.json")
     step = None
     if method.plug:
-        with contextlib.closing(Checkpoints(checkpoints_path(directory, method.plug))) as found:
-            step = found.best
+        trained_path = checkpoints_path(directory, method.plug)
+        with contextlib.closing(Checkpoints(trained_path)) as checkpoints:
+            step = checkpoints.best
     if path.is_file() and about.is_file():
         facts = json.loads(read_text(about))
         texts = submission.read(path, task)
@@ -174,11 +199,13 @@ def answer(
     show = functools.partial(shown, models.task, models.tokenizer, models.store, method, config)
     inputs = show(examples, tokenized(layout_of(method, config)))
     preparing = 1000 * (time.monotonic() - start) / len(inputs) if method.retrieval else 0.0
-    own = []
+    user_items = []
     if method.user_lora:
         layout = layout_of(method, config)
-        own = [show((), models.tokenize(own_items(task, example), layout)) for example in examples]
-    texts, losses, milliseconds = predict(models, method, config, trained, inputs, own)
+        user_items = [
+            show((), models.tokenize(own_items(task, example), layout)) for example in examples
+        ]
+    texts, losses, milliseconds = predict(models, method, config, trained, inputs, user_items)
     answers = Answers(
         {example.id: text for example, text in zip(examples, texts, strict=True)},
         losses.tolist(),
@@ -204,7 +231,7 @@ def _bytes_per_user(
     examples: Iterable[Example],
     inputs: Sequence[Tokenized],
 ) -> float:
-    """Texts as UTF-8, vectors as the store's float16, a LoRA as float16."""
+    """Return a user's mean bytes: texts as UTF-8, vectors and LoRAs as float16."""
     total = 0.0
     if method.retrieval:
         total += np.mean(
@@ -214,7 +241,7 @@ def _bytes_per_user(
             ]
         )
     if method.plug and PLUGS[method.kind].reads_input:
-        total += np.mean([len(each.rows) for each in inputs]) * models.encoder.size * 2
+        total += np.mean([len(arrays.rows) for arrays in inputs]) * models.encoder.size * 2
     if method.user_lora:
         total += parameter_count(models.abstract_weights(method, config)) * 2
     return float(total)
@@ -237,26 +264,26 @@ def write_personas(
     inputs: Sequence[Tokenized],
     directory: Path,
 ) -> None:
-    """Writes what the plug made of each user, for people to look at, as an npz of arrays.
+    """Write an npz of what the plug made of each user, for people to look at.
 
-    lengths: (n,) items of each history. weights, other: (sum of lengths,) float32, the items'
-    attention weights for the example's input, and for the text of the user's newest item as an
-    input. other_item: (n,) that item's place, -1 for none. persona: (n, D) float32, the mean of
-    the persona tokens.
+    `lengths` (n,) has the items of each history. `weights` and `other`, (sum of lengths,) float32,
+    are the items' attention weights for the example's input, and for the text of the user's newest
+    item as an input. `other_item` (n,) is that item's place, -1 for none. `persona` (n, D) float32
+    is the mean of the persona tokens.
     """
     texts = [
-        example.profile[-1][models.task.cut] if len(each.rows) else ""
-        for example, each in zip(examples, inputs, strict=True)
+        example.profile[-1][models.task.cut] if len(arrays.rows) else ""
+        for example, arrays in zip(examples, inputs, strict=True)
     ]
     if layout_of(method, config).encoded:
         others = with_queries(inputs, texts, models.queries)
     else:
         queries = models.encoder.queries(texts)
         others = [
-            each._replace(query=np.array(query, np.int32))
-            for each, query in zip(inputs, queries, strict=True)
+            arrays._replace(query=np.array(query, np.int32))
+            for arrays, query in zip(inputs, queries, strict=True)
         ]
-    found = []
+    results = []
     for tokenized in (inputs, others):
         assemble = models.assemble(method, config, tokenized, config.eval.batch_size)
         weights = [np.zeros(0)] * len(tokenized)
@@ -270,18 +297,18 @@ def write_personas(
             for i, row in zip(indices, fetch(items), strict=False):
                 weights[i] = row[: len(tokenized[i].rows)]
             personas[indices] = fetch(persona)[: len(indices)]
-        found.append((np.concatenate(weights), personas))
+        results.append((np.concatenate(weights), personas))
     if not is_primary():
         return
-    lengths = np.array([len(each.rows) for each in inputs])
+    lengths = np.array([len(arrays.rows) for arrays in inputs])
     path = personas_path(directory, config.data.eval_split, method.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         np.savez(
             file,
             lengths=lengths,
-            weights=found[0][0],
-            other=found[1][0],
+            weights=results[0][0],
+            other=results[1][0],
             other_item=lengths - 1,
-            persona=found[0][1],
+            persona=results[0][1],
         )

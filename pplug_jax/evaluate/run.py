@@ -1,4 +1,4 @@
-"""Every method on the held-out users: predictions, scores, intervals, and the table."""
+"""Evaluate every method on the held-out users: predictions, scores, intervals, and the table."""
 
 import functools
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import numpy as np
 
 from pplug_jax.data.lamp import Example
 from pplug_jax.data.sources import data_name
-from pplug_jax.evaluate.predict import Answers, answer
+from pplug_jax.evaluate.predict import Answers, answer_examples
 from pplug_jax.methods.table import configured, methods_of
 from pplug_jax.plugs.forward import Weights
 from pplug_jax.runtime.console import say
@@ -26,9 +26,9 @@ from pplug_jax.storage.workdir import CONFIG, RESULTS, plot_path
 def statistics_of(
     models: Models, examples: Sequence[Example], answers: Answers
 ) -> dict[str, np.ndarray]:
-    """Each example's statistics for the task's metrics, `loss`, and `style` where users have one.
+    """Compute each example's statistics: the task's metrics, `loss`, and `style` if users have one.
 
-    Nothing where the outputs are withheld or only a judge can score.
+    They are empty if the outputs are withheld or only a judge can score.
     """
     task = models.task
     golds = [example.target for example in examples]
@@ -37,13 +37,13 @@ def statistics_of(
     texts = list(answers.texts.values())
     statistics = example_statistics(task.name, texts, golds)
     statistics["loss"] = np.array(answers.losses)
-    if "rouge1" in task.metrics and task.question and any(each.profile for each in examples):
+    if "rouge1" in task.metrics and task.question and any(example.profile for example in examples):
         statistics["style"] = distances(task, examples, texts)
     return statistics
 
 
 def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
-    """Runs every method of the config and prints the table.
+    """Run every method of the config and print the table.
 
     Writes predictions/, personas/, results.json and results.md.
     """
@@ -51,8 +51,9 @@ def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
     methods = methods_of(config)
     tokenized = functools.cache(lambda layout: models.tokenize(examples, layout))
     # Another split than the workdir's own leaves that one's results as they are.
-    own = read_object(workdir / CONFIG)["data"]["eval_split"]
-    stem = RESULTS if config.data.eval_split == own else f"{RESULTS}.{config.data.eval_split}"
+    workdir_split = read_object(workdir / CONFIG)["data"]["eval_split"]
+    split = config.data.eval_split
+    stem = RESULTS if split == workdir_split else f"{RESULTS}.{split}"
     results = empty_results(config, examples)
 
     @functools.cache
@@ -66,7 +67,7 @@ def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
     for name in config.methods:
         method = methods[name]
         settings = configured(config, method, config.seed)
-        answers = answer(
+        answers = answer_examples(
             models,
             method,
             settings,
@@ -84,9 +85,9 @@ def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
         write_json(workdir / f"{stem}.json", results)
 
     if any(statistics.values()):
-        said = verdicts(statistics, task.metrics[0], config.eval.bootstrap_samples, users)
+        remarks = verdicts(statistics, task.metrics[0], config.eval.bootstrap_samples, users)
         header, rows = _cells(results)
-        lines = [markdown(header, rows), "", *(f"- {line}" for line in said)]
+        lines = [markdown(header, rows), "", *(f"- {line}" for line in remarks)]
         show_table(title_of(results), header, rows)
         plot_results(results, task.metrics[0], plot_path(workdir, stem))
     else:
@@ -95,17 +96,17 @@ def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
             if task.metrics
             else "Only a judge can score these answers (*.judge.jsonl holds what one needs)"
         )
-        lines = said = [f"{why}: predictions are written, nothing is scored."]
+        lines = remarks = [f"{why}: predictions are written, nothing is scored."]
     title = f"# {title_of(results)}"
     write_text(workdir / f"{stem}.md", "\n".join([title, "", *lines, ""]))
-    for line in said:
+    for line in remarks:
         say(line)
     show_examples(models, examples, texts)
     return results
 
 
 def empty_results(config: ml_collections.ConfigDict, examples: Sequence[Example]) -> dict[str, Any]:
-    """What results are about, before there are any."""
+    """Return the head of the results, before any method has run."""
     return {
         "task": config.task,
         "data": data_name(config),
@@ -131,7 +132,7 @@ def show_examples(
     answers: dict[str, dict[str, str]],
     count: int = 3,
 ) -> None:
-    """A few users, spread evenly over the split: what the LLM says without and with the persona."""
+    """Print a few users, spread evenly over the split: answers without and with the persona."""
     for i in sorted({len(examples) * (2 * n + 1) // (2 * count) for n in range(count)}):
         example = examples[i]
         say(f"\nuser {example.id}, {len(example.profile)} items of history, such as")
@@ -147,5 +148,6 @@ def show_examples(
 
 
 def shorten(text: str, width: int = 100) -> str:
+    """Return the text on one line of at most `width` characters."""
     text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 3] + "..."

@@ -1,6 +1,7 @@
-"""Examples as batches of fixed shapes.
+"""Turn examples into batches of fixed shapes.
 
-Tokenised once, bucketed by length, assembled by Grain, each process its own rows.
+Examples are tokenised once, bucketed by length and assembled by Grain. Each process assembles the
+rows of its devices.
 """
 
 import functools
@@ -25,17 +26,25 @@ ROUND_TARGET = 8  # and those of targets that are read apart, which are short
 
 
 class Batch(NamedTuple):
-    """B rows; a row with `weight` 0 only fills up the batch.
+    """B padded rows; a row with `weight` 0 only fills up the batch.
 
-    prompt, prompt_mask: (B, L) int32 and bool, the LLM's input without the soft tokens; or fewer
-        rows, each for several of the others, which follow each other.
-    target, target_mask: (B, T) int32 and bool, the gold output with its end-of-sequence token.
-    text, text_mask: (B, S) int32 and bool, what the LLM reads to learn the target, `Buckets.text`.
-    query, query_mask: (B, Q) int32 and bool, the input as the input encoder's tokens; or what a
-        frozen one makes of it, (B, E) float32, and (B, 1) bool, which says nothing.
-    history, history_mask: (B, H, E) float32 and (B, H) bool, the encoded history.
-    index: (B,) int32, each row's place in the list of examples. weight: (B,) float32, 1 or 0.
-    features: {name: (B, H, width) float32}, what else is told of the items, `feed.features`.
+    Attributes:
+        prompt: (B, L) int32, the LLM's input without the soft tokens; or fewer rows, each for
+            several consecutive rows of the other arrays.
+        prompt_mask: the prompt's mask, bool.
+        target: (B, T) int32, the gold output with its end-of-sequence token.
+        target_mask: (B, T) bool.
+        text: (B, S) int32, what the LLM reads to learn the target (`Buckets.text`); as few rows as
+            `prompt`.
+        text_mask: the text's mask, bool.
+        query: (B, Q) int32, the input as the input encoder's tokens; or (B, E) float32, the vector
+            that a frozen input encoder makes of it.
+        query_mask: (B, Q) bool; or (B, 1) bool, which says nothing, beside a vector.
+        history: (B, H, E) float32, the encoded history.
+        history_mask: (B, H) bool.
+        index: (B,) int32, each row's place in the list of examples.
+        weight: (B,) float32, 1 or 0.
+        features: {name: (B, H, width) float32}, the items' features (`feed.features`).
     """
 
     prompt: jax.Array | np.ndarray
@@ -53,7 +62,7 @@ class Batch(NamedTuple):
     features: dict[str, jax.Array | np.ndarray]
 
     def with_prompts_of(self, users: int) -> "Batch":
-        """The batch with one row of its prompt for so many rows, which all have the same."""
+        """Return the batch with one prompt for every `users` rows, which all have the same one."""
         names = ("prompt", "prompt_mask", "text", "text_mask")
         return self._replace(**{name: getattr(self, name)[::users] for name in names})
 
@@ -64,10 +73,16 @@ class Batch(NamedTuple):
 
 
 class Tokenized(NamedTuple):
-    """One example's variable-length arrays.
+    """An example's arrays of variable length.
 
-    rows: (n,) int64, its history's rows in the store. told: {name: (n, width)}, the features that
-    the history alone tells. query_row: the query's row in the store of queries, if it is there.
+    Attributes:
+        prompt: the LLM's tokens, int32.
+        target: the gold output's tokens, int32.
+        query: the input encoder's tokens, int32.
+        rows: (n,) int64, the history's rows in the store.
+        told: {name: (n, width)}, the features that need nothing but the history
+            (`features.of_items`).
+        query_row: the query's row in the store of queries; -1 without such a store.
     """
 
     prompt: np.ndarray
@@ -78,7 +93,7 @@ class Tokenized(NamedTuple):
     query_row: int = -1
 
     def with_history_of(self, other: "Tokenized | None") -> "Tokenized":
-        """This example for another's user, or for one without a history."""
+        """Return the example with the history of `other`, or with an empty one if that is None."""
         if other is not None:
             return self._replace(rows=other.rows, told=other.told)
         none = {name: values[:0] for name, values in self.told.items()}
@@ -88,7 +103,7 @@ class Tokenized(NamedTuple):
 def history_rows(
     task: Task, example: Example, store: HistoryStore, max_history: int, history_labels: bool
 ) -> np.ndarray:
-    """The rows of the newest `max_history` items in the store, (n,) int64."""
+    """Return the store's rows of the newest `max_history` items, (n,) int64."""
     items = example.profile[-max_history:]
     return store.rows([task.item_text(item, history_labels) for item in items])
 
@@ -106,11 +121,19 @@ def tokenize(
     behind: bool = False,
     queries: HistoryStore | None = None,
 ) -> list[Tokenized]:
-    """Tokenises `examples`, which are gone through once.
+    """Tokenise examples, in one pass over them.
 
-    Of a history longer than `max_history` the last items are kept, LaMP's newest. With
-    `history_labels` an item is read with its label. behind: the prompts are for soft tokens behind
-    them, `Tokenizer.prompt`. queries: a store that the queries' vectors are added to.
+    Args:
+        task: the examples' task.
+        examples: the examples, iterated once.
+        tokenizer: the LLM's tokenizer.
+        store: the history store, which holds all items.
+        max_input_length: tokens kept of an input.
+        max_target_length: tokens kept of a target.
+        max_history: items kept of a history, the last ones, which are LaMP's newest.
+        history_labels: encode each item with its label.
+        behind: make prompts for soft tokens behind them (`Tokenizer.prompt`).
+        queries: a store to which the queries' vectors are added; None keeps tokens alone.
     """
     texts = []
 
@@ -137,13 +160,17 @@ def tokenize(
 def with_queries(
     tokenized: Iterable[Tokenized], texts: Sequence[str], queries: HistoryStore
 ) -> list[Tokenized]:
-    """The examples with these texts' vectors as their queries, which all processes add together."""
+    """Return the examples with the vectors of these texts as their queries.
+
+    All processes must call it together.
+    """
     queries.add(texts)
     rows = queries.rows(texts).tolist()
     return [x._replace(query_row=row) for x, row in zip(tokenized, rows, strict=True)]
 
 
 def round_up(length: int, multiple: int = ROUND) -> int:
+    """Return the least positive multiple of `multiple` that holds `length`."""
     return max(multiple, -(-length // multiple) * multiple)
 
 
@@ -151,10 +178,14 @@ MOST_SIZES = 48  # of texts, and of targets, that edges are chosen among where b
 
 
 def bucket_edges(lengths: np.ndarray, count: int, target_cost: float = 0) -> np.ndarray:
-    """The `count` padded shapes, or fewer, that cost `lengths` (n, 2) the least; ascending, (k, 2).
+    """Choose the padded shapes that cost the least: up to `count` of them, ascending, (k, 2).
 
-    The lengths are of texts and targets, which cost 1 and `target_cost` a place. Each shape holds
-    all that the ones before it hold.
+    Each shape holds every example that a smaller shape holds.
+
+    Args:
+        lengths: (n, 2), the lengths of texts and targets.
+        count: the most shapes.
+        target_cost: the cost of a place of a target; a place of a text costs 1.
     """
     multiples = ROUND, ROUND_TARGET if target_cost else ROUND
     rounded = np.vectorize(round_up, otypes=[int])(lengths, multiples)
@@ -190,7 +221,14 @@ def bucket_edges(lengths: np.ndarray, count: int, target_cost: float = 0) -> np.
 
 
 class Shape(NamedTuple):
-    """A bucket's padded lengths: `Batch.text`'s, `prompt`'s, `query`'s and `target`'s."""
+    """A bucket's padded lengths.
+
+    Attributes:
+        text: of `Batch.text`.
+        prompt: of `Batch.prompt`.
+        query: of `Batch.query`.
+        target: of `Batch.target`.
+    """
 
     text: int
     prompt: int
@@ -199,27 +237,31 @@ class Shape(NamedTuple):
 
 
 class Buckets:
-    """A handful of padded shapes for examples, those that cost the least.
+    """The few padded shapes that hold the examples at the least cost.
 
-    longest_query: what the input encoder can take. target_cost: of a place of the target over one
-    of the text; 0: the LLM reads both as one text, as a decoder-only one does if no soft tokens
-    stand between them.
+    An example fits its bucket and all larger ones.
 
-    Every example fits its bucket and all larger ones.
+    Args:
+        tokenized: the examples.
+        count: the most shapes.
+        longest_query: the most tokens that the input encoder takes.
+        target_cost: the cost of a place of the target over one of the text. 0 means that the LLM
+            reads both as one text, as a decoder-only LLM does unless soft tokens stand between
+            them.
     """
 
     def __init__(
-        self, examples: Sequence[Tokenized], count: int, longest_query: int, target_cost: float
+        self, tokenized: Sequence[Tokenized], count: int, longest_query: int, target_cost: float
     ):
         self.joined = target_cost == 0
-        texts = np.array([len(self.text(e)) for e in examples])
-        targets = np.array([len(e.target) for e in examples])
+        texts = np.array([len(self.text(e)) for e in tokenized])
+        targets = np.array([len(e.target) for e in tokenized])
         if self.joined:  # they have one padded length
             targets[:] = targets.max()
         edges = bucket_edges(np.stack([texts, targets], axis=1), count, target_cost)
         fits = (texts[:, None] <= edges[:, 0]) & (targets[:, None] <= edges[:, 1])
         self.of = fits.argmax(axis=1)
-        lengths = np.array([(len(e.prompt), len(e.query)) for e in examples])
+        lengths = np.array([(len(e.prompt), len(e.query)) for e in tokenized])
         longest = [
             lengths[self.of <= bucket].max(axis=0, initial=0) for bucket in range(len(edges))
         ]
@@ -227,13 +269,13 @@ class Buckets:
             Shape(int(text), round_up(prompt), min(round_up(query), longest_query), int(target))
             for (text, target), (prompt, query) in zip(edges, longest, strict=True)
         ]
-        self.history = round_up(max(len(e.rows) for e in examples))
+        self.history = round_up(max(len(e.rows) for e in tokenized))
 
     def text(self, example: Tokenized) -> np.ndarray:
-        """The prompt, and if they are joined the target right behind it.
+        """Return what the LLM reads of an example: the prompt, and if joined the target behind it.
 
-        Of the target all but its last token, which nothing is predicted from. So a row is padded
-        once, and not at the prompt's end and the target's.
+        The target's last token is left out, since nothing is predicted from it. A joined row is
+        padded once, not at the prompt's end and again at the target's.
         """
         if not self.joined:
             return example.prompt
@@ -243,10 +285,14 @@ class Buckets:
 def plan_batches(
     order: np.ndarray, bucket_of: np.ndarray, batch_size: int
 ) -> list[tuple[int, np.ndarray]]:
-    """(bucket, indices) of every batch of an epoch in `order`: ceil(n / batch_size) of them.
+    """Return the batches of an epoch as (bucket, indices), ceil(n / batch_size) of them.
 
-    What is left over of a bucket moves to the next larger, so that only the last batch may be
-    short.
+    The rest of a bucket moves to the next larger one, so that only the last batch may be short.
+
+    Args:
+        order: the examples in the epoch's order.
+        bucket_of: each example's bucket.
+        batch_size: examples of a full batch.
     """
     batches: list[tuple[int, np.ndarray]] = []
     rest = order[:0]
@@ -259,9 +305,9 @@ def plan_batches(
 
 
 class Plan(grain.sources.RandomAccessDataSource):
-    """Batch `step` of training as (step, bucket, indices).
+    """The batches of training: item `step` is (step, bucket, indices).
 
-    Each epoch has its own order, known without the ones before.
+    Each epoch has its order, which does not depend on the epochs before.
     """
 
     def __init__(self, bucket_of: np.ndarray, batch_size: int, epochs: float, seed: int):
@@ -285,9 +331,9 @@ class Plan(grain.sources.RandomAccessDataSource):
 
 
 def drop_history(count: int, rng: np.random.Generator, rate: float) -> np.ndarray:
-    """The places of the items that are kept of `count`, in their order.
+    """Return the places of the items that are kept of `count`, in their order.
 
-    History dropout as the official code's data has it: with probability 10/11, a history of more
+    History dropout works as in the official code's data: with probability 10/11, a history of more
     than 2 items loses 1 + floor(count * u) of them, u uniform in [0, rate).
     """
     if rate == 0 or count <= 2 or rng.random() < 1 / 11:
@@ -297,16 +343,24 @@ def drop_history(count: int, rng: np.random.Generator, rate: float) -> np.ndarra
 
 
 class Assemble:
-    """(step, bucket, indices) -> this process' rows of the batch.
+    """A function from (step, bucket, indices) to this process' rows of the batch.
 
-    rows: which they are, `mesh.local_rows`. features: what the batch tells of the items. peers:
-    those of the run, where a feature compares with them. queries: the store of the queries'
-    vectors, where the batch has these.
+    Args:
+        tokenized: the examples.
+        buckets: their padded shapes.
+        store: the history store.
+        rows: the places of this process' rows in the batch (`mesh.local_rows`).
+        seed: of the dropout.
+        history_dropout: the largest share of a history that is dropped (`drop_history`).
+        persona_dropout: the share of examples whose whole history is dropped.
+        features: the names of the features that batches hold.
+        peers: the run's peers, needed if a feature compares with them.
+        queries: the store of the queries' vectors; without it batches hold the queries' tokens.
     """
 
     def __init__(
         self,
-        examples: Sequence[Tokenized],
+        tokenized: Sequence[Tokenized],
         buckets: Buckets,
         store: HistoryStore,
         rows: Sequence[int],
@@ -318,7 +372,7 @@ class Assemble:
         peers: Peers | None = None,
         queries: HistoryStore | None = None,
     ):
-        self.examples, self.buckets, self.store, self.rows = examples, buckets, store, rows
+        self.tokenized, self.buckets, self.store, self.rows = tokenized, buckets, store, rows
         self.seed, self.history_dropout, self.persona_dropout = (
             seed,
             history_dropout,
@@ -351,7 +405,7 @@ class Assemble:
             if row >= len(indices):
                 break
             index = indices[row]
-            example = self.examples[index]
+            example = self.tokenized[index]
             for name in shape:
                 ids = self.buckets.text(example) if name == "text" else getattr(example, name)
                 batch[name][i, : len(ids)] = ids
@@ -380,14 +434,14 @@ class Assemble:
 
 
 def place_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """This process' rows as the global batch's shards."""
+    """Return the global batch, of which this process' rows are its shards."""
     return jax.tree.map(lambda local: place_rows(local, mesh), batch)
 
 
 def training_batches(plan: Plan, assemble: Assemble, step: int = 0) -> grain.DatasetIterator:
-    """This process' rows of the plan's batches, from `step` on.
+    """Return an iterator over this process' rows of the plan's batches, from `step` on.
 
-    The plan knows every step's batch, so the step is all that a checkpoint needs of the data, and
+    The plan knows every step's batch. So the step is all that a checkpoint stores of the data, and
     another number of processes can go on from it.
     """
     dataset = grain.MapDataset.source(plan).map(assemble)[step:]

@@ -1,7 +1,7 @@
-"""What is told of a history item beside its vector; a new feature is an entry of FEATURES.
+"""Features of history items beside their vectors; a new feature is an entry of FEATURES.
 
-Everything that carries features (batches, serving, planning) asks this table and knows none by
-name. Which of them a plug reads is `plugs.reading.features_of`.
+Batches, serving and planning carry features through this table and know none by name.
+`plugs.reading.features_of` says which of them a plug reads.
 """
 
 import bisect
@@ -19,9 +19,11 @@ from pplug_jax.feed.form import form
 class Feature(NamedTuple):
     """A row of numbers for each item of a history.
 
-    width: the row's length, given the encoder's width E.
-    of_items: made of a whole history as the task's files have it, (n, width) float32.
-    of_peers: made of its vectors (n, E) and their peers' means (n, E) instead.
+    Attributes:
+        width: returns the row's length, given the encoder's width E.
+        of_items: computes the feature, (n, width) float32, from a history as the task's files have
+            it.
+        of_peers: computes it from the items' vectors (n, E) and their peers' means (n, E) instead.
     """
 
     width: Callable[[int], int]
@@ -30,9 +32,9 @@ class Feature(NamedTuple):
 
 
 def item_ages(task: Task, profile: Sequence[Item]) -> np.ndarray:
-    """How many items of the profile are newer than each, (n, 1) float32.
+    """Count for each item the newer items of the profile, (n, 1) float32.
 
-    0 for all where one has no date: the order of LaMP's lists alone tells too little of time.
+    All ages are 0 if an item has no date: the order of LaMP's lists says too little about time.
     """
     if not all("date" in item for item in profile):
         return np.zeros((len(profile), 1), np.float32)
@@ -43,7 +45,7 @@ def item_ages(task: Task, profile: Sequence[Item]) -> np.ndarray:
 
 
 def item_forms(task: Task, profile: Sequence[Item]) -> np.ndarray:
-    """The form of what the user wrote, (n, F) float32: each item's answer, or else its text."""
+    """Return the form of each item's answer, or else of its text, (n, F) float32."""
     forms = [form(str(item.get(task.answer, item.get(task.cut, "")))) for item in profile]
     return np.array(forms, np.float32).reshape(len(forms), FORM_SIZE)
 
@@ -56,7 +58,7 @@ FEATURES = {
 
 
 def of_items(task: Task, profile: Sequence[Item]) -> dict[str, np.ndarray]:
-    """The features that a history alone tells: {name: (n, width)}."""
+    """Compute the features that need nothing but the history: {name: (n, width)}."""
     return {
         name: feature.of_items(task, profile)
         for name, feature in FEATURES.items()
@@ -65,25 +67,28 @@ def of_items(task: Task, profile: Sequence[Item]) -> dict[str, np.ndarray]:
 
 
 def compare_with_peers(names: Sequence[str]) -> bool:
-    """Whether one of these features wants the peers."""
+    """Return whether one of these features needs the peers."""
     return any(FEATURES[name].of_peers for name in names)
 
 
 def of_history(
     names: Sequence[str],
-    told: Mapping[str, np.ndarray],
+    item_features: Mapping[str, np.ndarray],
     vectors: np.ndarray,
     means: Callable[[], np.ndarray],
 ) -> dict[str, np.ndarray]:
-    """These features of a whole history: {name: (n, width)}.
+    """Compute these features of a whole history: {name: (n, width)}.
 
     Args:
-        told: `of_items` of it.
-        vectors: (n, E) float32.
-        means: gives the means of the items' peers, (n, E); called once, if at all.
+        names: the features.
+        item_features: what `of_items` returns for the history.
+        vectors: (n, E) float32, the items' vectors.
+        means: returns the means of the items' peers, (n, E); called at most once.
     """
     peers = means() if compare_with_peers(names) else vectors
     return {
-        name: told[name] if FEATURES[name].of_items else FEATURES[name].of_peers(vectors, peers)
+        name: item_features[name]
+        if FEATURES[name].of_items
+        else FEATURES[name].of_peers(vectors, peers)
         for name in names
     }

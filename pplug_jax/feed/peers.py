@@ -1,6 +1,6 @@
-"""What other users wrote on similar things, to say how a user's items differ from it.
+"""What other users wrote on similar things, so that a plug reads how a user's items differ from it.
 
-Difference-aware personalisation, DEP, arXiv 2507.20849.
+This is difference-aware personalisation (DEP, arXiv 2507.20849).
 """
 
 from collections.abc import Iterable
@@ -19,30 +19,33 @@ CHUNK = 1 << 14  # of the pool, compared at a time
 
 
 class Peers:
-    """The items of the training split's histories, to find an item's peers among.
+    """A pool of the training split's history items, in which an item's peers are searched.
 
-    An item's peers are its nearest `COUNT` in the pool by cosine that are not the user's own. Own
-    is what the example's history holds, since files need not name users: the items of another
-    example of the same user count as others'.
+    An item's peers are the `COUNT` items of the pool nearest by cosine that are not in the
+    example's history. Files need not name users, so the items of another example of the same user
+    count as those of others.
 
-    The pool's vectors are held in memory, 4 * N * E bytes for N texts. The search takes
-    2 * n * N * E operations for a history of n items: for n 100, N 100,000 and E 384 about 0.5 s on
-    2 cores. `means` does it once for each history and then remembers 4 * n * COUNT bytes.
+    The pool's vectors are held in memory, 4 * N * E bytes for N texts. The search takes 2 * n * N *
+    E operations for a history of n items: for n 100, N 100,000 and E 384 about 0.5 s on 2 cores.
+    `means` searches once for each history and then remembers 4 * n * COUNT bytes.
+
+    Args:
+        store: the history store.
+        pool: (N,) int, rows of the store, each once.
     """
 
     def __init__(self, store: HistoryStore, pool: np.ndarray):
-        """pool: (N,) int, rows of the store, each once."""
         self.store, self.pool = store, pool
         self._vectors = store.vectors(pool)
-        self._found: dict[bytes, np.ndarray] = {}
+        self._places: dict[bytes, np.ndarray] = {}
 
     @classmethod
     def of(cls, store: HistoryStore, histories: Iterable[np.ndarray]) -> "Peers":
-        """The pool of all these histories, each (n,) int rows of the store."""
+        """Make the pool of these histories, each (n,) int rows of the store."""
         return cls(store, np.unique(np.concatenate([np.zeros(0, np.int64), *histories])))
 
     def save(self, workdir: Path) -> None:
-        """Writes the texts' keys to `workdir`/peers.npy; the vectors are in the store."""
+        """Write the texts' keys to `workdir`/peers.npy; the vectors are in the store."""
         if is_primary():
             workdir.mkdir(parents=True, exist_ok=True)
             partial = workdir / f"{PEERS}.partial"
@@ -53,10 +56,10 @@ class Peers:
 
     @classmethod
     def load(cls, store: HistoryStore, workdir: Path) -> "Peers":
-        """What `save` wrote.
+        """Load what `save` wrote.
 
         Raises:
-            InputError: nothing is there, or the store lacks one of the texts.
+            InputError: the file is missing, or the store lacks one of the texts.
         """
         path = workdir / PEERS
         if not path.is_file():
@@ -70,44 +73,42 @@ class Peers:
             ) from error
 
     def means(self, rows: np.ndarray) -> np.ndarray:
-        """The mean of each item's peers, for a history of the store: (n,) int -> (n, E) float32."""
+        """Return the mean of each item's peers, for rows of the store: (n,) -> (n, E) float32."""
         key = rows.tobytes()
-        if key not in self._found:
-            self._found[key] = self._search(self.store.vectors(rows), rows)
-        return self._mean(self._found[key], self.store.vectors(rows))
+        if key not in self._places:
+            self._places[key] = self._search(self.store.vectors(rows), rows)
+        return self._mean(self._places[key], self.store.vectors(rows))
 
-    def means_of(self, vectors: np.ndarray, own: np.ndarray) -> np.ndarray:
-        """The same for items that may not be in the store.
+    def means_of(self, vectors: np.ndarray, user_rows: np.ndarray) -> np.ndarray:
+        """Return the mean of each item's peers, for items that the store may lack, (n, E) float32.
 
         Args:
-            vectors: (n, E) float32, unit norm. own: (m,) int, the user's own rows in the store.
-
-        Returns:
-            (n, E) float32.
+            vectors: (n, E) float32, unit norm.
+            user_rows: (m,) int, the rows of the user's items in the store.
         """
-        return self._mean(self._search(vectors, own), vectors)
+        return self._mean(self._search(vectors, user_rows), vectors)
 
-    def _search(self, vectors: np.ndarray, own: np.ndarray) -> np.ndarray:
-        """The peers' places in the pool, (n, COUNT) int32; -1 where there are too few."""
+    def _search(self, vectors: np.ndarray, user_rows: np.ndarray) -> np.ndarray:
+        """Return the peers' places in the pool, (n, COUNT) int32; -1 stands for a missing peer."""
         places = np.full((len(vectors), COUNT), -1, np.int32)
         scores = np.full((len(vectors), COUNT), -np.inf, np.float32)
-        mine = np.isin(self.pool, own)
+        is_users = np.isin(self.pool, user_rows)
         for start in range(0, len(self.pool), CHUNK):
             part = slice(start, start + CHUNK)
-            found = vectors @ self._vectors[part].T
-            found[:, mine[part]] = -np.inf
-            found = np.concatenate([scores, found], axis=1)
-            best = np.argpartition(found, -COUNT, axis=1)[:, -COUNT:]
-            scores = np.take_along_axis(found, best, 1)
+            candidates = vectors @ self._vectors[part].T
+            candidates[:, is_users[part]] = -np.inf
+            candidates = np.concatenate([scores, candidates], axis=1)
+            best = np.argpartition(candidates, -COUNT, axis=1)[:, -COUNT:]
+            scores = np.take_along_axis(candidates, best, 1)
             before = np.take_along_axis(places, np.minimum(best, COUNT - 1), 1)
             places = np.where(best < COUNT, before, start + best - COUNT)
         return np.where(np.isfinite(scores), places, -1).astype(np.int32)
 
     def _mean(self, places: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-        """Of the peers at `places`; an item without any is its own, and so differs by nothing."""
-        there = places >= 0
-        if not there.any():
+        """Average the peers at `places`; an item without any gets its vector: it differs by 0."""
+        is_peer = places >= 0
+        if not is_peer.any():
             return vectors
-        total = np.einsum("nk,nke->ne", there.astype(np.float32), self._vectors[places])
-        mean = total / np.maximum(there.sum(1, keepdims=True), 1).astype(np.float32)
-        return np.where(there.any(1, keepdims=True), mean, vectors)
+        total = np.einsum("nk,nke->ne", is_peer.astype(np.float32), self._vectors[places])
+        mean = total / np.maximum(is_peer.sum(1, keepdims=True), 1).astype(np.float32)
+        return np.where(is_peer.any(1, keepdims=True), mean, vectors)

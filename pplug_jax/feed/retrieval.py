@@ -1,4 +1,4 @@
-"""Which profile items a prompt shows, and how: LaMP's retrieval and demonstration form."""
+"""Choose the profile items that a prompt shows, and show them in LaMP's demonstration form."""
 
 import dataclasses
 import logging
@@ -14,9 +14,9 @@ from pplug_jax.feed.store import HistoryStore
 
 
 def bm25(task: Task, input: str, profile: Sequence[Item], top_k: int) -> list[Item]:
-    """The items nearest to the input by BM25, best first; of equals, the first in the profile.
+    """Return the items nearest to the input by BM25, best first; equals in the profile's order.
 
-    k1 1.5, b 0.75 and words split at white space are LaMP's; the idf is bm25s' (Lucene's), which
+    k1 1.5, b 0.75 and words split at white space are LaMP's. The idf is bm25s' (Lucene's), which
     never falls below 0, where LaMP's rank_bm25 floors the idf of words that most items have.
     """
     import bm25s  # importing it takes hold of the devices, before several processes could meet
@@ -33,16 +33,17 @@ def bm25(task: Task, input: str, profile: Sequence[Item], top_k: int) -> list[It
 
 
 def recency(task: Task, input: str, profile: Sequence[Item], top_k: int) -> list[Item]:
-    """The newest items, newest first.
+    """Return the newest items, newest first.
 
-    By `date` where every item has one, else by place (LaMP's lists end with the newest).
+    Items are ordered by `date` if all have one, else by place, since LaMP's lists end with the
+    newest.
     """
     del task, input
     return list(by_date(profile))[::-1][:top_k]
 
 
 def random(task: Task, input: str, profile: Sequence[Item], top_k: int) -> list[Item]:
-    """Any items, each at most once; the same ones for the same input."""
+    """Return random items, each at most once; equal inputs get equal items."""
     del task
     rng = np.random.default_rng(list(text_key(input)))
     return [profile[i] for i in rng.permutation(len(profile))[:top_k]]
@@ -50,10 +51,13 @@ def random(task: Task, input: str, profile: Sequence[Item], top_k: int) -> list[
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """The items nearest to the input by the cosine of the history encoder's vectors, best first.
+    """A retriever by the cosine of the history encoder's vectors, best first.
 
-    labels: whether items are encoded with their labels, and so whether those texts are in the
-    store. LaMP's Contriever compares un-normalised vectors of texts without labels.
+    LaMP's Contriever compares un-normalised vectors of texts without labels.
+
+    Attributes:
+        store: the history store, which holds all items.
+        labels: whether the store holds the items with their labels.
     """
 
     store: HistoryStore
@@ -70,7 +74,7 @@ Retriever = Callable[[Task, str, Sequence[Item], int], list[Item]]
 
 
 def retrievers(store: HistoryStore, labels: bool) -> dict[str, Retriever]:
-    """All of them by name; each gives up to `top_k` items of a profile, best first."""
+    """Return all retrievers by name; each returns up to `top_k` items of a profile, best first."""
     return {"bm25": bm25, "recency": recency, "random": random, "dense": Dense(store, labels)}
 
 
@@ -81,12 +85,19 @@ def demonstration_prompt(
     tokenizer: transformers.PreTrainedTokenizerBase,
     max_length: int,
 ) -> str:
-    """The input behind `items` as demonstrations, in LaMP's form and by its token budget.
+    """Return the input behind `items` as demonstrations, in LaMP's form and by its token budget.
 
     The input may take up to 60% of `max_length` tokens. Each demonstration gets an equal share of
-    the rest; what one leaves unused, the next may use. Where one cannot have what it needs besides
-    the text that gives way, the input's part shrinks by another 10%, which its end is then cut by;
-    where nothing is left of it, the bare input is returned.
+    the rest; the next one may use what it leaves. If a demonstration does not fit although its text
+    is cut to nothing, the input's part shrinks by another 10%, by which its end is then cut. If no
+    part is left, the bare input is returned.
+
+    Args:
+        task: says how demonstrations look.
+        input: the example's input.
+        items: the items to show.
+        tokenizer: counts and cuts tokens.
+        max_length: the budget in tokens.
     """
 
     def encode(text: str) -> list[int]:
@@ -103,7 +114,7 @@ def demonstration_prompt(
     input_length = len(encode(input))
 
     def fit(share: int) -> list[int] | None:
-        """How many tokens of each text there is room for."""
+        """Return how many tokens of each text fit, or None if a demonstration does not."""
         lengths, room = [], 0
         for cost, text in zip(costs, texts, strict=True):
             room += share - cost

@@ -1,13 +1,13 @@
 """The history store: every unique text's vector on disk, computed once per encoder.
 
-A store is a directory named after the encoder's fingerprint, so that no other encoder's vectors
-are ever read, with two append-only files: `keys` (16-byte digests of texts) and `vectors` (float16
+A store is a directory named after the encoder's fingerprint, so that vectors of another encoder are
+never read. It has two append-only files: `keys` (16-byte digests of texts) and `vectors` (float16
 rows in the same order). A row counts when both files hold all of it, so a process may be killed at
-any moment and the next one goes on from there. Whoever reads or changes the files' ends holds
-their lock, so several runs may fill one store at once.
+any moment and the next one goes on from there. Whoever reads or changes the files' ends holds their
+lock, so several runs may fill one store at once.
 
-Of several processes of a run each has a store on its own disk, or all share one, which the first
-writes.
+If a run has several processes, either each has a store on its disk, or all share one, which the
+first process writes.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ WINDOW = 1 << 26  # characters sorted by length at a time; all texts may be more
 
 
 def _chunks(texts: Iterable[str], wanted: set[bytes]) -> Iterator[list[str]]:
-    """The texts whose keys are wanted, each once, sorted by length within windows."""
+    """Yield the texts whose keys are wanted, each once, sorted by length within windows."""
     window: list[str] = []
     size = 0
     for text in itertools.chain(texts, [None]):
@@ -50,7 +50,10 @@ def _chunks(texts: Iterable[str], wanted: set[bytes]) -> Iterator[list[str]]:
 class HistoryStore:
     """Vectors (N, E) float16 of unique texts, memory-mapped.
 
-    queries: the texts are inputs and encoded as such, for a plug that leaves Enc_inp as it is.
+    Args:
+        directory: holds the stores of all encoders.
+        encoder: makes the vectors.
+        queries: encode the texts as inputs, for a plug that does not train Enc_inp.
     """
 
     def __init__(self, directory: str | Path, encoder: Encoder, queries: bool = False):
@@ -70,24 +73,24 @@ class HistoryStore:
         self._open()
 
     def _is_shared(self) -> bool:
-        """Whether it is the first process' directory too, who leaves a mark for all to look for."""
+        """Return whether this is also the first process' directory, in which that leaves a mark."""
         mark = self.directory / f"shared-{int(from_primary(np.int32(secrets.randbits(31))))}"
         if is_primary():
             mark.touch()
         wait_for_all("the history store is marked")
-        found = mark.is_file()
+        is_marked = mark.is_file()
         wait_for_all("all have looked for the mark")
         if is_primary():
             mark.unlink()
-        return found
+        return is_marked
 
     def _files(self) -> dict[Path, int]:
-        """The files, and the bytes of a row in each."""
+        """Return the files, and the bytes of a row in each."""
         keys, vectors = self.directory / "keys", self.directory / "vectors"
         return {keys: KEY_BYTES, vectors: 2 * self.encoder.size}
 
     def _cut(self) -> None:
-        """Takes away what a killed process left unfinished; under the lock, so by none alive."""
+        """Remove what a killed process left unfinished; the lock keeps living ones away."""
         files = self._files()
         for path in files:
             path.touch()
@@ -101,7 +104,7 @@ class HistoryStore:
         return os.access(self.directory, os.W_OK)
 
     def _read_keys(self) -> None:
-        """Learns of the rows that were added since, by this run or another."""
+        """Read the keys of rows that were added since, by this run or another."""
         keys = next(iter(self._files()))
         if not keys.is_file():
             return
@@ -135,10 +138,13 @@ class HistoryStore:
         return text_key(text) in self._rows
 
     def add(self, texts: Iterable[str], batch_size: int = 64) -> int:
-        """Encodes the texts that the store lacks, with a progress bar; returns how many.
+        """Encode the texts that the store lacks, with a progress bar, and return their number.
 
-        Goes through the texts twice; only an iterator's are held in memory. All processes bring
-        the same texts, and encode together what one of them lacks.
+        All processes must bring the same texts; together they encode what one of them lacks.
+
+        Args:
+            texts: the texts, iterated twice; only an iterator's are held in memory.
+            batch_size: texts that are encoded at once.
         """
         if isinstance(texts, Iterator):
             texts = list(texts)
@@ -178,21 +184,25 @@ class HistoryStore:
                     file.write(content)
 
     def rows(self, texts: Sequence[str]) -> np.ndarray:
-        """The texts' row numbers, (n,) int64.
+        """Return the texts' row numbers, (n,) int64.
 
         Raises:
-            KeyError: a text that was never added.
+            KeyError: a text was never added.
         """
         return np.array([self._rows[text_key(text)] for text in texts], np.int64)
 
     def keys(self, rows: np.ndarray) -> np.ndarray:
-        """What the texts in these rows are known by in every store: (n,) -> (n, 16) uint8."""
+        """Return the keys of these rows' texts, alike in every store: (n,) -> (n, 16) uint8."""
         return np.fromfile(next(iter(self._files())), np.uint8).reshape(-1, KEY_BYTES)[rows]
 
     def rows_of(self, keys: np.ndarray) -> np.ndarray:
-        """The reverse, (n, 16) -> (n,) int64; raises as `rows`."""
+        """Return the rows of the texts with these keys, (n, 16) -> (n,) int64.
+
+        Raises:
+            KeyError: a text was never added.
+        """
         return np.array([self._rows[key.tobytes()] for key in keys], np.int64)
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
-        """(n,) -> (n, E) float32."""
+        """Return the vectors in these rows, (n,) -> (n, E) float32."""
         return np.asarray(self._vectors[rows], np.float32)

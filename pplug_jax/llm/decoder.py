@@ -31,6 +31,7 @@ class Llama3Stretch:
     original_max_position_embeddings: int
 
     def kept(self, rope: "Rope", head_dim: int) -> jax.Array:
+        """Return how much of each frequency stays undivided, (head_dim / 2,) in [0, 1]."""
         turns = self.original_max_position_embeddings * rope.unstretched(head_dim) / (2 * math.pi)
         smooth = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         return jnp.clip(smooth, 0.0, 1.0)
@@ -38,11 +39,13 @@ class Llama3Stretch:
 
 @dataclasses.dataclass(frozen=True)
 class Yarn:
-    """YaRN's choice of them (arXiv 2309.00071, `rope_type: yarn`).
+    """YaRN's choice of those frequencies (arXiv 2309.00071, `rope_type: yarn`).
 
-    beta_fast, beta_slow: turns within the original length from which on a frequency stays as it
-        is, and up to which it is divided.
-    truncate: the dimensions where that is are rounded outwards.
+    Attributes:
+        original_max_position_embeddings: the original length.
+        beta_fast: a frequency of at least so many turns within the original length stays as it is.
+        beta_slow: a frequency of at most so many turns is divided.
+        truncate: round the dimensions of these two frequencies outwards.
     """
 
     original_max_position_embeddings: int
@@ -51,6 +54,8 @@ class Yarn:
     truncate: bool = True
 
     def kept(self, rope: "Rope", head_dim: int) -> jax.Array:
+        """Return how much of each frequency stays undivided, (head_dim / 2,) in [0, 1]."""
+
         def dimension(turns: float) -> float:
             wavelength = self.original_max_position_embeddings / (turns * 2 * math.pi)
             return head_dim * math.log(wavelength) / (2 * math.log(rope.theta))
@@ -67,8 +72,10 @@ class Yarn:
 class Rope:
     """Rotary position embeddings: angles are position * frequency.
 
-    factor: what the frequencies are divided by, all of them or those that `stretch` chooses; its
-        `kept` is how much of each stays undivided, (head_dim / 2,) of [0, 1].
+    Attributes:
+        theta: the base of the frequencies.
+        factor: divides the frequencies, all of them or those that `stretch` chooses.
+        stretch: its `kept` returns how much of each frequency stays undivided.
     """
 
     theta: float
@@ -76,11 +83,11 @@ class Rope:
     stretch: Llama3Stretch | Yarn | None = None
 
     def unstretched(self, head_dim: int) -> jax.Array:
-        """(head_dim / 2,) float32."""
+        """Return the undivided frequencies, (head_dim / 2,) float32."""
         return self.theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
 
     def frequencies(self, head_dim: int) -> jax.Array:
-        """(head_dim / 2,) float32."""
+        """Return the frequencies, (head_dim / 2,) float32."""
         inverse = self.unstretched(head_dim)
         if self.stretch is None:
             return inverse / self.factor
@@ -90,18 +97,35 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """The defaults are Llama's; other families differ in these fields alone.
+    """The shapes and variants of a decoder; the defaults of the variants are Llama's.
 
-    activation: a key of ACTIVATIONS.
-    embedding_scale: what `embed` multiplies by.
-    norm_offset: norms scale by 1 + weight instead of by weight.
-    qkv_bias: query, key and value projections have biases.
-    qk_norm: each head's queries and keys are normalised before RoPE.
-    post_norms: attention and MLP are normalised again before they are added.
-    attention_scale: of the scores; None is head_dim ** -0.5.
-    attention_cap, logit_cap: scores and logits x become cap * tanh(x / cap).
-    sliding: the layers that see only the `window` newest tokens, the own one included, and use
-        `sliding_rope`; empty: none.
+    Attributes:
+        vocab_size: V.
+        hidden_size: D.
+        intermediate_size: the MLP's width.
+        num_layers: the number of layers.
+        num_heads: the number of query heads.
+        num_kv_heads: the number of key and value heads.
+        head_dim: the width of a head.
+        norm_eps: of the norms.
+        rope: rotary position embeddings.
+        tied_head: whether the output head is the embedding table.
+        max_length: the most tokens that the LLM was made for.
+        eos_ids: the tokens at which generation stops.
+        pad_id: the padding token.
+        activation: a key of ACTIVATIONS.
+        embedding_scale: `embed` multiplies by it.
+        norm_offset: norms scale by 1 + weight instead of by weight.
+        qkv_bias: query, key and value projections have biases.
+        qk_norm: each head's queries and keys are normalised before RoPE.
+        post_norms: attention and MLP are normalised again before they are added.
+        attention_scale: of the scores; None is head_dim ** -0.5.
+        attention_cap: scores x become cap * tanh(x / cap).
+        logit_cap: logits x become cap * tanh(x / cap).
+        sliding: for each layer, whether it sees only the `window` newest tokens, the current one
+            included, and uses `sliding_rope`; empty: no layer does.
+        window: the length of the window.
+        sliding_rope: the sliding layers' RoPE; None is `rope`.
     """
 
     vocab_size: int
@@ -138,12 +162,15 @@ ACTIVATIONS = {
 
 
 class Context(NamedTuple):
-    """Keys and values of texts that others go on from, as `Decoder.read` leaves them.
+    """Keys and values of texts that others go on from, made by `Decoder.read`.
 
-    Each of P texts serves B / P rows of a batch that follow each other.
+    Each of P texts serves B / P consecutive rows of a batch.
 
-    keys, values: (layers, P, S, kv_heads, head_dim). positions: (P, S) float32, the slots' places
-    in the text. mask: (P, S) bool.
+    Attributes:
+        keys: (layers, P, S, kv_heads, head_dim).
+        values: (layers, P, S, kv_heads, head_dim).
+        positions: (P, S) float32, the slots' places in the text.
+        mask: (P, S) bool.
     """
 
     keys: jax.Array
@@ -152,7 +179,7 @@ class Context(NamedTuple):
     mask: jax.Array
 
     def for_rows(self, count: int) -> tuple[jax.Array, jax.Array]:
-        """`positions` and `mask` as `count` rows of a batch see them, (B, S) each."""
+        """Return `positions` and `mask` as `count` rows of a batch see them, (B, S) each."""
         return jax.tree.map(
             lambda x: jnp.repeat(x, count // len(x), axis=0), (self.positions, self.mask)
         )
@@ -161,13 +188,17 @@ class Context(NamedTuple):
 class KVCache(NamedTuple):
     """Keys and values of the tokens so far; a slot holds a token of a row, or padding, or nothing.
 
-    A row's K beams share the slots of its prompt, the first ones. Behind them every step fills K
-    slots, one a beam, and `seen` tells which of them a beam descends from: no beam's tokens are
-    ever copied.
+    A row's K beams share the slots of its prompt, the first ones. Then every step fills K slots,
+    one a beam, and `seen` says which of them a beam descends from: no beam's tokens are ever
+    copied.
 
-    keys, values: (layers, B, S, kv_heads, head_dim). positions: (B, S) float32, the slots' places
-    in the text. seen: (B, K, S) bool. length: () int32, the slots taken, the same for all rows.
-    context: what the rows go on from, if anything; all beams see it.
+    Attributes:
+        keys: (layers, B, S, kv_heads, head_dim).
+        values: (layers, B, S, kv_heads, head_dim).
+        positions: (B, S) float32, the slots' places in the text.
+        seen: (B, K, S) bool.
+        length: () int32, the slots taken, the same for all rows.
+        context: the texts that the rows go on from, if any; all beams see them.
     """
 
     keys: jax.Array
@@ -179,16 +210,16 @@ class KVCache(NamedTuple):
 
 
 def see_own(seen: jax.Array, length: jax.Array) -> jax.Array:
-    """(B, K, S) with each beam's own one of the K slots that the next step fills."""
+    """Let each beam see its slot among the K slots that the next step fills: seen (B, K, S)."""
     B, K, _ = seen.shape
-    own = jnp.broadcast_to(jnp.eye(K, dtype=bool), (B, K, K))
-    return jax.lax.dynamic_update_slice(seen, own, (0, 0, length))
+    slots = jnp.broadcast_to(jnp.eye(K, dtype=bool), (B, K, K))
+    return jax.lax.dynamic_update_slice(seen, slots, (0, 0, length))
 
 
 def write(
     cached: Sequence[jax.Array], new: Sequence[jax.Array], layer: jax.Array, length: jax.Array
 ) -> list[jax.Array]:
-    """All keys and values (layers, B, S, ...) with a step's (B, K, ...) of one layer."""
+    """Return all keys and values (layers, B, S, ...) with a step's (B, K, ...) of one layer."""
     return [
         jax.lax.dynamic_update_slice(old, added[None], (layer, 0, length, 0, 0))
         for old, added in zip(cached, new, strict=True)
@@ -196,6 +227,7 @@ def write(
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: bool = False) -> jax.Array:
+    """Divide x by its root mean square, times `weight`, or times 1 + `weight` with `offset`."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     if offset:
@@ -204,11 +236,12 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: bool = False) 
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """Return cap * tanh(x / cap), or x without a cap."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """RoPE on x (B, L, heads, head_dim) with angles (B, L, head_dim / 2).
+    """Apply RoPE to x (B, L, heads, head_dim) with angles (B, L, head_dim / 2).
 
     Halves are rotated as in `transformers`.
     """
@@ -262,10 +295,15 @@ class Layers(nnx.Module):
             value,
         ),
     ) -> jax.Array:
-        """x (B, L, D) -> (B, L, D).
+        """Apply a layer, (B, L, D) -> (B, L, D).
 
-        `extend` turns this call's keys and values into all of its text's. `context` are this
-        layer's keys and values of a `Context`.
+        Args:
+            x: (B, L, D).
+            angles: (B, L, head_dim / 2), RoPE's.
+            mask: (B, L or 1, S) bool or an `OwnText`, which keys each query sees.
+            context_mask: (B, L or 1, S) bool, the same for the context's keys.
+            context: this layer's keys and values of a `Context`.
+            extend: turns the call's keys and values into all of the text's.
         """
         config = self.config
 
@@ -302,12 +340,11 @@ class Layers(nnx.Module):
 class Decoder(nnx.Module):
     """A frozen decoder-only LLM.
 
-    Built abstract (`jax.ShapeDtypeStruct` weights); `load_llm` fills it.
+    It is built abstract (`jax.ShapeDtypeStruct` weights), and `load_llm` fills it.
 
     The trainer, the evaluator and the generator use only `embed`, `target_hidden`, `unembed`,
-    `prefill`, `step`, `embedding_norm`, `decoder_only`, `prompt_end` and
-    `config.{hidden_size, vocab_size, max_length, eos_ids, pad_id}`, and of a decoder-only LLM
-    `read` besides.
+    `prefill`, `step`, `embedding_norm`, `decoder_only`, `prompt_end` and `config.{hidden_size,
+    vocab_size, max_length, eos_ids, pad_id}`, and of a decoder-only LLM also `read`.
     """
 
     decoder_only: bool = True  # reads prompt and target as one text
@@ -323,23 +360,24 @@ class Decoder(nnx.Module):
         self.config = config
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """(B, L) int32 -> (B, L, D), scaled as the model expects its `inputs_embeds`."""
+        """Embed tokens, (B, L) int32 -> (B, L, D), scaled as the model expects `inputs_embeds`."""
         embeds = jnp.take(self.embedding[...], tokens, axis=0)
         return embeds * jnp.asarray(self.config.embedding_scale, embeds.dtype)
 
     def embedding_norm(self) -> jax.Array:
-        """Mean L2 norm of all embedded tokens, () float32: the scale soft tokens should have."""
+        """Return the mean L2 norm of all embedded tokens, () float32: the scale for soft tokens."""
         return self.config.embedding_scale * mean_norm(self.embedding[...], self.config.vocab_size)
 
     def _views(
         self, at: jax.Array, *seen: tuple[jax.Array, jax.Array | OwnText] | None
     ) -> Callable[[jax.Array], tuple]:
-        """What a layer sees, as a function of whether it slides: RoPE's angles, and masks.
+        """Return a function from whether a layer slides to what it sees: RoPE's angles, and masks.
 
         Args:
             at: (B, L) float32, the queries' positions.
-            seen: the keys' positions, (B, S) float32, and what a layer with an endless window sees
-                of them, (B, L or 1, S) bool or an `OwnText`; or None, of which the mask is None.
+            *seen: for each group of keys their positions, (B, S) float32, and what a layer with an
+                endless window sees of them, (B, L or 1, S) bool or an `OwnText`; None gives the
+                mask None.
         """
         config = self.config
 
@@ -361,21 +399,23 @@ class Decoder(nnx.Module):
     def _own_views(
         self, mask: jax.Array, context: Context | None
     ) -> tuple[jax.Array, Callable[[jax.Array], tuple]]:
-        """The positions of texts that see themselves and their context, and their views.
+        """Return the positions of texts that see themselves and their context, and their views.
 
-        mask: (B, L) bool.
+        Args:
+            mask: (B, L) bool.
+            context: the texts that they go on from, if any.
         """
         if context is None:
             at = positions(mask)
             alone = pays(mask.shape[1])
-            own = OwnText(mask, jnp.bool(False), self.config.window) if alone else causal(mask)
-            return at, self._views(at, (at, own), None)
-        slots, there = context.for_rows(len(mask))
-        at = positions(mask) + jnp.sum(there, axis=1, keepdims=True)
-        return at, self._views(at, (at, causal(mask)), (slots, there[:, None]))
+            visible = OwnText(mask, jnp.bool(False), self.config.window) if alone else causal(mask)
+            return at, self._views(at, (at, visible), None)
+        slots, context_mask = context.for_rows(len(mask))
+        at = positions(mask) + jnp.sum(context_mask, axis=1, keepdims=True)
+        return at, self._views(at, (at, causal(mask)), (slots, context_mask[:, None]))
 
     def _scanned(self, context: Context | None = None) -> tuple:
-        """The layers, which of them slide, and each layer's part of the context."""
+        """Return the layers, which of them slide, and each layer's part of the context."""
         config = self.config
         slides = jnp.array(config.sliding or (False,) * config.num_layers)
         return self.layers, slides, context and (context.keys, context.values)
@@ -387,9 +427,13 @@ class Decoder(nnx.Module):
         remat: bool = False,
         context: Context | None = None,
     ) -> jax.Array:
-        """(B, L, D), (B, L) bool -> the last hidden states, (B, L, D).
+        """Return the last hidden states, (B, L, D).
 
-        Padding stands on either side of a text. context: what the texts go on from.
+        Args:
+            inputs_embeds: (B, L, D).
+            mask: (B, L) bool; padding stands on either side of a text.
+            remat: recompute the layers' activations in the backward pass.
+            context: the texts that these go on from.
         """
         _, view = self._own_views(mask, context)
 
@@ -404,28 +448,28 @@ class Decoder(nnx.Module):
     def _with_keys(
         self, inputs_embeds: jax.Array, mask: jax.Array, context: Context | None = None
     ) -> tuple[jax.Array, Context]:
-        """`hidden` before the final norm, and the texts as a context."""
+        """Return `hidden` before the final norm, and the texts as a context."""
         at, view = self._own_views(mask, context)
 
         def layer(x: jax.Array, scanned: tuple) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             weights, slides, before = scanned
-            made = []
+            keys_values = []
 
             def keep(key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
-                made.append((key, value))
+                keys_values.append((key, value))
                 return key, value
 
-            return weights(rows(x), *view(slides), before, keep), made[0]
+            return weights(rows(x), *view(slides), before, keep), keys_values[0]
 
         x = inputs_embeds.astype(self.embedding.dtype)
         x, (keys, values) = jax.lax.scan(layer, x, self._scanned(context))
         return x, Context(keys, values, at, mask)
 
     def read(self, inputs_embeds: jax.Array, mask: jax.Array) -> Context:
-        """(P, S, D), (P, S) bool -> what other texts can go on from.
+        """Read texts (P, S, D) with mask (P, S) bool into a context that others can go on from.
 
-        It depends on nothing that follows. So where soft tokens stand behind a prompt, the prompt
-        is read once for all users, and no gradient runs through it.
+        The context depends on nothing that follows. So if soft tokens stand behind a prompt, the
+        prompt is read once for all users, and no gradient runs through it.
         """
         return self._with_keys(inputs_embeds, mask)[1]
 
@@ -441,7 +485,7 @@ class Decoder(nnx.Module):
         remat: bool = False,
         context: Context | None = None,
     ) -> jax.Array:
-        """The hidden state that predicts each target token.
+        """Return the hidden state that predicts each target token.
 
         Args:
             inputs_embeds: (B, L, D), the prompt and, right behind it, the target but for its last
@@ -449,7 +493,8 @@ class Decoder(nnx.Module):
             mask: (B, L) bool, padding behind.
             targets: (B, T) int32, the target, which an LLM with an encoder reads here.
             target_mask: (B, T) bool, padding behind.
-            context: what the prompt goes on from.
+            remat: recompute the layers' activations in the backward pass.
+            context: the texts that the prompts go on from.
 
         Returns:
             (B, T, D), anything at padding; `unembed` makes logits of it.
@@ -460,21 +505,22 @@ class Decoder(nnx.Module):
         return jnp.take_along_axis(hidden, at[..., None], axis=1, mode="clip")
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
-        """(..., D) -> logits (..., padded V) float32, of which padding has -inf."""
+        """Return logits of hidden states, (..., D) -> (..., padded V) float32; padding has -inf."""
         table = self.embedding if self.head is None else self.head
         return unembed(hidden, table[...], self.config.vocab_size, self.config.logit_cap)
 
     def logits(
         self, inputs_embeds: jax.Array, mask: jax.Array, targets: jax.Array | None = None
     ) -> jax.Array:
-        """Next-token logits, float32.
+        """Return next-token logits, float32.
 
         Args:
-            inputs_embeds, mask: (B, L, D) and (B, L) bool.
+            inputs_embeds: (B, L, D), the prompt.
+            mask: (B, L) bool.
             targets: (B, T) int32, tokens behind the prompt.
 
         Returns:
-            (B, L, V) at the prompt's tokens, or (B, T, V) at the targets where they are given.
+            (B, L, V) at the prompt's tokens, or (B, T, V) at the targets if they are given.
         """
         if targets is None:
             hidden = self.hidden(inputs_embeds, mask)
@@ -482,11 +528,11 @@ class Decoder(nnx.Module):
             embeds = jnp.concatenate(
                 [inputs_embeds.astype(self.embedding.dtype), self.embed(targets)], axis=1
             )
-            there = jnp.concatenate([mask, jnp.ones(targets.shape, bool)], axis=1)
-            order = jnp.argsort(there, axis=1, stable=True)  # no padding inside a text
+            text_mask = jnp.concatenate([mask, jnp.ones(targets.shape, bool)], axis=1)
+            order = jnp.argsort(text_mask, axis=1, stable=True)  # no padding inside a text
             embeds = jnp.take_along_axis(embeds, order[..., None], axis=1)
-            there = jnp.take_along_axis(there, order, axis=1)
-            hidden = self.hidden(embeds, there)[:, mask.shape[1] :]
+            text_mask = jnp.take_along_axis(text_mask, order, axis=1)
+            hidden = self.hidden(embeds, text_mask)[:, mask.shape[1] :]
         return self.unembed(hidden)[..., : self.config.vocab_size]
 
     def prefill(
@@ -497,11 +543,11 @@ class Decoder(nnx.Module):
         num_beams: int = 1,
         context: Context | None = None,
     ) -> tuple[jax.Array, KVCache]:
-        """Reads the prompt, or what follows the context of it.
+        """Read the prompt, or what follows the context.
 
         Returns:
             the hidden state that predicts the first new token, (B, D), and the cache with room for
-            the new tokens.
+                the new tokens.
         """
         x, (keys, values, at, _) = self._with_keys(inputs_embeds, mask, context)
         x = self._final_norm(last(x, mask))
@@ -519,16 +565,21 @@ class Decoder(nnx.Module):
         )
 
     def step(self, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """One new token for every beam.
+        """Read one new token of every beam.
 
-        (B, K) int32 -> the hidden states that predict the next, (B, K, D), and the longer cache.
+        Args:
+            tokens: (B, K) int32.
+            cache: the keys and values so far.
+
+        Returns:
+            the hidden states that predict the next tokens, (B, K, D), and the longer cache.
         """
         seen = see_own(cache.seen, cache.length)
         at = jax.lax.dynamic_slice_in_dim(cache.positions, cache.length, 1, axis=1)
         before = None
         if cache.context is not None:
-            slots, there = cache.context.for_rows(len(tokens))
-            before = slots, there[:, None]
+            slots, context_mask = cache.context.for_rows(len(tokens))
+            before = slots, context_mask[:, None]
         view = self._views(at, (cache.positions, seen), before)
 
         # The cache is carried, not scanned over, so that XLA writes the new slots in place.
@@ -556,14 +607,17 @@ class Decoder(nnx.Module):
 
 
 def mean_norm(table: jax.Array, vocab_size: int) -> jax.Array:
-    """The mean L2 norm of the first `vocab_size` rows, () float32."""
+    """Return the mean L2 norm of the first `vocab_size` rows, () float32."""
     return jnp.mean(jnp.linalg.norm(table[:vocab_size].astype(jnp.float32), axis=-1))
 
 
 def unembed(
     hidden: jax.Array, table: jax.Array, vocab_size: int, cap: float | None = None
 ) -> jax.Array:
-    """(B, ..., D), (padded V, D) -> (B, ..., padded V) float32, -inf from `vocab_size` on."""
+    """Return logits, (B, ..., D), (padded V, D) -> (B, ..., padded V) float32.
+
+    They are -inf from `vocab_size` on.
+    """
     hidden = rows(hidden)
     logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
     logits = soft_cap(constrain(logits, "batch", *[None] * (logits.ndim - 2), "vocab"), cap)
@@ -573,20 +627,20 @@ def unembed(
 
 
 def positions(mask: jax.Array) -> jax.Array:
-    """(B, L) bool -> each token's place among its row's tokens, (B, L) float32.
+    """Return each token's place among its row's tokens, (B, L) bool -> (B, L) float32.
 
-    Padding counts for nothing.
+    Padding is not counted.
     """
     return jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0).astype(jnp.float32)
 
 
 def causal(mask: jax.Array) -> jax.Array:
-    """(B, L) bool -> (B, L, L) bool: which slots each slot sees."""
+    """Return which slots each slot sees, (B, L) bool -> (B, L, L) bool."""
     L = mask.shape[1]
     return jnp.tril(jnp.ones((L, L), bool)) & mask[:, None]
 
 
 def last(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """(B, L, D), (B, L) bool -> (B, D), x at each row's last token."""
+    """Return x at each row's last token, (B, L, D), (B, L) bool -> (B, D)."""
     index = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
     return jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]

@@ -1,6 +1,6 @@
-"""Decoding from `inputs_embeds` with a KV cache: greedy and beam search.
+"""Decode from `inputs_embeds` with a KV cache: greedy and beam search.
 
-Each is one jitted `while_loop`. Token for token what `transformers`' `generate` gives (beam search
+Each is one jitted `while_loop`. The tokens are those of `transformers`' `generate` (beam search
 with `early_stopping=False`).
 """
 
@@ -27,14 +27,16 @@ def generate(
     length_penalty: float = 1.0,
     context: Context | None = None,
 ) -> jax.Array:
-    """The most likely continuation of each prompt.
+    """Return the most likely continuation of each prompt.
 
     Args:
+        llm: the LLM.
         inputs_embeds: (B, L, D), as `llm.embed` scales them.
         mask: (B, L) bool; padding may stand on either side.
+        max_new_tokens: the length of the result.
         num_beams: 1 is greedy.
         length_penalty: a finished beam's score is its log probability / length ** length_penalty.
-        context: what the prompts go on from, as a decoder-only LLM's `read` gives it.
+        context: the texts that the prompts go on from, made by a decoder-only LLM's `read`.
 
     Returns:
         (B, max_new_tokens) int32; after the end-of-sequence token, padding.
@@ -75,17 +77,17 @@ def _greedy(llm: LLM, hidden: jax.Array, cache: Any, T: int) -> jax.Array:
 def _beam(
     llm: LLM, hidden: jax.Array, cache: Any, T: int, K: int, length_penalty: float
 ) -> jax.Array:
-    """Beam search over K beams a row."""
+    """Search with K beams a row."""
     B = hidden.shape[0]
     # Enough candidates that K of them go on even where the best ones all end.
     candidates = K * max(2, 1 + len(llm.config.eos_ids))
 
     def pick(x: jax.Array, index: jax.Array) -> jax.Array:
-        """x (B, N, ...), index (B, K) -> (B, K, ...)."""
+        """Pick entries of axis 1, x (B, N, ...), index (B, K) -> (B, K, ...)."""
         return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
 
     def choose(hidden: jax.Array, state: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """The next tokens of the beams, whose states are `hidden` (B, K, D)."""
+        """Choose the next tokens of the beams, whose states are `hidden` (B, K, D)."""
         t = state["t"]
         logits = llm.unembed(hidden)
         V = logits.shape[-1]

@@ -1,9 +1,9 @@
 """The cross entropy of an answer's tokens, without the logits of all of them at once.
 
 A large vocabulary makes the logits the largest array of a training step: 64 answers of 128 tokens
-are 8.6 GB in float32 for Gemma 3. Here a chunk of tokens gives its losses and their gradient, then
-its logits are gone. Since nothing trains the LLM, and a token's loss depends on its own hidden
-state alone, the gradient can be made beside the loss, and nothing is computed twice.
+are 8.6 GB in float32 for Gemma 3. Here a chunk of tokens yields its losses and their gradient, and
+then its logits are freed. Since nothing trains the LLM, and a token's loss depends on that token's
+hidden state alone, the gradient can be computed beside the loss, and nothing is computed twice.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,11 @@ CHUNK = 32  # tokens of each row at once
 
 @jax.custom_vjp
 def cross_entropy(llm: LLM, hidden: jax.Array, targets: jax.Array) -> jax.Array:
-    """-log p(target) of every token, (B, T) float32.
+    """Return -log p(target) of every token, (B, T) float32.
 
     Args:
-        hidden: (B, T, D), the states that predict the targets; what alone gets a gradient.
+        llm: the LLM, which gets no gradient.
+        hidden: (B, T, D), the states that predict the targets; they alone get a gradient.
         targets: (B, T) int32.
     """
     return _in_chunks(lambda h, y: _losses(llm, h, y), hidden, targets)
@@ -34,7 +35,7 @@ def _losses(llm: LLM, hidden: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def _in_chunks(f: Callable[..., Any], *arrays: jax.Array) -> Any:
-    """`f` of arrays (B, T, ...), called for some tokens of all rows at a time."""
+    """Call `f` of arrays (B, T, ...) for some tokens of all rows at a time."""
     B, T = arrays[0].shape[:2]
     count = next(n for n in range(1, T + 1) if T % n == 0 and T // n <= CHUNK)
     if count == 1:

@@ -1,9 +1,9 @@
-"""A task's texts as the LLM's tokens: [prefix] input [suffix] | answer [end].
+"""Turn a task's texts into the LLM's tokens: [prefix] input [suffix] | answer [end].
 
-The soft tokens stand in front of the input, behind the prefix, or behind it, before the suffix. A
-plain prompt's prefix is BOS, where the tokenizer has one, and its suffix a separator. With the
-tokenizer's chat template the prefix is all that opens the user's turn, the suffix all from its end
-to where the answer begins.
+The soft tokens stand in front of the input, after the prefix, or behind it, before the suffix. A
+plain prompt's prefix is BOS, if the tokenizer has one, and its suffix a separator. With the
+tokenizer's chat template the prefix is all that opens the user's turn, and the suffix all from the
+turn's end to the beginning of the answer.
 """
 
 import json
@@ -24,15 +24,22 @@ USER, ANSWER = "USERTEXT", "ANSWERTEXT"  # stand for the texts while a template 
 
 
 class Front(NamedTuple):
-    """Soft tokens in front of the input, as in the paper: behind the first tokens of the prompt."""
+    """Soft tokens in front of the input, as in the paper.
+
+    Attributes:
+        prefix_length: the number of the prompt's tokens in front of them.
+    """
 
     prefix_length: int
 
 
 class Behind(NamedTuple):
-    """Soft tokens behind all of the prompt but its suffix, whose tokens these are.
+    """Soft tokens behind all of the prompt but its suffix.
 
     What a decoder-only LLM makes of the prompt then depends on no user.
+
+    Attributes:
+        suffix: the suffix' tokens.
     """
 
     suffix: tuple[int, ...]
@@ -42,7 +49,13 @@ Place = Front | Behind
 
 
 class Turn(NamedTuple):
-    """What a chat template writes before the user's text, between it and the answer, and behind."""
+    """What a chat template writes around the user's text and the answer.
+
+    Attributes:
+        before: stands before the user's text.
+        between: stands between it and the answer.
+        behind: stands behind the answer.
+    """
 
     before: str
     between: str
@@ -50,10 +63,10 @@ class Turn(NamedTuple):
 
 
 def read_template(tokenizer: transformers.PreTrainedTokenizerBase) -> Turn:
-    """The tokenizer's chat template for one turn.
+    """Return the tokenizer's chat template for one turn.
 
     Raises:
-        InputError: it has none, or one that does not hold each text exactly once.
+        InputError: the tokenizer has none, or one that does not hold each text exactly once.
     """
     if not tokenizer.chat_template:
         raise InputError(
@@ -86,8 +99,12 @@ def read_template(tokenizer: transformers.PreTrainedTokenizerBase) -> Turn:
 class Tokenizer:
     """The LLM's tokenizer with the fixed parts of a prompt.
 
-    prefix, suffix, end: lists of token ids. joint: the text between an input and soft tokens
-    behind it. Servers join the parts of a chat message so (vLLM, with a template of strings).
+    Attributes:
+        prefix: token ids before the input and the soft tokens.
+        suffix: token ids between them and the answer.
+        end: token ids behind the answer.
+        joint: the text between an input and soft tokens behind it, which servers put between the
+            parts of a chat message (vLLM, with a template of strings).
     """
 
     def __init__(
@@ -100,11 +117,13 @@ class Tokenizer:
         prompt_end: Sequence[int] = (),
         chat: bool = False,
     ):
-        """
+        """Split a prompt into its fixed parts.
+
         Args:
-            eos_ids: where the LLM's generation stops; None is the tokenizer's own end.
+            tokenizer: the LLM's tokenizer.
+            eos_ids: the tokens at which the LLM's generation stops; None is the tokenizer's end.
             vocab_size: rows of the LLM's embedding table.
-            separator: between input and answer of a plain prompt.
+            separator: stands between input and answer of a plain prompt.
             prompt_end: the tokens that close a plain prompt; most LLMs have none.
             chat: use the tokenizer's chat template.
 
@@ -115,8 +134,8 @@ class Tokenizer:
         self.tokenizer = tokenizer
         special = {*getattr(tokenizer, "all_special_ids", ())}
         self.meant = special - {getattr(tokenizer, "unk_token_id", None)}
-        own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        self.stops = own if eos_ids is None else list(eos_ids)
+        text_end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self.stops = text_end if eos_ids is None else list(eos_ids)
         if chat:
             turn = read_template(tokenizer)
             self.prefix, self.suffix, closing = map(self._template_ids, turn)
@@ -129,7 +148,7 @@ class Tokenizer:
             self.prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
             self.suffix = [*self.ids(separator), *prompt_end]
             self.joint = ""
-            self.end = self._end_of_sequence(own)
+            self.end = self._end_of_sequence(text_end)
         fixed = {"prefix": self.prefix, "suffix": self.suffix, "end": self.end}
         for part, ids in fixed.items():
             if beyond := [token for token in ids if not 0 <= token < vocab_size]:
@@ -140,13 +159,13 @@ class Tokenizer:
                     f"LLM's embedding table has {vocab_size} rows: they do not belong together"
                 )
 
-    def _end_of_sequence(self, own: list[int]) -> list[int]:
-        """What ends a plain target: the tokenizer's `own` end or another special stop, if any."""
-        if not own or own[0] in self.stops:
-            return own or self.stops[:1]
+    def _end_of_sequence(self, text_end: list[int]) -> list[int]:
+        """Return the end of a plain target, if any: the tokenizer's or another special stop."""
+        if not text_end or text_end[0] in self.stops:
+            return text_end or self.stops[:1]
         special = [token for token in self.stops if token in self.tokenizer.all_special_ids]
         if not special:
-            name = self.tokenizer.convert_ids_to_tokens(own[0])
+            name = self.tokenizer.convert_ids_to_tokens(text_end[0])
             raise self._never_stops(f"the tokenizer ends a text with {name!r}")
         return special[:1]
 
@@ -158,11 +177,11 @@ class Tokenizer:
         )
 
     def _template_ids(self, text: str) -> list[int]:
-        """Tokens of the template's own text, whose special tokens are meant."""
+        """Return the tokens of the template's text, in which special tokens are meant."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def ids(self, text: str) -> list[int]:
-        """The text's tokens; special tokens that a user writes are read as plain text."""
+        """Return the text's tokens; special tokens that a user writes are read as plain text."""
         ids = self.tokenizer.encode(
             text, add_special_tokens=False, split_special_tokens=True, verbose=False
         )
@@ -170,13 +189,16 @@ class Tokenizer:
         return [token for token in ids if token not in self.meant]
 
     def place(self, behind: bool) -> Place:
-        """Where soft tokens stand, behind the input or in front of it."""
+        """Return where soft tokens stand: behind the input or in front of it."""
         return Behind(tuple(self.suffix)) if behind else Front(len(self.prefix))
 
     def prompt(self, text: str, max_length: int, behind: bool = False) -> np.ndarray:
-        """At most `max_length` tokens of `text`, between prefix and suffix.
+        """Return at most `max_length` tokens of `text`, between prefix and suffix.
 
-        behind: for soft tokens behind it; the prompt ends where they begin.
+        Args:
+            text: the input.
+            max_length: the most tokens of the text.
+            behind: end the prompt where soft tokens behind it begin.
         """
         ids = self.ids(text)
         if not behind:
@@ -188,17 +210,17 @@ class Tokenizer:
         return np.array([*self.prefix, *ids], np.int32)
 
     def target(self, text: str, max_length: int) -> np.ndarray:
-        """At most `max_length` tokens, the end-of-sequence token counted."""
+        """Return at most `max_length` tokens, the end-of-sequence token included."""
         return np.array([*self.ids(text)[: max_length - len(self.end)], *self.end], np.int32)
 
     def decode(self, tokens: np.ndarray) -> str:
-        """Generated tokens as text, up to the first at which generation stops."""
+        """Return generated tokens as text, up to the first at which generation stops."""
         ends = np.flatnonzero(np.isin(tokens, self.stops))
         tokens = tokens[: ends[0]] if len(ends) else tokens
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
     def layout(self, soft_tokens: int, behind: bool = False) -> str:
-        """What the LLM reads, for people: fixed parts as they are, line breaks escaped."""
+        """Show people what the LLM reads: fixed parts as they are, line breaks escaped."""
 
         def escaped(text: str) -> str:
             return json.dumps(text, ensure_ascii=False)[1:-1]

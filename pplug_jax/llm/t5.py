@@ -36,7 +36,12 @@ MLP = {"gate": "wi_0", "up": "wi_1", "down": "wo"}
 
 
 def _layer_sources(stack: str, parts: dict[str, tuple[str, dict[str, str]]]) -> dict[str, Source]:
-    """parts: ours -> (theirs, its kernels); their order in a block is that of `parts`."""
+    """Map our tensors of a stack's layers to a checkpoint's.
+
+    Args:
+        stack: the stack's name.
+        parts: our name -> (the checkpoint's, its kernels), in a block's order.
+    """
     sources = {}
     for i, (ours, (theirs, kernels)) in enumerate(parts.items()):
         block = f"{stack}.block.{{}}.layer.{i}"
@@ -69,7 +74,24 @@ for _stack, _parts in {
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """buckets, max_distance: of the relative positions; distances beyond share the last bucket."""
+    """The shapes of a T5.
+
+    Attributes:
+        vocab_size: V.
+        hidden_size: D.
+        intermediate_size: the MLP's width.
+        num_encoder_layers: the number of layers of the encoder.
+        num_decoder_layers: the number of layers of the decoder.
+        num_heads: the number of heads.
+        head_dim: the width of a head.
+        norm_eps: of the norms.
+        buckets: the number of buckets of relative positions.
+        max_distance: distances beyond share the last bucket.
+        start_id: the decoder's first token.
+        eos_ids: the tokens at which generation stops.
+        pad_id: the padding token.
+        max_length: the most tokens that the LLM was made for.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -88,7 +110,11 @@ class T5Config:
 
 
 def config_from_hf(hf: transformers.T5Config, eos_ids: tuple[int, ...]) -> T5Config:
-    """Raises InputError for a setting that this code does not implement."""
+    """Read a T5's shapes from its `transformers` config.
+
+    Raises:
+        InputError: this code does not implement a setting.
+    """
     check(hf, feed_forward_proj="gated-gelu", scale_decoder_outputs=False)
     return T5Config(
         vocab_size=hf.vocab_size,
@@ -108,7 +134,7 @@ def config_from_hf(hf: transformers.T5Config, eos_ids: tuple[int, ...]) -> T5Con
 
 
 class Attention(nnx.Module):
-    """Normalises, attends and adds; inside `lax.scan` the object is one layer's."""
+    """A sublayer that normalises, attends and adds; inside `lax.scan` the object is one layer's."""
 
     def __init__(self, config: T5Config, weight: Callable[..., Frozen]):
         embed = (config.hidden_size, "embed")
@@ -125,7 +151,7 @@ class Attention(nnx.Module):
         return rms_norm(x, self.norm[...], self.config.norm_eps)
 
     def keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(B, S, D) -> two of (B, S, heads, head_dim)."""
+        """Return keys and values, (B, S, D) -> two of (B, S, heads, head_dim)."""
         return self._split(linear(x, self.key)), self._split(linear(x, self.value))
 
     def __call__(
@@ -136,7 +162,7 @@ class Attention(nnx.Module):
         mask: jax.Array,
         bias: jax.Array | None = None,
     ) -> jax.Array:
-        """x (B, L, D) attends to keys and values where mask (B, L or 1, S) allows."""
+        """Let x (B, L, D) attend to keys and values where mask (B, L or 1, S) allows."""
         query = self._split(linear(self.normed(x), self.query))
         h = attend(query, key, value, mask, scale=1.0, bias=bias)
         return x + linear(h.reshape(*x.shape[:2], -1), self.output)
@@ -156,7 +182,7 @@ class Mlp(nnx.Module):
 
 
 class EncoderLayers(nnx.Module):
-    """All layers, their weights stacked on axis 0."""
+    """All encoder layers, their weights stacked on axis 0."""
 
     def __init__(self, config: T5Config, weight: Callable[..., Frozen]):
         self.attention = Attention(config, weight)
@@ -170,11 +196,16 @@ class DecoderLayers(EncoderLayers):
 
 
 class T5Cache(NamedTuple):
-    """What the decoder attends to: its own tokens, and the prompt, which a row's beams share.
+    """What the decoder attends to: the answer's tokens, and the prompt, which a row's beams share.
 
-    keys, values: (layers, B, S, heads, head_dim), of which every step fills K slots, one a beam;
-    seen: (B, K, S) bool, `length` () int32: as `KVCache`'s. cross_keys, cross_values:
-    (layers, B, L, heads, head_dim), the prompt; mask: (B, L) bool.
+    Attributes:
+        keys: (layers, B, S, heads, head_dim), of which every step fills K slots, one a beam.
+        values: (layers, B, S, heads, head_dim), likewise.
+        seen: (B, K, S) bool, as in `KVCache`.
+        length: () int32, as in `KVCache`.
+        cross_keys: (layers, B, L, heads, head_dim), the prompt's.
+        cross_values: (layers, B, L, heads, head_dim), the prompt's.
+        mask: (B, L) bool, the prompt's.
     """
 
     keys: jax.Array
@@ -189,7 +220,7 @@ class T5Cache(NamedTuple):
 def relative_buckets(
     distance: jax.Array, buckets: int, max_distance: int, bidirectional: bool
 ) -> jax.Array:
-    """T5's buckets of key position minus query position; any shape, int32.
+    """Return T5's buckets of key position minus query position; any shape, int32.
 
     Half of a direction's buckets are for exact distances, half logarithmic up to `max_distance`.
     """
@@ -207,7 +238,7 @@ def relative_buckets(
 
 
 class T5(nnx.Module):
-    """A frozen T5; built abstract (`jax.ShapeDtypeStruct` weights), filled by `load_llm`."""
+    """A frozen T5, built abstract (`jax.ShapeDtypeStruct` weights) and filled by `load_llm`."""
 
     decoder_only = False
 
@@ -233,24 +264,24 @@ class T5(nnx.Module):
         return self.config.eos_ids[:1]
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """(B, L) int32 -> (B, L, D)."""
+        """Embed tokens, (B, L) int32 -> (B, L, D)."""
         return jnp.take(self.embedding[...], tokens, axis=0)
 
     def embedding_norm(self) -> jax.Array:
-        """Mean L2 norm of all embedded tokens, () float32: the scale soft tokens should have."""
+        """Return the mean L2 norm of all embedded tokens, () float32: the scale for soft tokens."""
         return mean_norm(self.embedding[...], self.config.vocab_size)
 
     def _bias(
         self, table: Frozen, at: jax.Array, slots: jax.Array, bidirectional: bool
     ) -> jax.Array:
-        """Queries at positions `at` (B, L), keys at `slots` (B, S) -> (B, heads, L, S)."""
+        """Return the bias of queries at `at` (B, L) to keys at `slots` (B, S), (B, heads, L, S)."""
         config = self.config
         distance = (slots[:, None] - at[:, :, None]).astype(jnp.int32)
         index = relative_buckets(distance, config.buckets, config.max_distance, bidirectional)
         return jnp.moveaxis(table[...][index], -1, 1)
 
     def encode(self, inputs_embeds: jax.Array, mask: jax.Array, remat: bool = False) -> jax.Array:
-        """(B, L, D), (B, L) bool -> (B, L, D); padding may be anywhere."""
+        """Encode the prompt, (B, L, D), (B, L) bool -> (B, L, D); padding may be anywhere."""
         at = positions(mask)
         bias = self._bias(self.encoder_bias, at, at, bidirectional=True)
 
@@ -266,7 +297,14 @@ class T5(nnx.Module):
     def decode(
         self, tokens: jax.Array, encoded: jax.Array, mask: jax.Array, remat: bool = False
     ) -> jax.Array:
-        """The decoder's inputs (B, T) int32, the encoded prompt and its mask -> (B, T, D)."""
+        """Run the decoder, (B, T, D).
+
+        Args:
+            tokens: (B, T) int32, the decoder's inputs.
+            encoded: (B, L, D), the encoded prompt.
+            mask: (B, L) bool, the prompt's.
+            remat: recompute the layers' activations in the backward pass.
+        """
         T = tokens.shape[1]
         at = jnp.broadcast_to(jnp.arange(T), tokens.shape)
         bias = self._bias(self.decoder_bias, at, at, bidirectional=False)
@@ -290,7 +328,7 @@ class T5(nnx.Module):
         target_mask: jax.Array,
         remat: bool = False,
     ) -> jax.Array:
-        """The hidden state that predicts each target token, as `Decoder.target_hidden`.
+        """Return the hidden state that predicts each target token, as `Decoder.target_hidden` does.
 
         The targets' padding stands behind them, where no token sees it.
         """
@@ -299,18 +337,24 @@ class T5(nnx.Module):
         return self.decode(tokens, self.encode(inputs_embeds, mask, remat), mask, remat)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
-        """(..., D) -> logits (..., padded V) float32, of which padding has -inf."""
+        """Return logits of hidden states, (..., D) -> (..., padded V) float32; padding has -inf."""
         return unembed(hidden, self.head[...], self.config.vocab_size)
 
     def logits(self, inputs_embeds: jax.Array, mask: jax.Array, targets: jax.Array) -> jax.Array:
-        """The prompt (B, L, D), (B, L) and the decoder's inputs (B, T) -> (B, T, V) float32."""
+        """Return next-token logits, (B, T, V) float32.
+
+        Args:
+            inputs_embeds: (B, L, D), the prompt.
+            mask: (B, L) bool.
+            targets: (B, T) int32, the decoder's inputs.
+        """
         hidden = self.decode(targets, self.encode(inputs_embeds, mask), mask)
         return self.unembed(hidden)[..., : self.config.vocab_size]
 
     def prefill(
         self, inputs_embeds: jax.Array, mask: jax.Array, max_new_tokens: int, num_beams: int = 1
     ) -> tuple[jax.Array, T5Cache]:
-        """Reads the prompt; as `Decoder.prefill`."""
+        """Read the prompt, as `Decoder.prefill` does."""
         config, B = self.config, mask.shape[0]
         encoded = self.encode(inputs_embeds, mask)
         _, cross = jax.lax.scan(
@@ -326,7 +370,7 @@ class T5(nnx.Module):
         return hidden[:, 0], cache
 
     def step(self, tokens: jax.Array, cache: T5Cache) -> tuple[jax.Array, T5Cache]:
-        """One new token for every beam; as `Decoder.step`."""
+        """Read one new token of every beam, as `Decoder.step` does."""
         K, S = cache.seen.shape[1:]
         seen = see_own(cache.seen, cache.length)
         at, slots = cache.length[None, None] // K, jnp.arange(S)[None] // K

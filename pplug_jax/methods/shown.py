@@ -1,4 +1,4 @@
-"""What a method's examples show of the user."""
+"""Make a method's examples: what each shows the LLM of its user."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -19,8 +19,9 @@ from pplug_jax.plugs.registry import PLUGS
 class Layout(NamedTuple):
     """How a method's examples are tokenised.
 
-    behind: its soft tokens stand behind the input. encoded: its plug reads the queries' vectors,
-    which it does not train.
+    Attributes:
+        behind: the soft tokens stand behind the input.
+        encoded: the plug reads the queries' vectors, as it does not train Enc_inp.
     """
 
     behind: bool = False
@@ -31,7 +32,12 @@ PLAIN = Layout()
 
 
 def layout_of(method: Method, config: ml_collections.ConfigDict) -> Layout:
-    """config: `table.configured`."""
+    """Return the layout of a method's examples.
+
+    Args:
+        method: the method.
+        config: the method's config (`table.configured`).
+    """
     if not method.plug:
         return PLAIN
     kind = PLUGS[method.kind]
@@ -50,7 +56,17 @@ def shown(
     examples: Iterable[Example],
     tokenized: Sequence[Tokenized],
 ) -> list[Tokenized]:
-    """The examples with what the method shows of the user: demonstrations, a history, or none."""
+    """Return the examples with what the method shows: demonstrations, a history, or neither.
+
+    Args:
+        task: the examples' task.
+        tokenizer: the LLM's tokenizer.
+        store: the history store.
+        method: the method.
+        config: the method's config (`table.configured`).
+        examples: the examples, iterated once.
+        tokenized: the same examples, tokenised.
+    """
     length, behind = config.data.max_input_length, layout_of(method, config).behind
     if method.retrieval:
         retrieve = retrievers(store, config.data.history_labels)[method.retrieval]
@@ -66,18 +82,18 @@ def shown(
             for example in examples
         )
         tokenized = [
-            each._replace(prompt=tokenizer.prompt(prompt, length, behind))
-            for each, prompt in zip(tokenized, prompts, strict=True)
+            arrays._replace(prompt=tokenizer.prompt(prompt, length, behind))
+            for arrays, prompt in zip(tokenized, prompts, strict=True)
         ]
     reads = method.plug and PLUGS[method.kind].reads_input
     readers: Sequence[int | None]
     if not reads or method.history == "none":
         readers = [None] * len(tokenized)
     elif method.history == "another":
-        readers = strangers([each.rows for each in tokenized], config.seed)
+        readers = strangers([arrays.rows for arrays in tokenized], config.seed)
     else:
         readers = range(len(tokenized))
     return [
-        each.with_history_of(None if i is None else tokenized[i])
-        for each, i in zip(tokenized, readers, strict=True)
+        arrays.with_history_of(None if i is None else tokenized[i])
+        for arrays, i in zip(tokenized, readers, strict=True)
     ]

@@ -1,6 +1,6 @@
-"""The methods compared: what the same frozen LLM is shown of the user.
+"""The methods that are compared: each shows the same frozen LLM something else of the user.
 
-A new method is one entry here; a variant of `pplug` is one of `config.variants`.
+A new method is an entry here; a variant of `pplug` is one of `config.variants`.
 """
 
 import ast
@@ -21,11 +21,19 @@ Settings = tuple[tuple[str, Any], ...]  # fields of the config and their values
 class Method:
     """What the LLM is shown of the user, and how it is changed.
 
-    retrieval: the profile items shown as demonstrations; top_k: how many, 0 is the config's.
-    plug: the method whose trained plug it uses, and its kind, of `plugs.registry`. history: whose
-    items it reads: the user's `own`, `another` user's, or `none`. reading: how it reads them.
-    user_lora: a LoRA on top of it, trained on the user's own items.
-    settings: fields of the config that its training sets otherwise.
+    Attributes:
+        name: the method's name.
+        about: a few words for tables.
+        retrieval: the retriever of the profile items that are shown as demonstrations; None shows
+            none.
+        top_k: how many are shown; 0 is the config's number.
+        plug: the method whose trained plug this one uses; None uses none.
+        history: whose items the plug reads: `own` are the user's, `another` another user's, `none`
+            nobody's.
+        reading: how the plug reads them.
+        kind: the plug's kind, of `plugs.registry`.
+        user_lora: train a LoRA on top of it, on the user's items.
+        settings: fields of the config that its training changes.
     """
 
     name: str
@@ -41,7 +49,7 @@ class Method:
 
     @property
     def trained(self) -> bool:
-        """Whether this method has weights of its own to train; the others borrow or need none."""
+        """Whether this method trains weights; the others borrow or need none."""
         return self.plug == self.name
 
 
@@ -145,10 +153,10 @@ METHODS = {method.name: method for method in (*_UNTRAINED, *_PAPER, *_CONTROLS, 
 
 
 def methods_of(config: ml_collections.ConfigDict) -> dict[str, Method]:
-    """METHODS and the variants of `pplug` that the config defines.
+    """Return METHODS and the variants of `pplug` that the config defines.
 
     Raises:
-        ConfigError: `config.variants` is not as it should be; the message says how.
+        ConfigError: `config.variants` is malformed; the message says how.
     """
     return METHODS | {
         name: Method(name, f"pplug with {_in_words(settings)}", plug=name, settings=settings)
@@ -157,7 +165,11 @@ def methods_of(config: ml_collections.ConfigDict) -> dict[str, Method]:
 
 
 def asked_for(config: ml_collections.ConfigDict) -> list[Method]:
-    """The methods that `config.methods` names, in its order; raises as `methods_of`."""
+    """Return the methods that `config.methods` names, in its order.
+
+    Raises:
+        ConfigError: `config.variants` is malformed.
+    """
     known = methods_of(config)
     return [known[name] for name in config.methods]
 
@@ -168,14 +180,14 @@ def _in_words(settings: Settings) -> str:
 
 @functools.lru_cache
 def read_variants(text: str) -> dict[str, Settings]:
-    """`config.variants` as {name: settings}: "{'k16': {'plug.num_persona_tokens': 16}}".
+    """Read `config.variants`, as "{'k16': {'plug.num_persona_tokens': 16}}", as {name: settings}.
 
     Raises:
-        ConfigError: it is no such thing, or takes the name of another method.
+        ConfigError: the text is malformed, or a name is another method's.
     """
     try:
-        found = ast.literal_eval(text) if text else {}
-        variants = {name: tuple(settings.items()) for name, settings in found.items()}
+        parsed = ast.literal_eval(text) if text else {}
+        variants = {name: tuple(settings.items()) for name, settings in parsed.items()}
         assert all(isinstance(name, str) and re.fullmatch(r"[\w+-]+", name) for name in variants)
     except (ValueError, SyntaxError, AttributeError, AssertionError) as error:
         raise ConfigError(
@@ -190,7 +202,7 @@ def read_variants(text: str) -> dict[str, Settings]:
 def configured(
     config: ml_collections.ConfigDict, method: Method, seed: int
 ) -> ml_collections.ConfigDict:
-    """The config that the method's weights are trained by."""
+    """Return the config that the method's weights are trained by."""
     settings = dict(methods_of(config)[method.plug].settings) if method.plug else {}
     config = config.copy_and_resolve_references().unlock()
     config.update_from_flattened_dict(settings)

@@ -1,4 +1,4 @@
-"""Which examples are of one user, of others, and what a user's own items are as examples."""
+"""Tell users apart by their histories, and turn a user's items into examples."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -9,47 +9,57 @@ from pplug_jax.data.lamp import Example
 from pplug_jax.data.tasks import Task
 
 
-def strangers(own: Sequence[np.ndarray], seed: int) -> list[int | None]:
-    """For each example another one, whose history has no text in common with its own, if any.
+def strangers(histories: Sequence[np.ndarray], seed: int) -> list[int | None]:
+    """Choose for each example another whose history shares no text with it; None if there is none.
 
-    own: (n,) int rows of each example's own history in the history store.
+    Args:
+        histories: (n,) int for each example, its history's rows in the history store.
+        seed: of the choice.
     """
     # A random cycle over the examples gives everyone another's history. One user may have several
     # examples, with histories of different times, and the files may not say whose they are: so the
     # cycle is walked on to the next history that has no text in common.
-    cycle = np.random.default_rng(seed).permutation(len(own))
+    cycle = np.random.default_rng(seed).permutation(len(histories))
     place = {example: i for i, example in enumerate(cycle)}
-    found = []
-    for i in range(len(own)):
-        others = (int(cycle[(place[i] + step) % len(own)]) for step in range(1, len(own)))
-        strange = (j for j in others if len(own[j]) and not np.isin(own[j], own[i]).any())
-        found.append(next(strange, None))
-    return found
+    chosen = []
+    for i, rows in enumerate(histories):
+        others = (int(cycle[(place[i] + step) % len(cycle)]) for step in range(1, len(cycle)))
+        strange = (j for j in others if len(histories[j]) and not np.isin(histories[j], rows).any())
+        chosen.append(next(strange, None))
+    return chosen
 
 
 class SameUser:
-    """Which of some histories, each (n,) int rows of the store, are the user's whose one is given.
+    """A function from a history to the places of all histories of the same user.
 
-    Two histories are taken for one user's where they share half of the shorter one's texts: files
-    need not name users, and co-authors share some.
+    Two histories count as one user's if they share half of the shorter one's texts: files need not
+    name users, and co-authors share some.
+
+    Args:
+        histories: (n,) int each, rows of the history store.
     """
 
     def __init__(self, histories: Sequence[np.ndarray]):
         self.sizes, self.whose = [], defaultdict(list)
         for i, rows in enumerate(histories):
-            own = set(rows.tolist())
-            self.sizes.append(len(own))
-            for row in own:
+            texts = set(rows.tolist())
+            self.sizes.append(len(texts))
+            for row in texts:
                 self.whose[row].append(i)
 
     def __call__(self, rows: np.ndarray) -> set[int]:
-        own = set(rows.tolist())
-        shared = Counter(i for row in own for i in self.whose.get(row, ()))
-        return {i for i, count in shared.items() if 2 * count >= min(len(own), self.sizes[i])}
+        texts = set(rows.tolist())
+        shared = Counter(i for row in texts for i in self.whose.get(row, ()))
+        return {i for i, count in shared.items() if 2 * count >= min(len(texts), self.sizes[i])}
 
 
 def unseen(train: Sequence[np.ndarray], held_out: Sequence[np.ndarray]) -> list[int]:
-    """The training examples whose users are not held out; arguments are rows of histories."""
+    """Return the training examples whose users are not held out.
+
+    Args:
+        train: (n,) int for each training example, its history's rows in the store.
+        held_out: the same of each held-out example.
+    """
     held = SameUser(held_out)
     return [i for i, rows in enumerate(train) if not held(rows)]
 
@@ -57,7 +67,7 @@ def unseen(train: Sequence[np.ndarray], held_out: Sequence[np.ndarray]) -> list[
 def split_users(
     histories: Sequence[np.ndarray], share: float, seed: int
 ) -> tuple[list[int], list[int]]:
-    """Examples to train on, and about a `share` that is held out, of users who have no others."""
+    """Split examples into those to train on and about a `share` held out, without a common user."""
     held: set[int] = set()
     same = SameUser(histories)
     for i in np.random.default_rng(seed).permutation(len(histories)).tolist():
@@ -70,7 +80,7 @@ def split_users(
 
 
 def own_items(task: Task, example: Example) -> Iterator[Example]:
-    """Each item of the user's as an example, whose history is all the others."""
+    """Yield each of the user's items as an example, whose history is all the others."""
     for i, item in enumerate(example.profile):
         if item[task.answer].strip():
             input, target = task.own_example(item)

@@ -1,4 +1,4 @@
-"""What every plug, a thing that is trained beside the frozen LLM, can do."""
+"""The interface of a plug, which is trained beside the frozen LLM."""
 
 import math
 from collections.abc import Callable
@@ -15,26 +15,28 @@ from pplug_jax.plugs.reading import Reading
 
 
 class Plug(Protocol):
-    """An `nnx.Module`; its parameters are `nnx.Param`."""
+    """An `nnx.Module` whose trained parameters are `nnx.Param`."""
 
     def adapt(
         self, llm: LLM, batch: Batch, reading: Reading, remat: bool
     ) -> tuple[LLM, jax.Array | None]:
-        """Return the LLM as the plug changes it, and the soft tokens (B, s, D) that it makes."""
+        """Return the LLM as the plug changes it, and the plug's soft tokens (B, s, D), if any."""
 
     def trained(self, reading: Reading) -> int:
-        """Return how many parameters training changes, read so."""
+        """Return how many parameters training changes if the plug reads users so."""
 
 
 class Kind(NamedTuple):
-    """How the plugs of a kind are made from a config, `methods.configured`.
+    """A recipe to make plugs of one kind from a config (`methods.table.configured`).
 
-    build: (config, the LLM's shapes, Enc_inp, the soft tokens' scale, key) -> the plug. Enc_inp is
-        abstract where it is not trained, and None where no input is read.
-    reads_input: it weighs the history by the input, as Enc_inp reads that.
-    trains_encoder: it has an Enc_inp of its own. Otherwise the history's encoder takes its place.
-    soft_tokens: how many it makes of a row.
-    features: those of the history's items that it reads.
+    Attributes:
+        build: makes a plug from the config, the LLM's shapes, Enc_inp, the soft tokens' scale and a
+            key. Enc_inp is abstract if it is not trained, and None if the plug reads no input.
+        reads_input: whether the plug weighs the history by the input, as Enc_inp reads it.
+        trains_encoder: returns whether the plug trains an Enc_inp; otherwise the history's encoder
+            takes its place.
+        soft_tokens: returns how many soft tokens the plug makes of a row.
+        features: returns the features of history items that the plug reads.
     """
 
     build: Callable[[ml_collections.ConfigDict, LLM, Bert | None, jax.Array, jax.Array], nnx.Module]
@@ -45,5 +47,6 @@ class Kind(NamedTuple):
 
 
 def parameter_count(module: nnx.Module, *filters: type[nnx.Variable]) -> int:
+    """Count the parameters of a module, or those that the filters select."""
     variables = nnx.to_flat_state(nnx.state(module, *filters))
     return sum(math.prod(variable.get_value().shape) for _, variable in variables)

@@ -1,4 +1,4 @@
-"""What the frozen LLM makes of a batch with trained weights: losses and answers."""
+"""Run the frozen LLM on a batch with trained weights: losses and answers."""
 
 import functools
 from typing import Any
@@ -21,7 +21,7 @@ Weights = Plug  # what is trained
 def adapt(
     weights: Weights | None, llm: LLM, batch: Batch, reading: Reading = PAPER, remat: bool = False
 ) -> tuple[LLM, jax.Array | None]:
-    """The LLM as the weights change it, and the soft tokens that they make for `batch`."""
+    """Return the LLM as the weights change it, and the soft tokens that they make of `batch`."""
     return (llm, None) if weights is None else weights.adapt(llm, batch, reading, remat)
 
 
@@ -34,14 +34,18 @@ def inputs_embeds(
     target: jax.Array | None = None,
     target_mask: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, dict[str, Context]]:
-    """A prompt as embeddings with the soft tokens in their place, and the target to learn from it.
+    """Return a prompt's embeddings with the soft tokens in their place, and the target behind them.
 
     Args:
+        llm: embeds the texts.
         soft: (B, k + 1, D), or None for no soft tokens.
-        text, mask: (B, L) int32 and bool. In front a decoder-only LLM's text may hold the target.
-            Behind it is the prompt up to the soft tokens, and one row may serve several of `soft`
-            that follow each other.
-        target, target_mask: (B, T) int32 and bool, for soft tokens behind.
+        text: (B, L) int32. For soft tokens in front, the text of a decoder-only LLM may include the
+            target. For soft tokens behind, the text ends where they begin, and one row may serve
+            several consecutive rows of `soft`.
+        mask: the text's mask, bool.
+        place: where the soft tokens stand.
+        target: (B, T) int32, for soft tokens behind.
+        target_mask: (B, T) bool.
 
     Returns:
         embeddings (B, S, D), their mask (B, S), and the `context` that they go on from, if any.
@@ -50,12 +54,12 @@ def inputs_embeds(
     if soft is None:
         return embeds, mask, {}
     soft = soft.astype(embeds.dtype)
-    there = jnp.ones(soft.shape[:2], bool)
+    soft_mask = jnp.ones(soft.shape[:2], bool)
     if isinstance(place, Front):
         n = place.prefix_length
         return (
             jnp.concatenate([embeds[:, :n], soft, embeds[:, n:]], axis=1),
-            jnp.concatenate([mask[:, :n], there, mask[:, n:]], axis=1),
+            jnp.concatenate([mask[:, :n], soft_mask, mask[:, n:]], axis=1),
             {},
         )
     # Nothing here depends on the plug, unless that changes the LLM. So JAX differentiates none of
@@ -63,11 +67,11 @@ def inputs_embeds(
     context = llm.read(embeds, mask)
     suffix = jnp.array(place.suffix, jnp.int32)
     tokens = jnp.broadcast_to(suffix, (len(soft), len(suffix)))
-    there = jnp.pad(there, ((0, 0), (0, len(suffix))), constant_values=True)
+    mask = jnp.pad(soft_mask, ((0, 0), (0, len(suffix))), constant_values=True)
     if target is not None:  # nothing is predicted from its last token
         tokens = jnp.concatenate([tokens, target[:, :-1]], axis=1)
-        there = jnp.concatenate([there, target_mask[:, 1:]], axis=1)
-    return jnp.concatenate([soft, llm.embed(tokens)], axis=1), there, {"context": context}
+        mask = jnp.concatenate([mask, target_mask[:, 1:]], axis=1)
+    return jnp.concatenate([soft, llm.embed(tokens)], axis=1), mask, {"context": context}
 
 
 def token_losses(
@@ -78,7 +82,7 @@ def token_losses(
     remat: bool = False,
     reading: Reading = PAPER,
 ) -> jax.Array:
-    """-log p(y_t | I, P, x, y_<t) of the target's tokens, (B, T) float32, 0 at padding."""
+    """Return -log p(y_t | I, P, x, y_<t) of the target's tokens, (B, T) float32, 0 at padding."""
     llm, soft = adapt(weights, llm, batch, reading, remat)
     target = batch.target, batch.target_mask
     embeds, mask, context = inputs_embeds(llm, soft, batch.text, batch.text_mask, place, *target)
@@ -99,6 +103,7 @@ def answer_tokens(
     place: Place,
     **decoding: Any,
 ) -> jax.Array:
+    """Generate the answers' tokens, (B, max_new_tokens) int32."""
     llm, soft = adapt(weights, llm, batch, reading)
     embeds, mask, context = inputs_embeds(llm, soft, batch.prompt, batch.prompt_mask, place)
     return generate(llm, embeds, mask, **decoding, **context)
@@ -108,5 +113,6 @@ def answer_tokens(
 def gold_losses(
     weights: Weights | None, llm: LLM, batch: Batch, place: Place, reading: Reading
 ) -> jax.Array:
+    """Return each gold's summed loss and number of tokens, (B, 2) float32."""
     losses = token_losses(weights, llm, batch, place, reading=reading)
     return jnp.stack([jnp.sum(losses, axis=1), jnp.sum(batch.target_mask, axis=1)], axis=1)

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685): trained low-rank updates of a frozen LLM's kernels."""
+"""Trained low-rank updates of a frozen LLM's kernels: LoRA (Hu et al. 2021, arXiv 2106.09685)."""
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,14 @@ from pplug_jax.plugs.reading import Reading
 
 
 class Lora(nnx.Module):
-    """An update of every kernel of every layer; nothing at initialisation.
+    """An update of every kernel of every layer, which is 0 at initialisation.
 
-    Args of the constructor:
-        llm: the frozen LLM, of which only shapes are used.
-        rank: r. alpha: the update is alpha / r * A B.
-        users: with a number, so many updates, one for each row of a batch.
+    Args:
+        llm: the frozen LLM, whose shapes alone are used.
+        rank: r.
+        alpha: the update is alpha / r * A B.
+        users: if given, the number of updates, one for each row of a batch.
+        rngs: draws A.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class Lora(nnx.Module):
         self.scale = alpha / rank
 
     def on(self, llm: LLM) -> LLM:
-        """The LLM with these updates."""
+        """Return the LLM with these updates."""
         graph, state = nnx.split(llm)
         flat = []
         for path, variable in nnx.to_flat_state(state):

@@ -1,4 +1,4 @@
-"""The paper: a user's history and the input at hand become soft prompt tokens.
+"""The paper's plug: a user's history and the input at hand become soft prompt tokens.
 
 PPlug, arXiv 2409.11901, section 3:
 
@@ -12,9 +12,9 @@ Two extensions, each off in the paper:
 
 recency     w_i ~ exp(q . H_i / temperature) * (1 + age_i)^-softplus(rate), age_i the number of
             newer items
-features    soft prompt = scale * [I ; P ; F ..], F as P by a projector of its own from a feature
-            of the items (feed/features.py) that H_i may not tell: `form`, how the user writes, or
-            `difference`, H_i - mean of what other users wrote on similar things (DEP, arXiv
+features    soft prompt = scale * [I ; P ; F ..], each F made like P, by another projector, from a
+            feature of the items (feed/features.py) that H_i may lack: `form`, how the user writes,
+            or `difference`, H_i - mean of what other users wrote on similar things (DEP, arXiv
             2507.20849)
 """
 
@@ -44,10 +44,10 @@ FIRST_RECENCY = 0.01  # softplus(rate) at initialisation: the oldest of 512 item
 
 
 class Projector(nnx.Module):
-    """Linear - GELU (exact) - Linear from unit vectors (..., E) to (..., out).
+    """Linear - GELU (exact) - Linear from unit vectors (..., E) to (..., tokens, out).
 
-    The outputs are of about unit norm at initialisation. The layers are called one by one, since
-    the pooler sums between them.
+    The outputs have about unit norm at initialisation. The layers are called one by one, since the
+    pooler sums between them.
     """
 
     def __init__(self, size: int, hidden: int, out: int, tokens: int, rngs: nnx.Rngs):
@@ -65,11 +65,11 @@ class Projector(nnx.Module):
         self.tokens = tokens
 
     def first(self, x: jax.Array) -> jax.Array:
-        """(..., E) -> (..., hidden)."""
+        """Apply the first layer and GELU, (..., E) -> (..., hidden)."""
         return gelu(x @ self.up[...].astype(x.dtype) + self.up_bias[...].astype(x.dtype))
 
     def second(self, h: jax.Array) -> jax.Array:
-        """(..., hidden) -> (..., tokens, out)."""
+        """Apply the second layer, (..., hidden) -> (..., tokens, out)."""
         out = h @ self.down[...].astype(h.dtype) + self.down_bias[...].astype(h.dtype)
         return out.reshape(*h.shape[:-1], self.tokens, -1)
 
@@ -82,17 +82,17 @@ def attention_weights(
     nearest: int = 0,
     penalty: jax.Array | None = None,
 ) -> jax.Array:
-    """softmax_i(q . H_i / temperature - penalty_i) over the unmasked items.
+    """Return softmax_i(q . H_i / temperature - penalty_i) over the unmasked items, (B, H) float32.
 
-    All zero for an empty history.
+    The weights of an empty history are all 0.
 
     Args:
-        query: (B, E), unit norm. history: (B, H, E), unit norm. mask: (B, H) bool.
-        nearest: only so many items, those of the highest score; 0 is all.
+        query: (B, E), unit norm.
+        history: (B, H, E), unit norm.
+        mask: (B, H) bool.
+        temperature: divides the scores.
+        nearest: keep only so many items, those of the highest score; 0 keeps all.
         penalty: (B, H), finite; None is none.
-
-    Returns:
-        (B, H) float32.
     """
     scores = (
         jnp.einsum("be,bhe->bh", query, history, preferred_element_type=jnp.float32) / temperature
@@ -111,23 +111,27 @@ def attention_weights(
 
 
 def pool(weights: jax.Array, units: jax.Array) -> jax.Array:
-    """sum_i w_i units_i, (B, H), (B, H, U) -> (B, U)."""
+    """Return sum_i w_i units_i, (B, H), (B, H, U) -> (B, U)."""
     return jnp.einsum("bh,bhd->bd", weights.astype(units.dtype), units)
 
 
 class UserEmbedder(nnx.Module):
-    """The plug: all that is trained.
+    """The paper's plug.
 
-    Args of the constructor:
-        input_encoder: Enc_inp, its weights `nnx.Param`; None: it stays as it was, and the plug is
-            given what it makes of the input. In the paper it is trained.
-        size: E. llm_size: D. scale: the soft tokens' norm at initialisation, kept with the weights.
-        num_persona_tokens: k; 1 is the paper. projector_size: the persona projector's
-            hidden units; 0 is D, the paper.
-        temperature: of the attention; 1.0 is the paper. learned_temperature: train it from there.
+    Args:
+        input_encoder: Enc_inp with weights of `nnx.Param`, which is trained, as in the paper. With
+            None it stays frozen, and the plug is called with the vectors that it makes of inputs.
+        size: E.
+        llm_size: D.
+        scale: the soft tokens' norm at initialisation, kept with the weights.
+        num_persona_tokens: k; 1 is the paper.
+        projector_size: the persona projector's hidden units; 0 is D, the paper.
+        temperature: of the attention; 1.0 is the paper.
+        learned_temperature: train the temperature from that value on.
         recency: learn how much less an older item weighs.
-        features: k tokens more from each of these features of the items.
+        features: features of the items, each of which gives k more tokens.
         dtype: of the computation; parameters stay float32.
+        rngs: draws the parameters.
     """
 
     def __init__(
@@ -188,22 +192,23 @@ class UserEmbedder(nnx.Module):
         reading: Reading = PAPER,
         remat: bool = False,
     ) -> jax.Array:
-        """The soft prompt [I ; P], and behind it the features' tokens.
+        """Return the soft prompt [I ; P], and behind it the features' tokens.
 
         Args:
-            query, query_mask: (B, Q) int32 and bool, the input as Enc_inp's tokens; without an
-                Enc_inp its vector, (B, E) float32, and anything. One row may stand for as many of
-                the history's, which follow each other, as there are.
-            history, history_mask: (B, H, E) and (B, H) bool, the encoded history; a row without
-                items gets the null persona.
-            features: {name: (B, H, width) float32}, what else is told of the items; those of
-                `reading.features_of` must be there.
-            reading: static; one of the paper's ablations.
+            query: (B, Q) int32, the input as Enc_inp's tokens; without an Enc_inp (B, E) float32,
+                its vector. One row may serve several consecutive rows of the history, equally many
+                each.
+            query_mask: (B, Q) bool; anything without an Enc_inp.
+            history: (B, H, E), the encoded history; a row without items gets the null persona.
+            history_mask: (B, H) bool.
+            features: {name: (B, H, width) float32}, the items' features, at least those of
+                `reading.features_of`.
+            reading: static; the paper's method or one of its ablations.
             remat: recompute the input encoder's activations in the backward pass.
 
         Returns:
             (B, 1 + k, D) in the computation's dtype; k more for each feature, and 1 less without
-            the instruction.
+                the instruction.
         """
         weights = self.attention(
             query, query_mask, history, history_mask, features, reading=reading, remat=remat
@@ -218,8 +223,8 @@ class UserEmbedder(nnx.Module):
 
         parts = [tokens(self.projector, history, self.null_persona)]
         for name in self.features:
-            own = getattr(self, f"{name}_projector"), features[name], getattr(self, f"null_{name}")
-            parts.append(tokens(*own))
+            projector, null = getattr(self, f"{name}_projector"), getattr(self, f"null_{name}")
+            parts.append(tokens(projector, features[name], null))
         if reading.instruction:
             vector = self.instruction[...].astype(self.dtype)
             made = self.instruction_projector.second(self.instruction_projector.first(vector))
@@ -238,7 +243,7 @@ class UserEmbedder(nnx.Module):
         reading: Reading = PAPER,
         remat: bool = False,
     ) -> jax.Array:
-        """The items' weights, (B, H) float32; arguments as `__call__`'s."""
+        """Return the items' weights, (B, H) float32; the arguments are those of `__call__`."""
         if reading.uniform:
             return history_mask / jnp.maximum(
                 jnp.sum(history_mask, axis=1, keepdims=True), 1
@@ -287,7 +292,7 @@ def _trains_encoder(config: ml_collections.ConfigDict) -> bool:
 def _build(
     config: ml_collections.ConfigDict, llm: LLM, encoder: Bert, scale: jax.Array, key: jax.Array
 ) -> UserEmbedder:
-    """Enc_inp is the encoder given, if it is trained; the other parts are drawn from the key."""
+    """Make a plug whose Enc_inp is `encoder`, if it is trained; the key draws the other parts."""
     plug = config.plug
     return UserEmbedder(
         encoder if _trains_encoder(config) else None,

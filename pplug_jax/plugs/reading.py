@@ -1,4 +1,4 @@
-"""How a plug reads a user, and how many soft tokens it makes of that."""
+"""How a plug reads a user, and how many soft tokens it makes."""
 
 from typing import NamedTuple
 
@@ -6,11 +6,13 @@ import ml_collections
 
 
 class Reading(NamedTuple):
-    """How a plug reads a user; the defaults are the paper's method, the others its ablations.
+    """The way a plug reads a user; the defaults are the paper's method, the others its ablations.
 
-    uniform: weigh all items alike instead of by the input. top: only that many items, those
-    nearest to the input; 0 is all. instruction: whether I stands in front of P. history: whether
-    there is any to read; where there is none all users have the null persona.
+    Attributes:
+        uniform: weigh all items alike instead of by the input.
+        top: read only so many items, those nearest to the input; 0 reads all.
+        instruction: put I in front of P.
+        history: whether there is a history to read; otherwise all users have the null persona.
     """
 
     uniform: bool = False
@@ -23,10 +25,10 @@ PAPER = Reading()
 
 
 def features_of(plug: ml_collections.ConfigDict) -> tuple[str, ...]:
-    """The features of the items that a plug of these settings reads."""
+    """Return the features of the items that a plug with these settings reads."""
     return (*(["age"] if plug.recency else []), *plug.features)
 
 
 def soft_tokens(plug: ml_collections.ConfigDict, reading: Reading = PAPER) -> int:
-    """How many soft tokens a plug of these settings makes: I, P, and as many as P a feature."""
+    """Count the soft tokens of a plug with these settings: I, P, and as many as P a feature."""
     return reading.instruction + plug.num_persona_tokens * (1 + len(plug.features))

@@ -1,4 +1,4 @@
-"""The kinds of plugs; a new one is a file beside this one, and a line here."""
+"""The registry of plugs: a new kind is a file beside this one, and a line here."""
 
 from pplug_jax.plugs import lora, persona
 

@@ -1,4 +1,4 @@
-"""Serving: a trained plug, its frozen LLM and a history in, a personal answer out."""
+"""Serve a trained plug: from a history and an input to a personal answer of the frozen LLM."""
 
 import functools
 from collections.abc import Sequence
@@ -40,25 +40,29 @@ def _soft_prompts(plug: UserEmbedder, *arrays: Any) -> jax.Array:
 def _answers(
     llm: LLM, soft: jax.Array, prompt: jax.Array, mask: jax.Array, *, place: Place, **decoding: Any
 ) -> jax.Array:
-    embeds, there, context = inputs_embeds(llm, soft, prompt, mask, place)
-    return generate(llm, embeds, there, **decoding, **context)
+    embeds, embeds_mask, context = inputs_embeds(llm, soft, prompt, mask, place)
+    return generate(llm, embeds, embeds_mask, **decoding, **context)
 
 
 def padded_length(length: int) -> int:
-    """The next of the few lengths that programs are compiled for: 16, 32, 64, 128, .."""
+    """Return the next of the few lengths that programs are compiled for: 16, 32, 64, 128, .."""
     return 1 << (round_up(length) - 1).bit_length()
 
 
 def pad(array: np.ndarray, *lengths: int) -> np.ndarray:
-    """Zeros behind the first axes, up to these lengths."""
+    """Append zeros to the first axes, up to these lengths."""
     widths = [(0, n - have) for n, have in zip(lengths, array.shape, strict=False)]
     return np.pad(array, [*widths, *[(0, 0)] * (array.ndim - len(lengths))])
 
 
 class Personalizer:
-    """Answers for any user, also one never seen before: only their history is needed.
+    """A trained plug and its LLM, which answer for any user, even a new one, by the history alone.
 
     Lengths are padded to a few sizes, so that soon no request compiles anything.
+
+    Args:
+        models: the run's models.
+        plug: the trained plug.
     """
 
     def __init__(self, models: Models, plug: UserEmbedder):
@@ -71,10 +75,10 @@ class Personalizer:
 
     @classmethod
     def from_checkpoint(cls, workdir: epath.PathLike) -> "Personalizer":
-        """Loads what `pplug_jax.main` left in `workdir`.
+        """Load the run that `pplug_jax.main` left in `workdir`.
 
         Raises:
-            InputError: no run is there, or it has no trained plug yet, or its models are gone.
+            InputError: `workdir` has no run or no trained plug yet, or its models are gone.
         """
         workdir = epath.Path(workdir)
         path = workdir / CONFIG
@@ -87,12 +91,12 @@ class Personalizer:
     def soft_prompt(self, input: str, history: History = ()) -> np.ndarray:
         """Return the soft tokens [I ; P] for this input, (k + 1, D) float32.
 
-        There are k more for each feature. They belong where `config.plug.place` says.
+        Each feature adds k more. The tokens belong where `config.plug.place` says.
 
         Args:
             input: the task's input, instruction included.
             history: profile items as the task's files have them, or the user's texts alone, which
-                do not tell the form of an answer; none gives the null persona.
+                say nothing about the form of an answer; an empty history gives the null persona.
 
         Raises:
             InputError: an item lacks a field of the task or has a mistyped one; the message names
@@ -103,24 +107,41 @@ class Personalizer:
     def soft_prompts(self, input: str, histories: Sequence[History]) -> np.ndarray:
         """Return the soft tokens of each of these users for one input, (U, k + 1, D) float32.
 
-        Takes and raises what `soft_prompt` does.
+        Args:
+            input: as in `soft_prompt`.
+            histories: the users' histories, each as in `soft_prompt`.
+
+        Raises:
+            InputError: as `soft_prompt`.
         """
-        made = [self._soft_prompts(input, some) for some in self._in_batches(histories)]
-        soft = [np.asarray(x, np.float32)[:count] for x, count in made]
+        batches = [self._soft_prompts(input, group) for group in self._in_batches(histories)]
+        soft = [np.asarray(x, np.float32)[:count] for x, count in batches]
         none = 0, soft_tokens(self.models.config.plug), self.llm.config.hidden_size
         return np.concatenate([np.zeros(none, np.float32), *soft])
 
     def generate(self, input: str, history: History = ()) -> str:
         """Return the LLM's answer to `input` for the user of `history`, decoded as in evaluation.
 
-        Takes and raises what `soft_prompt` does.
+        Args:
+            input: as in `soft_prompt`.
+            history: as in `soft_prompt`.
+
+        Raises:
+            InputError: as `soft_prompt`.
         """
         return self.generate_many(input, [history])[0]
 
     def generate_many(self, input: str, histories: Sequence[History]) -> list[str]:
-        """Return the answers to one input for each of these users, as `generate` gives them.
+        """Return the answers to one input for each of these users, as `generate` does.
 
-        Soft tokens behind the input let the LLM read it once for `config.eval.batch_size` users.
+        With soft tokens behind the input, the LLM reads it once for `config.eval.batch_size` users.
+
+        Args:
+            input: as in `soft_prompt`.
+            histories: the users' histories, each as in `soft_prompt`.
+
+        Raises:
+            InputError: as `soft_prompt`.
         """
         models, config = self.models, self.models.config
         tokenizer, behind = models.tokenizer, self.layout.behind
@@ -129,8 +150,8 @@ class Personalizer:
         length = padded_length(len(ids))
         prompt, mask = pad(ids, length)[None], (np.arange(length) < len(ids))[None]
         answers = []
-        for some in self._in_batches(histories):
-            soft, count = self._soft_prompts(input, some)
+        for group in self._in_batches(histories):
+            soft, count = self._soft_prompts(input, group)
             copies = 1 if behind else len(soft)
             tokens = _answers(
                 self.llm,
@@ -150,7 +171,7 @@ class Personalizer:
         return [histories[i : i + size] for i in range(0, len(histories), size)]
 
     def _soft_prompts(self, input: str, histories: Sequence[History]) -> tuple[jax.Array, int]:
-        """Those of the users, with rows behind them that fill up; and the users' number."""
+        """Return the users' soft tokens, behind them rows that fill up, and the number of users."""
         check_input(input)
         read = [self._read(history) for history in histories]
         texts = [text for texts, _ in read for text in texts]
@@ -158,26 +179,28 @@ class Personalizer:
         vectors = self.models.encoder.encode(texts).astype(np.float16).astype(np.float32)
         ends = np.cumsum([len(texts) for texts, _ in read])[:-1]
         users = [
-            (own, self._features(texts, told, own))
-            for (texts, told), own in zip(read, np.split(vectors, ends), strict=True)
+            (user_vectors, self._features(texts, item_features, user_vectors))
+            for (texts, item_features), user_vectors in zip(
+                read, np.split(vectors, ends), strict=True
+            )
         ]
         rows = 1 << (len(users) - 1).bit_length()
-        items = padded_length(max(len(own) for own, _ in users))
+        items = padded_length(max(len(user_vectors) for user_vectors, _ in users))
 
         def batch(arrays: Sequence[np.ndarray]) -> np.ndarray:
             return pad(np.stack([pad(array, items) for array in arrays]), rows)
 
-        masks = [np.ones(len(own), bool) for own, _ in users]
+        masks = [np.ones(len(user_vectors), bool) for user_vectors, _ in users]
         features = {
             name: batch([features[name] for _, features in users]) for name in self.features
         }
-        history = batch([own for own, _ in users])
+        history = batch([user_vectors for user_vectors, _ in users])
         return _soft_prompts(self.plug, *self._query(input), history, batch(masks), features), len(
             users
         )
 
     def _query(self, input: str) -> tuple[np.ndarray, np.ndarray]:
-        """The input as the plug reads it, `Batch.query` and its mask, of one row."""
+        """Return the input as the plug reads it: `Batch.query` and its mask, of one row."""
         encoder, text = self.models.encoder, self.models.task.query_text(input)
         if self.layout.encoded:
             vector = encoder.encode([text], queries=True).astype(np.float16).astype(np.float32)
@@ -187,18 +210,18 @@ class Personalizer:
         return pad(ids, length)[None], (np.arange(length) < len(ids))[None]
 
     def _read(self, history: History) -> tuple[list[str], dict[str, np.ndarray]]:
-        """The newest items' texts, and what the whole history tells of them."""
+        """Return the newest items' texts, and the features that the whole history gives them."""
         models = self.models
         by_date = models.config.data.sort_by_date
         history = check_history(models.task, history, sort_by_date=by_date)
         texts = [item if isinstance(item, str) else models.item_text(item) for item in history]
         items = [{} if isinstance(item, str) else item for item in history]
         newest = slice(-models.config.data.max_history, None)
-        told = of_items(models.task, items)
-        return texts[newest], {name: values[newest] for name, values in told.items()}
+        item_features = of_items(models.task, items)
+        return texts[newest], {name: values[newest] for name, values in item_features.items()}
 
     def _features(
-        self, texts: Sequence[str], told: dict[str, np.ndarray], vectors: np.ndarray
+        self, texts: Sequence[str], item_features: dict[str, np.ndarray], vectors: np.ndarray
     ) -> dict[str, np.ndarray]:
         store = self.models.store
 
@@ -206,4 +229,4 @@ class Personalizer:
             known = store.rows([text for text in texts if text in store])
             return self.peers.means_of(vectors, known)
 
-        return of_history(self.features, told, vectors, means)
+        return of_history(self.features, item_features, vectors, means)

@@ -1,4 +1,4 @@
-"""Training examples as each method is trained on them."""
+"""Make the training examples of each method."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from pplug_jax.session import Models
 
 @dataclasses.dataclass(frozen=True)
 class WithOwnItems:
-    """The examples, and behind them up to `count` more from each user's items; read each time."""
+    """The examples, then up to `count` more from each user's items; computed at each pass."""
 
     task: Task
     examples: Sequence[Example]
@@ -37,10 +37,12 @@ class WithOwnItems:
 
 
 class TrainingInputs:
-    """Training examples as each method is trained on them; tokenised once for all.
+    """A function from a method and its config to training examples, which are tokenised only once.
 
-    examples: without those that `config.train.validation` holds out. held_out: these, of other
-    users.
+    Attributes:
+        models: the run's models.
+        examples: the examples to train on, without those that `config.train.validation` holds out.
+        held_out: the held-out examples, which are of other users.
     """
 
     def __init__(self, models: Models, examples: Sequence[Example]):
@@ -52,7 +54,7 @@ class TrainingInputs:
             kept, held_out = split_users(rows, share, models.config.seed)
             self.examples, self.held_out = Subset(examples, kept), Subset(examples, held_out)
         self.tokenized = functools.cache(
-            lambda own, layout: models.tokenize(self._with_own_items(own), layout)
+            lambda count, layout: models.tokenize(self._with_own_items(count), layout)
         )
         self.tokenized_held_out = functools.cache(
             lambda layout: models.tokenize(self.held_out, layout)
@@ -62,9 +64,9 @@ class TrainingInputs:
         return WithOwnItems(self.models.task, self.examples, count, self.models.config.seed)
 
     def save_peers(self) -> None:
-        """Writes the pool of peers, where a method of the config asks for them.
+        """Write the pool of peers, if a method of the config needs it.
 
-        It holds every training user's items, whatever a method shows of them.
+        The pool holds every training user's items, whatever a method shows of them.
         """
         config = self.models.config
         read = (
@@ -77,10 +79,12 @@ class TrainingInputs:
             Peers.of(self.models.store, rows).save(self.models.workdir)
 
     def __call__(self, method: Method, config: ml_collections.ConfigDict) -> list[Tokenized]:
-        own, layout = config.train.own_items, layout_of(method, config)
-        return self._shown(method, config, self._with_own_items(own), self.tokenized(own, layout))
+        count, layout = config.train.own_items, layout_of(method, config)
+        return self._shown(
+            method, config, self._with_own_items(count), self.tokenized(count, layout)
+        )
 
     def validation(self, method: Method, config: ml_collections.ConfigDict) -> list[Tokenized]:
-        """The examples that are held out, as the method shows them."""
+        """Return the held-out examples, as the method shows them."""
         tokenized = self.tokenized_held_out(layout_of(method, config))
         return self._shown(method, config, self.held_out, tokenized)

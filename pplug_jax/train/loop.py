@@ -1,4 +1,4 @@
-"""Fits a plug or a LoRA: the loss, the jit-compiled step, and the loop around them."""
+"""The loop that fits a plug or a LoRA: resume, step, log, validate, save."""
 
 import contextlib
 import math
@@ -44,25 +44,32 @@ def fit(
     models: Models,
     method: Method,
     config: ml_collections.ConfigDict,
-    examples: Sequence[Tokenized],
+    tokenized: Sequence[Tokenized],
     directory: Path,
     validation: Sequence[Tokenized] = (),
 ) -> Weights:
-    """Trains the weights of `method` on `examples`, going on from the newest checkpoint.
+    """Train the weights of `method`, from the newest checkpoint on.
 
-    config: `table.configured`. examples: `inputs.TrainingInputs`'. directory: of checkpoints/,
-    metrics.jsonl and tensorboard/. validation: each checkpoint tells its loss on these examples,
-    if any. Returns the last step's weights, which need not be the best.
+    Args:
+        models: the run's models.
+        method: the method.
+        config: the method's config (`table.configured`).
+        tokenized: the training examples (`inputs.TrainingInputs`).
+        directory: receives checkpoints/, metrics.jsonl and tensorboard/.
+        validation: each checkpoint records the loss on these examples, if any.
+
+    Returns:
+        the last step's weights, which need not be the best.
 
     Raises:
-        SystemExit: on SIGTERM or Ctrl-C, after a checkpoint was saved.
-        FloatingPointError: the loss is no number any more.
+        SystemExit: SIGTERM or Ctrl-C came; a checkpoint was saved.
+        FloatingPointError: the loss is not finite.
         CheckpointError: the newest checkpoint is of other data.
     """
     assemble = models.assemble(
         method,
         config,
-        examples,
+        tokenized,
         config.train.batch_size,
         seed=config.seed,
         history_dropout=config.plug.history_dropout,
@@ -96,13 +103,13 @@ def fit(
         meter, info = Meter(), ""
         while step < len(plan):
             batch = next(data)
-            own = batch.prompt_mask.sum() + batch.target_mask.sum() + soft * batch.weight.sum()
+            tokens = batch.prompt_mask.sum() + batch.target_mask.sum() + soft * batch.weight.sum()
             update = compiled(buckets[step])
             placed = place_batch(batch, models.mesh)
             weights, opt_state, metrics = update(weights, opt_state, llm, placed)
             step += 1
             # Of several processes each sees its own rows alone.
-            meter.add(metrics, int(own) * config.train.batch_size // len(batch.weight))
+            meter.add(metrics, int(tokens) * config.train.batch_size // len(batch.weight))
             if step % config.train.log_every == 0 or step == len(plan):
                 values = meter.read()
                 if not math.isfinite(values["loss"]):
@@ -145,9 +152,15 @@ def _lowering(
     optimizer: optax.GradientTransformation,
     trained: tuple[Weights, Any],
 ) -> Callable[[int], jax.stages.Lowered]:
-    """What lowers the update for a bucket.
+    """Return a function that lowers the update for a bucket.
 
-    trained: the abstract weights and the state of their optimiser.
+    Args:
+        models: the run's models.
+        method: the method.
+        config: the method's config.
+        assemble: makes batches of the bucket's shape.
+        optimizer: of the update.
+        trained: the abstract weights and optimiser state.
     """
     jitted = jit_step(*trained)
 
@@ -171,10 +184,10 @@ def _lowering(
 def _resumed(
     checkpoints: Checkpoints, trained: tuple[Weights, Any], steps: int
 ) -> tuple[Weights | None, Any, int]:
-    """The newest checkpoint's weights, optimiser state and step; (None, None, 0) where none is.
+    """Return the newest checkpoint's weights, optimiser state and step, or (None, None, 0).
 
     Raises:
-        CheckpointError: it is of more than `steps` steps, so of other data.
+        CheckpointError: the checkpoint is of more than `steps` steps, so of other data.
     """
     latest = checkpoints.latest_for_all()
     if latest is None:
@@ -188,7 +201,7 @@ def _resumed(
 
 
 class Meter:
-    """What the steps since the last reading told, on average, and how fast they were."""
+    """The mean metrics of the steps since the last reading, and their speed."""
 
     def __init__(self) -> None:
         self._restart()
@@ -203,7 +216,7 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out what is done meanwhile."""
+        """Leave out the time that the context takes."""
         before = time.monotonic()
         yield
         self.since += time.monotonic() - before
@@ -211,20 +224,20 @@ class Meter:
     def read(self) -> dict[str, float]:
         """Return each metric's mean, `steps_per_second` and `tokens_per_second`, and start anew.
 
-        The only place where the host waits for the device.
+        Only here does the host wait for the device.
         """
         # NumPy would wrap what interrupts the wait into an error of its own.
-        told = jax.device_get(self.metrics)
-        values = {name: float(np.mean([each[name] for each in told])) for name in told[0]}
+        metrics = jax.device_get(self.metrics)
+        values = {name: float(np.mean([step[name] for step in metrics])) for name in metrics[0]}
         seconds = time.monotonic() - self.since
-        values["steps_per_second"] = len(told) / seconds
+        values["steps_per_second"] = len(metrics) / seconds
         values["tokens_per_second"] = self.tokens / seconds
         self._restart()
         return values
 
 
 def training_seconds(directory: Path, method: str) -> float:
-    """How long `fit` has worked on the method's steps, those of all starts together."""
+    """Return the seconds that `fit` took for the method's steps, over all starts."""
     seconds, before = 0.0, 0
     for step, speed in read_scalars(directory / METRICS, "steps_per_second")[method].items():
         seconds += (step - before) / speed
@@ -237,22 +250,22 @@ def validation_loss(
     method: Method,
     config: ml_collections.ConfigDict,
     weights: Weights,
-    examples: Sequence[Tokenized],
+    tokenized: Sequence[Tokenized],
 ) -> float:
-    """The mean loss per target token, without dropout."""
+    """Return the mean loss per target token, without dropout."""
     size = config.train.batch_size
-    assemble = models.assemble(method, config, examples, size)
+    assemble = models.assemble(method, config, tokenized, size)
     loss = jax.jit(loss_fn, static_argnames=("place", "reading"))
     total = np.zeros(2)
-    for bucket, indices in plan_batches(np.arange(len(examples)), assemble.buckets.of, size):
+    for bucket, indices in plan_batches(np.arange(len(tokenized)), assemble.buckets.of, size):
         with jax.set_mesh(models.mesh):
             batch = place_batch(assemble((0, bucket, indices)), models.mesh)
-            found = loss(
+            sums = loss(
                 weights,
                 models.llm,
                 batch,
                 place=models.place(method, config),
                 reading=method.reading,
             )
-        total += np.array(found)
+        total += np.array(sums)
     return float(total[0] / total[1])

@@ -27,11 +27,18 @@ def make_optimizer(
     clip_norm: float,
     encoder_rate: float = 1.0,
 ) -> optax.GradientTransformation:
-    """AdamW behind global-norm clipping, with linear warm-up and linear decay to 0, as the paper.
+    """Make the paper's optimiser: AdamW behind global-norm clipping, linear warm-up and decay to 0.
 
-    encoder_rate: Enc_inp's learning rate over that of the rest; 1 is the paper.
+    The result is cached, since it is a static argument of the step: equal settings shall not
+    compile twice.
 
-    Cached, since it is a static argument of the step: equal settings shall not compile twice.
+    Args:
+        steps: the length of the training.
+        learning_rate: the highest rate.
+        weight_decay: of AdamW.
+        warmup: the share of the steps in which the rate rises.
+        clip_norm: the largest global norm of the gradient.
+        encoder_rate: Enc_inp's learning rate over that of the rest; 1 is the paper.
     """
     rising = max(1, round(warmup * steps))
     schedule = optax.join_schedules(
@@ -50,7 +57,7 @@ def make_optimizer(
 
 
 def optimizer_of(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
-    """Make the optimizer that `config` names, `table.configured`, for so many steps."""
+    """Make the optimiser of a method's config (`table.configured`) for so many steps."""
     train = config.train
     return make_optimizer(
         steps,
@@ -63,7 +70,7 @@ def optimizer_of(config: ml_collections.ConfigDict, steps: int) -> optax.Gradien
 
 
 def _part(name: str) -> Callable[[Weights], Weights]:
-    """Tells which leaves are those of the weights' attribute."""
+    """Return a function that marks the leaves of one attribute of the weights."""
     return functools.partial(
         jax.tree_util.tree_map_with_path,
         lambda path, _: jax.tree_util.keystr(path[:1], simple=True) == name,
@@ -73,7 +80,7 @@ def _part(name: str) -> Callable[[Weights], Weights]:
 def init_optimizer(
     optimizer: optax.GradientTransformation, weights: Weights, mesh: Mesh
 ) -> optax.OptState:
-    """The first state: moments lie as the parameters do, counters on every device."""
+    """Make the first state: moments lie as the parameters do, counters on every device."""
     return jax.tree.map(
         lambda x: x if x.ndim else jax.device_put(x, replicated(mesh)), optimizer.init(weights)
     )
@@ -82,7 +89,7 @@ def init_optimizer(
 def abstract_optimizer(
     optimizer: optax.GradientTransformation, weights: Weights, mesh: Mesh
 ) -> optax.OptState:
-    """What `init_optimizer` gives, as shapes, dtypes and places; so may the weights be."""
+    """Return `init_optimizer`'s state as shapes, dtypes and places; `weights` may be so too."""
 
     def abstract(x: jax.ShapeDtypeStruct, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
@@ -104,7 +111,10 @@ def loss_fn(
     remat: bool = False,
     reading: Reading = PAPER,
 ) -> tuple[jax.Array, jax.Array]:
-    """The sum over target tokens of -log p(y_t | I, P, x, y_<t), and their number; () float32."""
+    """Return the sum of -log p(y_t | I, P, x, y_<t) over target tokens, and their number.
+
+    Both are () float32.
+    """
     losses = token_losses(weights, llm, batch, place, remat, reading)
     return jnp.sum(losses), jnp.sum(batch.target_mask).astype(jnp.float32)
 
@@ -121,7 +131,7 @@ def train_step(
     remat: bool = False,
     reading: Reading = PAPER,
 ) -> tuple[Weights, optax.OptState, dict[str, jax.Array]]:
-    """One update of the weights. The LLM is an argument of its own that nothing differentiates.
+    """Update the weights once. The LLM is a separate argument that nothing differentiates.
 
     With `accumulation` > 1 the batch is worked off in as many parts, with the same result.
     """
@@ -148,10 +158,10 @@ def train_step(
 
 
 def jit_step(weights: Weights, opt_state: optax.OptState) -> Callable[..., Any]:
-    """`train_step`, to be compiled once a batch shape, for arrays that lie as these do.
+    """Return `train_step`, compiled once a batch shape, for arrays that lie as these do.
 
-    The updated arrays are told to lie where the given ones do. Left to itself the compiler picks
-    other places for some, and the second step would compile again.
+    The updated arrays must lie where the given ones do. Otherwise the compiler picks other places
+    for some, and the second step compiles again.
     """
     layout = jax.tree.map(lambda x: x.sharding, (weights, opt_state))
     return jax.jit(

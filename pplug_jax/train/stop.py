@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, noted while a loop runs."""
+"""Notice Ctrl-C and SIGTERM while a loop runs."""
 
 import signal
 from typing import Self
@@ -9,9 +9,10 @@ from pplug_jax.runtime.distributed import is_preempted
 
 
 class Stop:
-    """Notes SIGTERM and Ctrl-C while the loop runs, so that it can save before it ends.
+    """A context that notes SIGTERM and Ctrl-C, so that a loop can save before it ends.
 
-    Of several processes all stop where one gets SIGTERM, which JAX notes; Ctrl-C ends them at once.
+    If one of several processes gets SIGTERM, all stop, since JAX tells them; Ctrl-C ends them at
+    once.
     """
 
     def __enter__(self) -> Self:
@@ -21,7 +22,7 @@ class Stop:
         return self
 
     def asked(self, step: int) -> bool:
-        """Whether to stop after `step`; to be asked at every step."""
+        """Return whether to stop after `step`; call it at every step."""
         if is_preempted(step):
             self.signal = signal.SIGTERM
         return self.signal is not None

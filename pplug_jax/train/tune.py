@@ -1,4 +1,4 @@
-"""Learning rates by the loss on training users held out, the same trials for every method."""
+"""Choose learning rates by the loss on held-out training users, with the same trials for all."""
 
 import json
 
@@ -17,9 +17,16 @@ from pplug_jax.train.loop import fit, validation_loss
 
 
 def tune(models: Models, training: TrainingInputs) -> dict[str, float]:
-    """The learning rate with the lowest loss on the users held out, for each trained method.
+    """Return the learning rate with the lowest loss on the held-out users, for each trained method.
 
     Every method gets the same trials. tune.json keeps the losses; a rate that diverges has none.
+
+    Args:
+        models: the run's models.
+        training: makes each method's examples.
+
+    Raises:
+        ConfigError: a method diverges at all rates.
     """
     config = models.config
     path = models.workdir / TRIALS
@@ -34,9 +41,9 @@ def tune(models: Models, training: TrainingInputs) -> dict[str, float]:
             settings = configured(config, method, config.seed)
             settings.train.learning_rate = rate
             directory = trial_path(models.workdir, rate)
-            examples = training(method, settings)
+            tokenized = training(method, settings)
             try:
-                weights = fit(models, method, settings, examples, directory)
+                weights = fit(models, method, settings, tokenized, directory)
                 trials[str(rate)] = validation_loss(
                     models, method, settings, weights, training.validation(method, settings)
                 )
@@ -48,9 +55,9 @@ def tune(models: Models, training: TrainingInputs) -> dict[str, float]:
             wait_for_all(f"a trial of {method.name}")
     best = {}
     for name, trials in losses.items():
-        told = {float(rate): loss for rate, loss in trials.items() if loss is not None}
-        if not told:
+        rate_losses = {float(rate): loss for rate, loss in trials.items() if loss is not None}
+        if not rate_losses:
             raise ConfigError(f"config.tune.learning_rates: {name} diverges at all of them")
-        best[name] = min(told, key=told.get)
-        say(f"learning rate of {name}: {best[name]:g}, validation loss {told[best[name]]:.4f}")
+        best[name] = rate = min(rate_losses, key=rate_losses.get)
+        say(f"learning rate of {name}: {rate:g}, validation loss {rate_losses[rate]:.4f}")
     return best

@@ -1,4 +1,4 @@
-"""A LoRA for each user, trained on the user's own items (OPPU, arXiv 2402.04401)."""
+"""A LoRA for each user, trained on the user's items (OPPU, arXiv 2402.04401)."""
 
 import functools
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def _step(
     learning_rate: float,
     place: Place,
 ) -> tuple[Lora, optax.OptState]:
-    """One update of every row's LoRA on that row's example; rows of weight 0 stay as they are."""
+    """Update every row's LoRA once on that row's example; rows of weight 0 stay as they are."""
 
     def loss(lora: Lora) -> jax.Array:
         # The rows' sum: each LoRA gets the gradient of its own row's mean alone.
@@ -51,10 +51,16 @@ def fit_user_loras(
     items: Sequence[Tokenized],
     users: Sequence[Sequence[int]],
 ) -> Lora:
-    """Trains a LoRA for each of `users` at once, a row of the batch each.
+    """Train a LoRA for each user, all at once, one row of the batch each.
 
-    llm: what they stand on, the task's LoRA included. users: whose items are which of `items`;
-    each is gone through `config.lora.user_epochs` times. A user without items keeps `llm`.
+    A user without items keeps `llm`.
+
+    Args:
+        models: the run's models.
+        llm: what the LoRAs are added to; it includes the task's LoRA.
+        config: the method's config; `config.lora.user_epochs` says how often items are trained on.
+        items: all users' items as examples.
+        users: each user's places in `items`.
     """
     count, settings = len(users), config.lora
     lora = place(
@@ -66,9 +72,9 @@ def fit_user_loras(
     rows = local_rows(models.mesh, count)
     assemble = Assemble(items, models.buckets(items, 1), models.store, rows)
     orders = []
-    for own in users:
-        rng = np.random.default_rng((config.seed, *own[:1]))
-        epochs = [rng.permutation(own) for _ in range(settings.user_epochs)]
+    for places in users:
+        rng = np.random.default_rng((config.seed, *places[:1]))
+        epochs = [rng.permutation(places) for _ in range(settings.user_epochs)]
         orders.append(np.concatenate(epochs).astype(int))
     for step in range(max(map(len, orders))):
         # Who has no item left gets any one, and weight 0.
