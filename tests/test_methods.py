@@ -13,6 +13,7 @@ from configs.common import base_config
 from pplug_jax.config import check_config
 from pplug_jax.errors import ConfigError
 from pplug_jax.feed.retrieval import retrievers
+from pplug_jax.llm.prompts import Front
 from pplug_jax.methods.table import METHODS, configured, methods_of
 from pplug_jax.methods.users import strangers
 from pplug_jax.plugs.forward import inputs_embeds
@@ -154,7 +155,8 @@ SOFT = jnp.array([[[-1, -1], [-2, -2]], [[-3, -3], [-4, -4]]], jnp.float32)
 def test_soft_tokens_stand_behind_the_prefix(
     prefix: int, expected: list[list[int]], expected_mask: list[list[int]]
 ):
-    embeds, mask = inputs_embeds(ToyLLM(), SOFT, PROMPT, MASK, prefix)
+    embeds, mask, context = inputs_embeds(ToyLLM(), SOFT, PROMPT, MASK, Front(prefix))
+    assert context == {}
     assert embeds.shape == (2, 6, 2)
     assert embeds.dtype == jnp.bfloat16  # the LLM's own, or its compiled step would change
     np.testing.assert_array_equal(embeds[..., 0].astype(int), expected)
@@ -162,6 +164,6 @@ def test_soft_tokens_stand_behind_the_prefix(
 
 
 def test_without_soft_tokens_the_prompt_stands_alone():
-    embeds, mask = inputs_embeds(ToyLLM(), None, PROMPT, MASK, 1)
+    embeds, mask, _ = inputs_embeds(ToyLLM(), None, PROMPT, MASK, Front(1))
     np.testing.assert_array_equal(embeds[..., 0].astype(int), PROMPT)
     np.testing.assert_array_equal(mask, MASK)

@@ -19,6 +19,7 @@ from pplug_jax.errors import ConfigError
 from pplug_jax.evaluate.predict import Answers, answer_examples
 from pplug_jax.evaluate.run import empty_results, statistics_of
 from pplug_jax.feed.batches import Tokenized
+from pplug_jax.methods.shown import Layout
 from pplug_jax.methods.table import Method, asked_for, configured, methods_of
 from pplug_jax.methods.users import unseen
 from pplug_jax.runtime.console import say
@@ -56,7 +57,7 @@ def compare_methods(models: Models, train: Sequence[Example], held_out: Sequence
     Each seed has a directory like a run's. A method without weights is run once.
     """
     config, workdir = models.config, models.workdir
-    tokenized = functools.cache(lambda: models.tokenize(held_out))
+    tokenized = functools.cache(lambda layout: models.tokenize(held_out, layout))
     training = None
     methods = asked_for(config)
     if any(method.trained for method in methods):
@@ -94,7 +95,7 @@ def run_method(
     settings: ml_collections.ConfigDict,
     training: TrainingInputs | None,
     held_out: Sequence[Example],
-    tokenized: Callable[[], Sequence[Tokenized]],
+    tokenized: Callable[[Layout], Sequence[Tokenized]],
     directory: Path,
 ) -> SeedRun:
     """Train the method, if it trains weights, and answer, unless that was done before."""
