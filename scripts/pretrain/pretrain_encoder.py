@@ -3,10 +3,10 @@
 Writes it in Hugging Face format. The bundled model:
 `python -m scripts.pretrain.pretrain_encoder --output=pplug_jax/assets/tiny_bert`.
 
-Two goals, as in the making of general-purpose encoders: an abstract lies nearer to a paper of its
-author's and its kind than to other authors' papers (InfoNCE over the batch), and a text's vector
-tells which words its title has (a linear bag-of-words decoder, the idea of RetroMAE's and DupMAE's weak decoders). The
-authors are none of those that the plug is trained or tested on.
+Two goals, as in the making of general-purpose encoders: an abstract lies nearer to a paper of the
+same author and kind than to other authors' papers (InfoNCE over the batch), and a text's vector
+tells which words its title has (a linear bag-of-words decoder, the idea of RetroMAE's and DupMAE's
+weak decoders). The authors are none of those that the plug is trained or tested on.
 """
 
 import functools
@@ -57,10 +57,9 @@ def pairs() -> Iterator[tuple[dict[str, str], dict[str, str]]]:
     for user in sample.users(FLAGS.seed, "pretrain"):
         first, *others = rng.sample(user.profile, len(user.profile))
         kind = sample.kind_of(first["abstract"])
-        for second in others:
-            if sample.kind_of(second["abstract"]) == kind:
-                yield first, second
-                break
+        alike = (paper for paper in others if sample.kind_of(paper["abstract"]) == kind)
+        if second := next(alike, None):
+            yield first, second
 
 
 def train_tokenizer() -> transformers.PreTrainedTokenizerFast:
