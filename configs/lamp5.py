@@ -22,6 +22,8 @@ def get_config(arg: str = "embedded") -> ml_collections.ConfigDict:
         c.plug.projector_size = 2048
         c.plug.temperature = 0.3
         c.plug.learned_temperature = True
+        # The encoder is pretrained and the projectors are new, so it wants smaller steps.
+        c.plug.encoder_rate = 0.1
         c.plug.history_dropout = 0.2
         c.train.batch_size = 16
         c.train.epochs = 4.0

@@ -1,7 +1,8 @@
-"""The embedded sample: same seed, same users; one style a user, which no abstract tells."""
+"""The embedded sample: same seed, same users; a style for each kind, which no abstract tells."""
 
 import itertools
 import math
+import random
 import re
 
 import pytest
@@ -59,38 +60,115 @@ def test_the_gold_title_is_not_in_the_profile():
         assert user.target.lower() not in user.input.lower()
 
 
-def casing(title: str) -> str:
-    return "lower" if title == title.lower() else "sentence"
+PHRASES = ("trouble_phrase", "data_phrase", "quality_phrase")
 
 
-def test_a_user_keeps_one_style():
-    def uses(user: Example, factor: str) -> set[str]:
-        texts = [title.lower() for title in titles(user)]
-        return {
+def texts(user: Example) -> list[tuple[str, str]]:
+    """The user's abstracts and their titles."""
+    abstract = TASKS["LaMP_5"].query_text(user.input)
+    return [(abstract, user.target), *((item["abstract"], item["title"]) for item in user.profile)]
+
+
+def shown(title: str, factor: str) -> str | None:
+    """The option of `factor` that a title shows, read from its words alone."""
+    if factor == "casing":
+        return "lower" if title == title.lower() else "sentence"
+    if factor == "separator":
+        return next((mark for mark in sample.STYLE[factor] if mark in title), None)
+    if factor == "aspect_place":
+        starts = [phrase.partition(" {")[0] for name in PHRASES for phrase in sample.STYLE[name]]
+        return "ahead" if title.lower().startswith(tuple(f"{x} " for x in starts)) else "after"
+    return next(
+        (
             option
             for option in sample.STYLE[factor]
-            if any(f" {option.partition(' {')[0]} " in f" {text} " for text in texts)
-        }
+            if f" {option.partition(' {')[0]} " in f" {re.sub('[:?]', '', title.lower())} "
+        ),
+        None,
+    )
 
-    for factor in ("opener", "adjective", "system_noun", "study_verb", "trouble_phrase"):
-        used = [uses(user, factor) for user in USERS]
-        assert all(len(options) <= 1 for options in used)
-        assert set().union(*used) == set(sample.STYLE[factor])
 
-    styles = [{casing(title) for title in titles(user)} for user in USERS]
-    assert all(len(style) == 1 for style in styles)
-    assert set().union(*styles) == set(sample.STYLE["casing"])
+# Factors whose words are in a title for no other reason.
+SHARED = ("study_verb", "system_verb", "resource_noun", "audience", "trouble_phrase")
+CHANGING = ("opener", "adjective", "article", "tail", "aspect_place", "separator", "casing")
 
-    separators = [
-        {mark for mark in sample.STYLE["separator"] for title in titles(user) if mark in title}
-        for user in USERS
+
+def options(users: list[Example], factor: str) -> list[dict[str, set[str]]]:
+    """For each user the options that their titles of each kind show."""
+    found = []
+    for user in users:
+        of_kind = {kind: set() for kind in sample.FRAMES}
+        for abstract, title in texts(user):
+            of_kind[sample.kind_of(abstract)] |= {shown(title, factor)} - {None}
+        found.append(of_kind)
+    return found
+
+
+def test_an_abstract_tells_the_kind():
+    for kind, deeds in sample.DEEDS.items():
+        content = {"kind": kind, "aspect": "data", "task": "a task", "method": "a method"}
+        abstracts = [sample.abstract(random.Random(i), content | {"data": "x"}) for i in range(50)]
+        assert {sample.kind_of(abstract) for abstract in abstracts} == {kind}
+        assert all(any(deed in abstract for abstract in abstracts) for deed in deeds)
+
+
+@pytest.mark.parametrize("factor", SHARED + CHANGING)
+def test_a_user_keeps_one_style_for_papers_of_one_kind(factor: str):
+    seen = [option for user in options(USERS, factor) for option in user.values()]
+    assert all(len(option) <= 1 for option in seen)
+    assert set().union(*seen) == set(sample.STYLE[factor])
+
+
+@pytest.mark.parametrize("factor", SHARED)
+def test_some_factors_are_the_same_in_all_kinds(factor: str):
+    assert factor not in sample.BY_KIND
+    assert all(len(set().union(*user.values())) <= 1 for user in options(USERS, factor))
+
+
+@pytest.mark.parametrize("factor", CHANGING)
+def test_other_factors_are_chosen_anew_for_every_kind(factor: str):
+    """Two kinds agree as often as two draws, so the one tells nothing of the other."""
+    assert factor in sample.BY_KIND
+    users = options(list(sample.users(0, "dev", 1000)), factor)
+    pairs = [
+        first == second
+        for user in users
+        for first, second in itertools.combinations(filter(None, user.values()), 2)
     ]
-    assert all(len(marks) <= 1 for marks in separators)
-    assert set().union(*separators) == set(sample.STYLE["separator"])
+    chance = 1 / len(sample.STYLE[factor])
+    error = (chance * (1 - chance) / len(pairs)) ** 0.5
+    assert len(pairs) >= 100
+    assert abs(sum(pairs) / len(pairs) - chance) < 4 * error
 
 
-def test_notes_name_every_factor_in_the_users_words():
-    for user in USERS:
+def test_only_items_of_the_inputs_kind_tell_its_title():
+    """Who reads them knows the title's changing words; who reads all items alike does not."""
+    right = {"kind": [], "all": []}
+    for user in sample.users(0, "dev", 400):
+        (abstract, gold), *items = texts(user)
+        kind = sample.kind_of(abstract)
+        for factor in ("opener", "adjective", "article", "tail"):
+            if (wanted := shown(gold, factor)) is None:
+                continue
+            seen = [(sample.kind_of(text), shown(title, factor)) for text, title in items]
+            for who, said in {
+                "kind": [option for of, option in seen if option and of == kind],
+                "all": [option for _, option in seen if option],
+            }.items():
+                if said:
+                    right[who].append(max(sorted(set(said)), key=said.count) == wanted)
+    assert sum(right["kind"]) == len(right["kind"]) > 300
+    assert sum(right["all"]) < 0.8 * len(right["all"])
+
+
+def test_a_user_of_one_style_has_no_other():
+    users = list(sample.users(0, "pretrain", 60, one_style=True))
+    for factor in SHARED + CHANGING:
+        assert all(len(set().union(*user.values())) <= 1 for user in options(users, factor))
+
+
+def test_notes_name_every_factor_of_one_style_in_the_users_words():
+    for user in sample.users(0, "dev", 60, one_style=True):
         notes = sample.notes(0, "dev", user.id)
         assert len(notes) == len(sample.STYLE) and all(notes)
         assert not any("{" in note for note in notes)

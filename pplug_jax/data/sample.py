@@ -3,15 +3,17 @@
 Every paper is of a kind (method, study, resource, system), has a few content words and stresses one
 aspect (trouble, data, quality). Its abstract tells these in plain sentences that are drawn without
 regard to the user. Its title tells them in the user's own style: one option of each of `STYLE`'s
-factors, fixed for the user and used wherever the paper's kind and aspect allow it. So one input
-never reveals the style, one title reveals a part, and a history nearly all of it. With more than
-10^10 combinations users unseen in training are new combinations.
+factors, used wherever the paper's kind and aspect allow it. The factors of `BY_KIND` a user chooses
+anew for every kind of paper, the others once. So one input never reveals the style, a title reveals
+a part, and a history nearly all of it, if the right items are looked at: papers of another kind may
+tell the wrong option. With more than 10^10 combinations users unseen in training are new
+combinations.
 """
 
 import itertools
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from pplug_jax.data.lamp import Example
 from pplug_jax.data.tasks import TASKS
@@ -46,6 +48,12 @@ STYLE: dict[str, tuple[str, ...]] = {
     "separator": (": ", " - "),
     "casing": ("sentence", "lower"),
 }
+
+# What a user does in one way in papers of one kind, and perhaps in another in those of the next.
+BY_KIND = (
+    "opener", "adjective", "article", "instrument", "purpose", "tail",
+    "aspect_place", "separator", "casing",
+)  # fmt: skip
 
 # The title without its aspect, by the paper's kind and the user's frame for it.
 FRAMES = {
@@ -141,8 +149,14 @@ def abstract(rng: random.Random, content: dict[str, str]) -> str:
     )
 
 
-def style_of(rng: random.Random) -> dict[str, str]:
-    return {factor: rng.choice(options) for factor, options in STYLE.items()}
+def kind_of(abstract: str) -> str:
+    """Return the kind of an abstract's paper, which its deed tells."""
+    said = re.search(r"\b[Ww]e (\w+)", abstract)[1]
+    return next(k for k, deeds in DEEDS.items() if said in {deed.split()[0] for deed in deeds})
+
+
+def style_of(rng: random.Random, factors: Iterable[str] = tuple(STYLE)) -> dict[str, str]:
+    return {factor: rng.choice(STYLE[factor]) for factor in factors}
 
 
 def user_rng(seed: int, split: str, number: int | str) -> random.Random:
@@ -150,8 +164,15 @@ def user_rng(seed: int, split: str, number: int | str) -> random.Random:
     return random.Random(f"{seed}/{split}/{int(number)}")
 
 
+def styles_of(seed: int, split: str, number: int | str) -> dict[str, dict[str, str]]:
+    """Return the user's style for every kind of paper."""
+    style = style_of(user_rng(seed, split, number))
+    rng = user_rng(seed, f"{split}/kinds", number)
+    return {kind: style | style_of(rng, BY_KIND) for kind in FRAMES}
+
+
 def notes(seed: int, split: str, number: int | str) -> list[str]:
-    """Return the user's style in words, which no example shows; the bundled LLM learnt them."""
+    """Return the style of a user of `one_style` in words, from which the bundled LLM learnt."""
     words = {": ": "colon", " - ": "dash"}
     return [
         words.get(option) or re.sub(r" *\{\w+\}", "", option)
@@ -159,10 +180,16 @@ def notes(seed: int, split: str, number: int | str) -> list[str]:
     ]
 
 
-def user(seed: int, number: int, split: str, history: tuple[int, int]) -> Example:
-    """Make user `number` of `split`: a question, its gold title, a profile of `history` papers."""
+def user(
+    seed: int, number: int, split: str, history: tuple[int, int], one_style: bool = False
+) -> Example:
+    """Make user `number` of `split`: a question, its gold title, a profile of `history` papers.
+
+    With `one_style` the user writes about every kind of paper in the same style.
+    """
     rng = user_rng(seed, split, number)
     style = style_of(rng)
+    styles = dict.fromkeys(FRAMES, style) if one_style else styles_of(seed, split, number)
     # A user comes back to the same few subjects, so that retrieval has something to find.
     tasks, methods = rng.sample(PROBLEMS, 6), rng.sample(METHODS, 6)
     papers: dict[str, str] = {}
@@ -176,7 +203,7 @@ def user(seed: int, number: int, split: str, history: tuple[int, int]) -> Exampl
             "method": rng.choice(methods),
             aspect: rng.choice(ASPECTS[aspect]),
         }
-        papers.setdefault(title(style, content), abstract(rng, content))
+        papers.setdefault(title(styles[content["kind"]], content), abstract(rng, content))
     target = list(papers)[-1]
     input = TASKS["LaMP_5"].question.format(abstract=papers.pop(target))
     id = f"{number:06d}"
@@ -188,8 +215,12 @@ def user(seed: int, number: int, split: str, history: tuple[int, int]) -> Exampl
 
 
 def users(
-    seed: int, split: str, count: int | None = None, history: tuple[int, int] = (8, 16)
+    seed: int,
+    split: str,
+    count: int | None = None,
+    history: tuple[int, int] = (8, 16),
+    one_style: bool = False,
 ) -> Iterator[Example]:
     """Yield the first `count` users of `split`, or without `count` users without end."""
     for number in itertools.count() if count is None else range(count):
-        yield user(seed, number, split, history)
+        yield user(seed, number, split, history, one_style)

@@ -3,10 +3,10 @@
 Writes it in Hugging Face format. The bundled model:
 `python -m scripts.pretrain.pretrain_encoder --output=pplug_jax/assets/tiny_bert`.
 
-Two goals, as in the making of general-purpose encoders: two papers of one author lie nearer than
-papers of different authors (InfoNCE over the batch), and a paper's vector tells which words its
-title has (a linear bag-of-words decoder, the idea of RetroMAE's and DupMAE's weak decoders). The
-authors are none of those that the plug is trained or tested on.
+Two goals, as in the making of general-purpose encoders: an abstract lies nearer to a paper of the
+same author and kind than to other authors' papers (InfoNCE over the batch), and a text's vector
+tells which words its title has (a linear bag-of-words decoder, the idea of RetroMAE's and DupMAE's
+weak decoders). The authors are none of those that the plug is trained or tested on.
 """
 
 import functools
@@ -43,7 +43,7 @@ flags.DEFINE_integer("hidden_size", 128, "Width.")
 flags.DEFINE_integer("layers", 2, "Layers.")
 flags.DEFINE_integer("max_length", 64, "Longest text, in tokens.")
 flags.DEFINE_integer("steps", 600, "Optimiser steps.")
-flags.DEFINE_integer("batch_size", 64, "Authors of a batch, two papers each.")
+flags.DEFINE_integer("batch_size", 64, "Authors of a batch, an abstract and a paper each.")
 flags.DEFINE_float("learning_rate", 3e-3, "Adam's peak; see optimizer.py.")
 flags.DEFINE_float("temperature", 0.1, "Of the InfoNCE loss.")
 flags.DEFINE_integer("seed", 0, "Seed of everything.")
@@ -53,10 +53,14 @@ FOR_TOKENIZER = 10_000  # authors with two papers each that it is made from
 
 
 def pairs() -> Iterator[tuple[dict[str, str], dict[str, str]]]:
-    """Two papers of one author, author after author, without end."""
+    """Two papers of one author and one kind, author after author, without end."""
     rng = random.Random(FLAGS.seed)
-    for user in sample.users(FLAGS.seed, "pretrain", history=(2, 4)):
-        yield tuple(rng.sample(user.profile, 2))
+    for user in sample.users(FLAGS.seed, "pretrain"):
+        first, *others = rng.sample(user.profile, len(user.profile))
+        kind = sample.kind_of(first["abstract"])
+        alike = (paper for paper in others if sample.kind_of(paper["abstract"]) == kind)
+        if second := next(alike, None):
+            yield first, second
 
 
 def train_tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -70,7 +74,7 @@ def train_tokenizer() -> transformers.PreTrainedTokenizerFast:
 def loss_fn(
     params: tuple, tokens: jax.Array, titles: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """tokens (2 B, L) and their titles' (2 B, T), the first papers before the second."""
+    """tokens (2 B, L) and their titles' (2 B, T), the abstracts before the papers."""
     model, decoder = params
     vectors = model(tokens, tokens != 0)
     first, second = jnp.split(vectors, 2)
@@ -130,7 +134,9 @@ def main(_) -> None:
         for i in range(1, FLAGS.steps + 1):
             batch = list(itertools.islice(source, FLAGS.batch_size))
             papers = [first for first, _ in batch] + [second for _, second in batch]
-            texts = encode(map(TASK.item_text, papers), FLAGS.max_length)
+            texts = [first["abstract"] for first, _ in batch]
+            texts += [TASK.item_text(second) for _, second in batch]
+            texts = encode(texts, FLAGS.max_length)
             titles = encode((paper["title"] for paper in papers), 32, add_special_tokens=False)
             params, opt_state, losses = step(params, opt_state, texts, titles)
             recent.append(losses)

@@ -89,7 +89,7 @@ class Author(NamedTuple):
 
 
 def sample_authors(rng: random.Random) -> Iterator[Author]:
-    for user in sample.users(FLAGS.seed, "pretrain"):
+    for user in sample.users(FLAGS.seed, "pretrain", one_style=True):
         papers = [{"title": user.target, "abstract": SAMPLE.query_text(user.input)}, *user.profile]
         notes = sample.notes(FLAGS.seed, "pretrain", user.id)
         some = rng.sample(notes, round(rng.uniform(0.7, 1) * len(notes)))
