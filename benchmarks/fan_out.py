@@ -7,7 +7,6 @@ must be, word for word, what each gets alone. Histories are vectors already, as 
 them. By default the LLM is that of `benchmarks.train_step`, of random weights; `DIR` has another.
 """
 
-import copy
 import functools
 import tempfile
 import zlib
@@ -19,7 +18,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks.timing import in_turn, report
-from benchmarks.train_step import write_models
+from benchmarks.train_step import placed, write_models
 from configs import common
 from pplug_jax.methods.table import METHODS
 from pplug_jax.serve.personalizer import Personalizer
@@ -63,9 +62,7 @@ def make_histories(count: int) -> list[list[str]]:
 
 def serve(models: Models, place: str) -> Personalizer:
     """A plug that reads no text anew."""
-    models = copy.copy(models)
-    models.config = models.config.copy_and_resolve_references()
-    models.config.plug.place = place
+    models = placed(models, place)
     weights = models.new_weights(METHODS["pplug"], models.config)
     return Personalizer(models, weights)
 

@@ -90,6 +90,28 @@ def token_losses(
     return cross_entropy(llm, hidden, batch.target) * batch.target_mask
 
 
+def continuation(
+    llm: LLM,
+    soft: jax.Array | None,
+    prompt: jax.Array,
+    mask: jax.Array,
+    place: Place,
+    **decoding: Any,
+) -> jax.Array:
+    """Generate what follows a prompt with these soft tokens, (B, max_new_tokens) int32.
+
+    Args:
+        llm: answers.
+        soft: as in `inputs_embeds`.
+        prompt: the `text` of `inputs_embeds`.
+        mask: the prompt's mask, bool.
+        place: where the soft tokens stand.
+        **decoding: settings of `generate`.
+    """
+    embeds, embeds_mask, context = inputs_embeds(llm, soft, prompt, mask, place)
+    return generate(llm, embeds, embeds_mask, **decoding, **context)
+
+
 @functools.partial(
     jax.jit,
     static_argnames=("reading", "place", "max_new_tokens", "num_beams", "length_penalty"),
@@ -105,8 +127,7 @@ def answer_tokens(
 ) -> jax.Array:
     """Generate the answers' tokens, (B, max_new_tokens) int32."""
     llm, soft = adapt(weights, llm, batch, reading)
-    embeds, mask, context = inputs_embeds(llm, soft, batch.prompt, batch.prompt_mask, place)
-    return generate(llm, embeds, mask, **decoding, **context)
+    return continuation(llm, soft, batch.prompt, batch.prompt_mask, place, **decoding)
 
 
 @functools.partial(jax.jit, static_argnames=("place", "reading"))

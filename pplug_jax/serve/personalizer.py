@@ -1,7 +1,6 @@
 """Serve a trained plug: from a history and an input to a personal answer of the frozen LLM."""
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,12 +12,9 @@ from pplug_jax.data.lamp import check_history, check_input
 from pplug_jax.errors import InputError
 from pplug_jax.feed.batches import round_up
 from pplug_jax.feed.features import compare_with_peers, of_history, of_items
-from pplug_jax.llm import LLM
-from pplug_jax.llm.generate import generate
-from pplug_jax.llm.prompts import Place
 from pplug_jax.methods.shown import layout_of
 from pplug_jax.methods.table import METHODS
-from pplug_jax.plugs.forward import inputs_embeds
+from pplug_jax.plugs.forward import continuation
 from pplug_jax.plugs.persona import UserEmbedder
 from pplug_jax.plugs.reading import features_of, soft_tokens
 from pplug_jax.session import Models
@@ -34,14 +30,9 @@ def _soft_prompts(plug: UserEmbedder, *arrays: Any) -> jax.Array:
     return plug(*arrays)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("place", "max_new_tokens", "num_beams", "length_penalty")
+_answers = jax.jit(
+    continuation, static_argnames=("place", "max_new_tokens", "num_beams", "length_penalty")
 )
-def _answers(
-    llm: LLM, soft: jax.Array, prompt: jax.Array, mask: jax.Array, *, place: Place, **decoding: Any
-) -> jax.Array:
-    embeds, embeds_mask, context = inputs_embeds(llm, soft, prompt, mask, place)
-    return generate(llm, embeds, embeds_mask, **decoding, **context)
 
 
 def padded_length(length: int) -> int:
@@ -53,6 +44,11 @@ def pad(array: np.ndarray, *lengths: int) -> np.ndarray:
     """Append zeros to the first axes, up to these lengths."""
     widths = [(0, n - have) for n, have in zip(lengths, array.shape, strict=False)]
     return np.pad(array, [*widths, *[(0, 0)] * (array.ndim - len(lengths))])
+
+
+def row(ids: Sequence[int] | np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return tokens as a batch of one padded row, (1, length) int32, and its mask."""
+    return pad(np.asarray(ids, np.int32), length)[None], (np.arange(length) < len(ids))[None]
 
 
 class Personalizer:
@@ -114,7 +110,7 @@ class Personalizer:
         Raises:
             InputError: as `soft_prompt`.
         """
-        batches = [self._soft_prompts(input, group) for group in self._in_batches(histories)]
+        batches = self._soft_batches(input, histories)
         soft = [np.asarray(x, np.float32)[:count] for x, count in batches]
         none = 0, soft_tokens(self.models.config.plug), self.llm.config.hidden_size
         return np.concatenate([np.zeros(none, np.float32), *soft])
@@ -147,11 +143,9 @@ class Personalizer:
         tokenizer, behind = models.tokenizer, self.layout.behind
         check_input(input)
         ids = tokenizer.prompt(input, config.data.max_input_length, behind)
-        length = padded_length(len(ids))
-        prompt, mask = pad(ids, length)[None], (np.arange(length) < len(ids))[None]
+        prompt, mask = row(ids, padded_length(len(ids)))
         answers = []
-        for group in self._in_batches(histories):
-            soft, count = self._soft_prompts(input, group)
+        for soft, count in self._soft_batches(input, histories):
             copies = 1 if behind else len(soft)
             tokens = _answers(
                 self.llm,
@@ -166,17 +160,29 @@ class Personalizer:
             answers += [tokenizer.decode(row) for row in np.asarray(tokens)[:count]]
         return answers
 
-    def _in_batches(self, histories: Sequence[History]) -> list[Sequence[History]]:
-        size = self.models.config.eval.batch_size
-        return [histories[i : i + size] for i in range(0, len(histories), size)]
-
-    def _soft_prompts(self, input: str, histories: Sequence[History]) -> tuple[jax.Array, int]:
-        """Return the users' soft tokens, behind them rows that fill up, and the number of users."""
+    def _soft_batches(
+        self, input: str, histories: Sequence[History]
+    ) -> Iterator[tuple[jax.Array, int]]:
+        """Yield `_soft_prompts` of `config.eval.batch_size` users at a time, for one query."""
         check_input(input)
+        query, size = self._query(input), self.models.config.eval.batch_size
+        for i in range(0, len(histories), size):
+            yield self._soft_prompts(query, histories[i : i + size])
+
+    def _encode(self, texts: Sequence[str], **settings: Any) -> np.ndarray:
+        """Return the texts' vectors, (n, E) float32, in the store's precision.
+
+        So a served persona is the one that was trained and tested.
+        """
+        return self.models.encoder.encode(texts, **settings).astype(np.float16).astype(np.float32)
+
+    def _soft_prompts(
+        self, query: tuple[np.ndarray, np.ndarray], histories: Sequence[History]
+    ) -> tuple[jax.Array, int]:
+        """Return the users' soft tokens, behind them rows that fill up, and the number of users."""
         read = [self._read(history) for history in histories]
         texts = [text for texts, _ in read for text in texts]
-        # The store's precision, so that a served persona is the one that was trained and tested.
-        vectors = self.models.encoder.encode(texts).astype(np.float16).astype(np.float32)
+        vectors = self._encode(texts)
         ends = np.cumsum([len(texts) for texts, _ in read])[:-1]
         users = [
             (user_vectors, self._features(texts, item_features, user_vectors))
@@ -195,19 +201,15 @@ class Personalizer:
             name: batch([features[name] for _, features in users]) for name in self.features
         }
         history = batch([user_vectors for user_vectors, _ in users])
-        return _soft_prompts(self.plug, *self._query(input), history, batch(masks), features), len(
-            users
-        )
+        return _soft_prompts(self.plug, *query, history, batch(masks), features), len(users)
 
     def _query(self, input: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the input as the plug reads it: `Batch.query` and its mask, of one row."""
         encoder, text = self.models.encoder, self.models.task.query_text(input)
         if self.layout.encoded:
-            vector = encoder.encode([text], queries=True).astype(np.float16).astype(np.float32)
-            return vector, np.ones((1, 1), bool)
-        ids = np.array(encoder.queries([text])[0], np.int32)
-        length = min(padded_length(len(ids)), encoder.model.config.max_length)
-        return pad(ids, length)[None], (np.arange(length) < len(ids))[None]
+            return self._encode([text], queries=True), np.ones((1, 1), bool)
+        (ids,) = encoder.queries([text])
+        return row(ids, min(padded_length(len(ids)), encoder.model.config.max_length))
 
     def _read(self, history: History) -> tuple[list[str], dict[str, np.ndarray]]:
         """Return the newest items' texts, and the features that the whole history gives them."""
