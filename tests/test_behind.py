@@ -28,33 +28,18 @@ from pplug_jax.plugs.reading import PAPER, Reading
 from pplug_jax.runtime.mesh import make_mesh, place
 from pplug_jax.session import Models
 from scripts.pretrain.initialise import initialise
+from tests.support.families import ALTERNATING, GEMMA3_ROPES, SHAPE
 from tests.support.parity import assert_close
 
 pytestmark = pytest.mark.slow
 
-V, D, B, K, T = 24, 32, 8, 3, 6
+V, D, B, K, T = SHAPE["vocab_size"], SHAPE["hidden_size"], 8, 3, 6
 PLACE = Behind((5, 7))
-BASE = {
-    "vocab_size": V,
-    "hidden_size": D,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 12,
-    "max_position_embeddings": 256,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
+BASE = SHAPE | {
     "rms_norm_eps": 1e-6,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
 }
-ALTERNATING = ["sliding_attention", "full_attention"] * 2
 GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 7}
-GEMMA3_ROPES = {
-    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-}
 # The windows are shorter than the prompts, and some than what stands behind them.
 FAMILIES = {
     "llama": {"model_type": "llama"},

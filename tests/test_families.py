@@ -18,35 +18,18 @@ from pplug_jax.llm.decoder import Decoder
 from pplug_jax.llm.generate import generate
 from pplug_jax.llm.load import FAMILIES
 from scripts.pretrain.initialise import initialise
+from tests.support.families import ALTERNATING, GEMMA3_ROPES, SHAPE
 from tests.support.parity import assert_close, needs_torch, save_random, torch
 
-V = 24  # so few tokens that generations meet the one that ends them
+V = SHAPE["vocab_size"]
 LENGTHS = (19, 11, 1, 6)  # of a batch's rows; longer than the windows below
-BASE = {
-    "vocab_size": V,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 12,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
-GEMMA3_ROPES = {
-    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-}
+BASE = SHAPE | {"initializer_range": 0.3}
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 1e4,
     "factor": 4.0,
     "original_max_position_embeddings": 8,
 }
-ALTERNATING = ["sliding_attention", "full_attention"] * 2
 CASES: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] = {
     "gemma": (transformers.GemmaConfig, {"num_key_value_heads": 1}),
     "gemma2": (transformers.Gemma2Config, {"sliding_window": 5, "query_pre_attn_scalar": 7}),

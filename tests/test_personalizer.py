@@ -27,6 +27,7 @@ from pplug_jax.plugs.persona import UserEmbedder
 from pplug_jax.session import Models
 from pplug_jax.storage.checkpoint import Checkpoints, _named
 from pplug_jax.storage.files import write_json
+from tests.support.runs import noting_compiled
 from tests.support.tiny import OPTIONS
 
 INPUT = "Generate a title for the following abstract of a paper: Rivers are measured."
@@ -143,17 +144,12 @@ def test_soon_no_request_compiles_anything(models: Models, rate: float) -> None:
     for words in range(0, 120, 12):
         for items in (0, 1, 2, 4, 8, 16, 32):
             serve(words, items)
-    compiled = []
-    listener = lambda event, _, **about: compiled.append(event) if "backend_compile" in event else 0
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
+    with noting_compiled() as compiled:
         for request in range(10):
             serve(11 * request + 5, 3 * request)
         assert not compiled
         jax.jit(lambda x: x + 1)(np.ones(3))
         assert compiled
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
 
 
 def test_a_plug_that_needs_peers_says_so(models: Models, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Small runs of the command, and what they leave."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +35,27 @@ def small_config(**overrides: object) -> ml_collections.ConfigDict:
     return config
 
 
-def finish(workdir: Path) -> None:
-    """Runs it, and notes what is compiled."""
+@contextlib.contextmanager
+def noting_compiled() -> Iterator[list[str]]:
+    """The names of what is compiled meanwhile, a list that grows."""
     compiled = []
 
     def note(event: str, duration: float, **kwargs: object) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             compiled.append(kwargs["fun_name"])
 
-    jax.clear_caches()
     jax.monitoring.register_event_duration_secs_listener(note)
     try:
-        run(small_config(), workdir, "train_and_evaluate")
+        yield compiled
     finally:
         jax.monitoring.unregister_event_duration_listener(note)
+
+
+def finish(workdir: Path) -> None:
+    """Runs it, and notes what is compiled."""
+    jax.clear_caches()
+    with noting_compiled() as compiled:
+        run(small_config(), workdir, "train_and_evaluate")
     (workdir / "compiled").write_text("\n".join(compiled))
 
 
