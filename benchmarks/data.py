@@ -22,6 +22,7 @@ from configs import lamp4
 from pplug_jax.data.sources import read_split
 from pplug_jax.run import ItemTexts
 from pplug_jax.session import Models
+from pplug_jax.settings import Settings
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("users", 2000, "Users, a question each.")
@@ -60,8 +61,7 @@ def write(directory: Path) -> Path:
 def main(_: list[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         path = write(Path(scratch))
-        config = lamp4.get_config()
-        config.data.path = scratch
+        config = Settings.of(lamp4.get_config()).changed({"data.path": scratch})
         models = Models(config, Path(scratch) / "run")
         encoder = models.encoder
 

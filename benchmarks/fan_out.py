@@ -13,7 +13,6 @@ import zlib
 from pathlib import Path
 
 import jax
-import ml_collections
 import numpy as np
 from absl import app, flags
 
@@ -23,6 +22,7 @@ from configs import common
 from pplug_jax.methods.table import METHODS
 from pplug_jax.serve.personalizer import Personalizer
 from pplug_jax.session import Models
+from pplug_jax.settings import Settings
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("llm_path", None, "A directory with an LLM; by default a random Llama.")
@@ -35,14 +35,14 @@ INPUT_TOKENS = 250
 HEADER = ("users", "together, users/s", "in front", "one by one", "over front", "over one by one")
 
 
-def read_config(scratch: Path) -> ml_collections.ConfigDict:
+def read_settings(scratch: Path) -> Settings:
     config = common.task_config("LaMP_5", "embedded")
     config.llm.path = FLAGS.llm_path or str(scratch / "llm")
     config.llm.dtype = "float32"
     config.encoder.path = str(scratch / "encoder")
     config.plug.update(place="behind", encoder_rate=0.0, num_persona_tokens=4)
     config.eval.update(num_beams=1, max_new_tokens=FLAGS.tokens, batch_size=64)
-    return config
+    return Settings.of(config)
 
 
 def make_input(models: Models) -> str:
@@ -85,7 +85,7 @@ def main(_: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     with tempfile.TemporaryDirectory() as scratch:
         write_models(Path(scratch))
-        models = Models(read_config(Path(scratch)), Path(scratch) / "run")
+        models = Models(read_settings(Path(scratch)), Path(scratch) / "run")
         models.llm  # noqa: B018  # loaded while its files are there
         keep_vectors(models)
         behind, front = serve(models, "behind"), serve(models, "front")

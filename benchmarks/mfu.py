@@ -20,6 +20,7 @@ from pplug_jax.llm.shapes import PUBLISHED
 from pplug_jax.plan.flops import matmul_flops
 from pplug_jax.plan.programs import Programs
 from pplug_jax.runtime.mesh import make_mesh
+from pplug_jax.settings import Settings
 from pplug_jax.train.step import init_optimizer, make_optimizer
 
 FLAGS = flags.FLAGS
@@ -54,7 +55,7 @@ def make_programs(directory: Path, on_cpu: bool) -> Programs:
     config.data.max_target_length, config.data.max_history = FLAGS.target, FLAGS.history
     config.train.batch_size = config.eval.batch_size = FLAGS.batch or (2 if on_cpu else 32)
     config.train.remat = FLAGS.remat
-    return Programs(config, make_mesh())
+    return Programs(Settings.of(config), make_mesh())
 
 
 def known_peak() -> float | None:

@@ -33,9 +33,7 @@ class Ours:
         self.static = {"optimizer": optimizer, "place": place}
 
     def batch(self, planned: Planned) -> Batch:
-        """These examples in the smallest bucket that holds them; the plan may be of other texts."""
-        step, _, indices = planned
-        return self.data((step, int(self.data.buckets.of[indices].max()), indices))
+        return self.data(planned)
 
     def arguments(self, planned: Planned) -> tuple[Any, ...]:
         batch = place_batch(self.batch(planned), self.models.mesh)

@@ -32,6 +32,7 @@ from pplug_jax.methods.table import METHODS, configured
 from pplug_jax.run import ItemTexts
 from pplug_jax.scoring.tables import show_table
 from pplug_jax.session import Models
+from pplug_jax.settings import Settings
 from pplug_jax.train.inputs import TrainingInputs
 from pplug_jax.train.step import init_optimizer, jit_step, make_optimizer
 
@@ -126,8 +127,8 @@ def main(_: list[str]) -> None:
                 for count, (*each, shapes) in shares.items()
             ],
         )
-        config = lamp5.get_config()
-        config.data.sample_train_users, config.data.sample_eval_users = FLAGS.users, 1
+        changes = {"data.sample_train_users": FLAGS.users, "data.sample_eval_users": 1}
+        config = Settings.of(lamp5.get_config()).changed(changes)
         models = Models(config, Path(scratch) / "run")
         sample = read_split(config, "train")
         models.store.add(ItemTexts([sample], models.item_text))

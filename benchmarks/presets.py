@@ -21,6 +21,7 @@ from pplug_jax.plan.programs import Programs
 from pplug_jax.plan.roofline import GIB
 from pplug_jax.plan.training import plan_training
 from pplug_jax.runtime.mesh import make_mesh
+from pplug_jax.settings import Settings
 
 TOPOLOGIES = {"v5e-8": "v5e:2x4", "v5p-16": "v5p:2x2x2"}
 HEADER = (
@@ -50,10 +51,10 @@ def row(name: str, machine: str, place: str) -> list[str]:
     config = lamp5.get_config(f"{name}@{machine}")
     config.plug.place = place
     where = find_slice(TOPOLOGIES[machine])
-    mesh = make_mesh(**config.mesh, devices=where.devices)
+    mesh = make_mesh(**config.mesh.to_dict(), devices=where.devices)
     for parts, remat in layouts(config, place):
         config.train.update(accumulation=parts, remat=remat)
-        found = plan_training(Programs(config, mesh), where)
+        found = plan_training(Programs(Settings.of(config), mesh), where)
         if found.memory.fits:
             break
     sizes = [f"{size / GIB:.2f}" for size in (found.memory.arguments, found.memory.peak)]

@@ -25,6 +25,7 @@ from pplug_jax.plan.programs import Programs
 from pplug_jax.plan.roofline import GIB
 from pplug_jax.plan.training import plan_training
 from pplug_jax.runtime.mesh import make_mesh
+from pplug_jax.settings import Settings
 
 SLICES = {4: "v5p:2x2x1", 32: "v5p:2x4x4", 256: "v5p:4x8x8"}
 BATCHES = {"weak": lambda chips: 8 * chips, "strong": lambda chips: 64}
@@ -53,7 +54,7 @@ def row(scaling: str, mesh: str, chips: int) -> list[str]:
     fsdp = COPIES[mesh](parts)
     shape = (parts // fsdp, fsdp, chips // parts)
     where = find_slice(SLICES[chips])
-    found = plan_training(Programs(config, make_mesh(*shape, where.devices)), where)
+    found = plan_training(Programs(Settings.of(config), make_mesh(*shape, where.devices)), where)
     cells = [scaling, mesh, *map(str, (chips, *shape, rows)), f"{found.memory.peak / GIB:.2f}"]
     if found.cost is None:
         return [*cells, "", "", "", ""]

@@ -29,7 +29,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import torch
 import transformers
@@ -40,12 +39,13 @@ from benchmarks.original import SOFT, Planned, Plug, Recipe
 from benchmarks.ours import Ours
 from benchmarks.timing import in_turn, report
 from configs import common
-from pplug_jax.feed.batches import Plan
+from pplug_jax.feed.batches import Assemble, plan_batches
 from pplug_jax.llm.prompts import Behind, Front
 from pplug_jax.methods.table import METHODS
 from pplug_jax.plugs.reading import Reading
 from pplug_jax.scoring.tables import show_table
 from pplug_jax.session import ASSETS, Models
+from pplug_jax.settings import Settings
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("llm", "llama", ["llama", "t5"], "The frozen LLM, of some 40 million parameters.")
@@ -53,10 +53,10 @@ flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "The LLM's; the p
 flags.DEFINE_enum("place", "front", ["front", "behind"], "Where our soft tokens stand.")
 flags.DEFINE_enum("encoder", "trained", ["trained", "frozen"], "Ours and lean's for the inputs.")
 flags.DEFINE_integer("batch", 8, "Examples of a batch.")
-flags.DEFINE_integer("steps", 3, "Batches, of which each timed call works off all.")
+flags.DEFINE_integer("steps", 12, "Batches, of which each timed call works off all.")
 flags.DEFINE_bool("peak", False, "Measure each peer's memory too, in a process of its own.")
 flags.DEFINE_string("only", None, "Of --peak: print this peer's memory, and nothing else.")
-FLAGS.set_default("repeats", 3)  # of 9 steps a round
+FLAGS.set_default("repeats", 2)
 
 EXAMPLES = 512  # of which the buckets are made
 VOCABULARY = 32000
@@ -117,7 +117,7 @@ def write_models(directory: Path) -> None:
             (directory / name / file.name).write_bytes(file.read_bytes())
 
 
-def read_config(directory: Path) -> ml_collections.ConfigDict:
+def read_settings(directory: Path) -> Settings:
     """The paper's settings, and no history dropout, which the original draws beforehand."""
     config = common.task_config("LaMP_5", "embedded")
     config.llm.path, config.llm.dtype = str(directory / "llm"), FLAGS.dtype
@@ -125,7 +125,7 @@ def read_config(directory: Path) -> ml_collections.ConfigDict:
     config.train.batch_size = FLAGS.batch
     config.plug.history_dropout = 0.0
     config.plug.encoder_rate = 1.0 if FLAGS.encoder == "trained" else 0.0
-    return config
+    return Settings.of(config)
 
 
 def prefix_length() -> int:
@@ -135,8 +135,7 @@ def prefix_length() -> int:
 def placed(models: Models, place: str) -> Models:
     """The same with soft tokens elsewhere."""
     other = copy.copy(models)
-    other.config = models.config.copy_and_resolve_references()
-    other.config.plug.place = place
+    other.config = models.config.changed({"plug.place": place})
     return other
 
 
@@ -165,17 +164,22 @@ def measured_apart(name: str) -> float:
     return float(done.stdout.split()[-1])
 
 
-def make_peers(scratch: Path) -> tuple[dict[str, Ours | Recipe], list[Planned]]:
-    """The peers with equal weights, ours first, and the batches."""
+def make_peers(scratch: Path) -> tuple[dict[str, Ours | Recipe], dict[str, list[Planned]]]:
+    """The peers with equal weights, ours first, and each one's batches of the same examples."""
     write_models(scratch)
-    config, method = read_config(scratch), METHODS["pplug"]
+    config, method = read_settings(scratch), METHODS["pplug"]
     models = Models(config, scratch / "run")
     fill_store(models.store)
     examples = draw_examples(EXAMPLES, len(models.store))
     if FLAGS.encoder == "frozen":
         examples = with_vectors(examples, models.queries, models.encoder.model)
     data = models.assemble(method, config, examples, FLAGS.batch)
-    plan = Plan(data.buckets.of, FLAGS.batch, 1.0, 0)
+    order = np.random.default_rng(0).permutation(EXAMPLES)[: FLAGS.steps * FLAGS.batch]
+
+    def plan(data: Assemble) -> list[Planned]:
+        batches = plan_batches(order, data.buckets.of, FLAGS.batch)
+        return [(step, *batch) for step, batch in enumerate(batches)]
+
     weights = models.new_weights(method, config)
     kind = {"llama": transformers.LlamaForCausalLM, "t5": transformers.T5ForConditionalGeneration}
     dtype = getattr(torch, FLAGS.dtype)
@@ -198,7 +202,8 @@ def make_peers(scratch: Path) -> tuple[dict[str, Ours | Recipe], list[Planned]]:
         data = models.assemble(method, models.config, shorter, FLAGS.batch)
         copied = jax.tree.map(jnp.copy, weights)
         peers = {"ours": Ours(models, data, copied, Behind((3,))), "ours, front": peers["ours"]}
-    return peers | recipes, [plan[step] for step in range(FLAGS.steps)]
+    peers |= recipes
+    return peers, {name: plan(peer.data) for name, peer in peers.items()}
 
 
 def show_parts(name: str, ours: Ours, plan: list[Planned]) -> dict[str, float]:
@@ -237,19 +242,19 @@ def main(_: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")  # as PyTorch here
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
-        peers, plan = make_peers(Path(scratch))
+        peers, plans = make_peers(Path(scratch))
     losses: dict[str, list[float]] = {name: [] for name in peers}
     cases = {
-        name: lambda peer=peer, found=losses[name]: found.extend(map(peer.step, plan))
-        for name, peer in peers.items()
+        name: lambda peer=peer, plan=plan, found=losses[name]: found.extend(map(peer.step, plan))
+        for (name, peer), plan in zip(peers.items(), plans.values(), strict=True)
     }
     if FLAGS.only:
         print(peak_megabytes(cases[FLAGS.only]))
         return
     ours = peers["ours"]
-    flops, ideal = (sum(map(count, plan)) for count in (ours.flops, ours.ideal_flops))
-    places = {name: sum(map(peer.places, plan)) for name, peer in peers.items()}
-    examples = [ours.data.tokenized[i] for _, _, indices in plan for i in indices]
+    flops, ideal = (sum(map(count, plans["ours"])) for count in (ours.flops, ours.ideal_flops))
+    places = {name: sum(map(peer.places, plans[name])) for name, peer in peers.items()}
+    examples = [ours.data.tokenized[i] for _, _, indices in plans["ours"] for i in indices]
     real = np.sum(
         [(len(x.prompt) + SOFT + len(x.target), len(x.query), len(x.rows)) for x in examples], 0
     )
@@ -285,7 +290,9 @@ def main(_: list[str]) -> None:
         for r in records
     ]
     records.append({"flops": flops, "ideal_flops": ideal, "ratio": flops / ideal})
-    records += [show_parts(name, peers[name], plan) for name in peers if name.startswith("ours")]
+    records += [
+        show_parts(name, peers[name], plans[name]) for name in peers if name.startswith("ours")
+    ]
     report(
         "train_step",
         f"a training step: {FLAGS.llm}, {FLAGS.dtype}, batches of {FLAGS.batch}, soft tokens "

@@ -1,8 +1,7 @@
-"""A hook of mkdocs: the page of all settings, made of `configs/common.py` and its comments."""
+"""A hook of mkdocs: the page of all settings, made of `pplug_jax/settings.py` and its comments."""
 
 import ast
 import io
-import re
 import tokenize
 from pathlib import Path
 from typing import NamedTuple
@@ -10,12 +9,12 @@ from typing import NamedTuple
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-SOURCE = Path(__file__).parent.parent / "configs" / "common.py"
+SOURCE = Path(__file__).parent.parent / "pplug_jax" / "settings.py"
 INTRODUCTION = """# Settings
 
 To change a setting, give it as `--config.FIELD=VALUE`. The defaults below are those of
-`configs/common.py`, which are the paper's where it states them; a task's config or a preset may set
-others. A run prints what it uses and keeps it in `WORKDIR/config.json`.
+`pplug_jax/settings.py`, which are the paper's where it states them; a task's config or a preset may
+set others. A run prints what it uses and keeps it in `WORKDIR/config.json`.
 """
 
 
@@ -36,36 +35,34 @@ class Setting(NamedTuple):
 
 
 def settings(source: str) -> list[Setting]:
-    """Read the fields that `base_config` sets, in its order."""
+    """Read the fields of `Settings` and of its groups, in their order."""
     comments = {
         token.start[0]: (token.string.removeprefix("#").strip(), token.line.lstrip()[0] == "#")
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type == tokenize.COMMENT
     }
-    (function,) = (
-        node
-        for node in ast.parse(source).body
-        if isinstance(node, ast.FunctionDef) and node.name == "base_config"
-    )
+    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
     fields = []
-    for statement in function.body:
-        if not isinstance(statement, ast.Assign) or not isinstance(
-            statement.targets[0], ast.Attribute
-        ):
+    for statement in classes["Settings"].body:
+        if not isinstance(statement, ast.AnnAssign):
             continue
-        name = ast.unparse(statement.targets[0]).removeprefix("c.")
-        default = ast.unparse(statement.value)
-        if default.endswith("ConfigDict()"):
+        name, group = ast.unparse(statement.target), classes.get(ast.unparse(statement.annotation))
+        if group is None:
+            fields.append(_setting("", statement, comments))
             continue
-        first = statement.lineno
-        while comments.get(first - 1, ("", False))[1]:  # lines of comment above
-            first -= 1
-        lines = range(first, statement.end_lineno + 1)
-        about = " ".join(comments[line][0] for line in lines if line in comments)
-        about = about[:1].upper() + about[1:]
-        section = name.rpartition(".")[0]
-        fields.append(Setting(section, name, default, about))
+        inner = (node for node in group.body if isinstance(node, ast.AnnAssign))
+        fields += [_setting(name, node, comments) for node in inner]
     return fields
+
+
+def _setting(section: str, node: ast.AnnAssign, comments: dict[int, tuple[str, bool]]) -> Setting:
+    first = node.lineno
+    while comments.get(first - 1, ("", False))[1]:  # lines of comment above
+        first -= 1
+    lines = range(first, node.end_lineno + 1)
+    about = " ".join(comments[line][0] for line in lines if line in comments)
+    name = f"{section}.{ast.unparse(node.target)}".lstrip(".")
+    return Setting(section, name, ast.unparse(node.value), about[:1].upper() + about[1:])
 
 
 def page(source: str) -> str:
@@ -75,7 +72,7 @@ def page(source: str) -> str:
         if setting.section != section:
             section = setting.section
             lines += [f"\n## {section or 'The run'}\n", "| field | default | |", "|---|---|---|"]
-        default = re.sub(r"placeholder\((\w+)\)", "None", setting.default).replace("|", "\\|")
+        default = setting.default.replace("|", "\\|")
         lines.append(f"| `{setting.name}` | `{default}` | {setting.about} |")
     return "\n".join(lines) + "\n"
 

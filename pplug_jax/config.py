@@ -1,5 +1,6 @@
 """Check a config: that it can work, and that a workdir belongs to it."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -13,9 +14,10 @@ from pplug_jax.feed.features import FEATURES
 from pplug_jax.llm.quantize import KINDS
 from pplug_jax.methods.table import PAPER_PLUG, configured, methods_of, read_variants
 from pplug_jax.runtime.distributed import wait_for_all
-from pplug_jax.runtime.slips import names_of, near
+from pplug_jax.runtime.slips import near
+from pplug_jax.settings import Settings, flatten, upgraded
 from pplug_jax.storage.files import read_object, write_json
-from pplug_jax.storage.workdir import CONFIG, flatten, upgraded
+from pplug_jax.storage.workdir import CONFIG
 
 # What the official code (rucliujn/PPlug) does where ours by default does something else, and what
 # it does where ours may be set to something else.
@@ -25,7 +27,7 @@ PARITY = {
     "data.max_history": 512,
     "encoder.query_prefix": "Represent this sentence for searching relevant passages:",
     "encoder.item_prefix": "",
-    **PAPER_PLUG,
+    **dict(PAPER_PLUG),
 }
 
 FROM_ONE = (
@@ -66,13 +68,20 @@ CHOICES = {
 }
 
 
-def apply_parity(config: ml_collections.ConfigDict) -> None:
-    """Set what `config.parity` stands for."""
-    if config.parity:
-        config.update_from_flattened_dict(PARITY)
+def checked(config: ml_collections.ConfigDict) -> Settings:
+    """Return the settings of a config, with what `config.parity` stands for.
+
+    Raises:
+        ConfigError: as `check_config`.
+    """
+    settings = Settings.of(config)
+    if settings.parity:
+        settings = settings.changed(PARITY)
+    check_config(settings)
+    return settings
 
 
-def check_config(config: ml_collections.ConfigDict) -> None:
+def check_config(config: Settings) -> None:
     """Find what cannot work before anything is loaded.
 
     Raises:
@@ -86,10 +95,10 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     _check_ranges(config)
     methods = methods_of(config)
     for name, settings in read_variants(config.variants).items():
-        for field in (field for field, _ in settings if field not in names_of(config)):
+        for field in (field for field, _ in settings if field not in config.flat()):
             raise ConfigError(
                 f"config.variants: {name!r} changes {field!r}, and there is no such setting"
-                f"{near(field, names_of(config))}"
+                f"{near(field, config.flat())}"
             )
         try:
             configured(config, methods[name], 0)
@@ -133,8 +142,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         )
 
 
-def _check_ranges(config: ml_collections.ConfigDict) -> None:
-    given = flatten(config.to_dict())
+def _check_ranges(config: Settings) -> None:
+    given = config.flat()
     # Written so that no comparison holds for what is no number.
     wrong = {
         "must be at least 1": [field for field in FROM_ONE if not given[field] >= 1],
@@ -152,7 +161,7 @@ def _check_ranges(config: ml_collections.ConfigDict) -> None:
             )
 
 
-def check_batches(config: ml_collections.ConfigDict, parts: int) -> None:
+def check_batches(config: Settings, parts: int) -> None:
     """Check that the mesh, which cuts every batch into `parts`, divides the batch sizes.
 
     Raises:
@@ -171,7 +180,7 @@ def check_batches(config: ml_collections.ConfigDict, parts: int) -> None:
             )
 
 
-def claim_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
+def claim_workdir(workdir: Path, config: Settings) -> None:
     """Write config.json, or check that the existing one says the same.
 
     Only these may differ: the mesh, the split to evaluate on, the methods, the seeds, and which
@@ -181,7 +190,7 @@ def claim_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
         ConfigError: the workdir belongs to another config; the message names the fields.
     """
     path = workdir / CONFIG
-    ours = json.loads(config.to_json())
+    ours = json.loads(json.dumps(dataclasses.asdict(config)))
     if not path.is_file():
         wait_for_all("all have looked for config.json")
         write_json(path, ours)

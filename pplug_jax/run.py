@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import ml_collections
 
-from pplug_jax.config import apply_parity, check_config, claim_workdir
+from pplug_jax.config import checked, claim_workdir
 from pplug_jax.data.check import check_data
 from pplug_jax.data.download import download
 from pplug_jax.data.lamp import Example, Item
@@ -31,6 +31,7 @@ from pplug_jax.runtime.console import say
 from pplug_jax.scoring.metrics import check_metrics
 from pplug_jax.scoring.plots import plot_losses
 from pplug_jax.session import Models
+from pplug_jax.settings import Settings
 from pplug_jax.storage.lock import locked
 from pplug_jax.storage.workdir import METRICS, plot_path
 from pplug_jax.train.inputs import TrainingInputs
@@ -99,7 +100,7 @@ class ItemTexts:
         )
 
 
-def check_files(config: ml_collections.ConfigDict, mode: str) -> None:
+def check_files(config: Settings, mode: str) -> None:
     """Check the task's files and say what is in them; the mode `download` fetches them first.
 
     Raises:
@@ -125,10 +126,9 @@ def check_files(config: ml_collections.ConfigDict, mode: str) -> None:
         )
 
 
-def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
+def run(given: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
     """Do what `mode` says; started again, it goes on from where it stopped."""
-    apply_parity(config)
-    check_config(config)
+    config = checked(given)
     if mode in ("download", "check_data"):
         check_files(config, mode)
         return
@@ -149,7 +149,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
 
 
 def _work(
-    config: ml_collections.ConfigDict,
+    config: Settings,
     workdir: Path,
     mode: str,
     train: Sequence[Example],

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from etils import epath
 from flax import nnx
@@ -32,6 +31,7 @@ from pplug_jax.plugs.base import Kind
 from pplug_jax.plugs.forward import Weights
 from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.runtime.mesh import local_rows, make_mesh, parts, place, place_abstract
+from pplug_jax.settings import PlugSettings, Settings
 from pplug_jax.storage import hf
 from pplug_jax.storage.checkpoint import (
     Checkpoints,
@@ -77,11 +77,11 @@ class Models:
         ValueError: a checkpoint or setting cannot work.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, workdir: Path):
+    def __init__(self, config: Settings, workdir: Path):
         self.config = config
         self.workdir = workdir
         self.task = TASKS[config.task]
-        self.mesh = make_mesh(**config.mesh)
+        self.mesh = make_mesh(**vars(config.mesh))
         check_batches(config, parts(self.mesh, "batch"))
         llm_path = model_path(config.llm.path, "llm")
         self.encoder_path = model_path(config.encoder.path, "encoder")
@@ -178,7 +178,7 @@ class Models:
         """The store of inputs' vectors, for plugs that do not train Enc_inp."""
         return HistoryStore(self._history_path, self.encoder, queries=True)
 
-    def place(self, method: Method, config: ml_collections.ConfigDict) -> Place:
+    def place(self, method: Method, config: Settings) -> Place:
         """Return where the method's soft tokens stand."""
         return self.tokenizer.place(layout_of(method, config).behind)
 
@@ -197,7 +197,7 @@ class Models:
     def assemble(
         self,
         method: Method,
-        config: ml_collections.ConfigDict,
+        config: Settings,
         tokenized: Sequence[Tokenized],
         batch_size: int,
         **training: Any,
@@ -254,19 +254,19 @@ class Models:
     def _soft_norm(self) -> jax.Array:
         return jax.jit(lambda llm: llm.embedding_norm())(self.llm)
 
-    def _input_encoder(self, config: ml_collections.ConfigDict) -> dict[str, Any]:
+    def _input_encoder(self, plug: PlugSettings) -> dict[str, Any]:
         return {
             "pooling": self.config.encoder.pooling or None,
             "variable": nnx.Param,
-            "dtype": config.dtype,
+            "dtype": plug.dtype,
         }
 
-    def _abstract_encoder(self, kind: Kind, config: ml_collections.ConfigDict) -> Bert | None:
+    def _abstract_encoder(self, kind: Kind, config: Settings) -> Bert | None:
         if not kind.reads_input:
             return None
         return abstract_bert(self.encoder_path, **self._input_encoder(config.plug))
 
-    def abstract_weights(self, method: Method, config: ml_collections.ConfigDict) -> Weights:
+    def abstract_weights(self, method: Method, config: Settings) -> Weights:
         """Return the shapes, dtypes and places of the method's weights, to restore into.
 
         Args:
@@ -281,9 +281,7 @@ class Models:
         )
         return place_abstract(shapes, self.mesh)
 
-    def restore_weights(
-        self, method: Method, config: ml_collections.ConfigDict, directory: Path
-    ) -> Weights:
+    def restore_weights(self, method: Method, config: Settings, directory: Path) -> Weights:
         """Restore the weights that the method uses, of the best checkpoint in `directory`.
 
         Raises:
@@ -293,7 +291,7 @@ class Models:
         with contextlib.closing(Checkpoints(path)) as checkpoints:
             return checkpoints.restore_weights(self.abstract_weights(method, config))
 
-    def new_weights(self, method: Method, config: ml_collections.ConfigDict) -> Weights:
+    def new_weights(self, method: Method, config: Settings) -> Weights:
         """Make the method's weights before training, on the mesh, drawn from the config's seed.
 
         A plug's Enc_inp has the encoder's weights; a LoRA changes nothing yet.

@@ -27,6 +27,7 @@ from pplug_jax.plugs.lora import Lora
 from pplug_jax.plugs.reading import PAPER, Reading
 from pplug_jax.runtime.mesh import make_mesh, place
 from pplug_jax.session import Models
+from pplug_jax.settings import LoraSettings, Settings
 from scripts.pretrain.initialise import initialise
 from tests.support.families import ALTERNATING, GEMMA3_ROPES, SHAPE
 from tests.support.parity import assert_close
@@ -190,7 +191,7 @@ def test_kernels_may_be_integers(llama: Decoder, kind: str) -> None:
 def test_the_gradient_of_a_plug_that_changes_the_llm_runs_through_the_prompt(
     llama: Decoder,
 ) -> None:
-    lora = Lora(llama, rank=2, alpha=4.0, rngs=nnx.Rngs(0))
+    lora = Lora(llama, LoraSettings(rank=2, alpha=4.0), rngs=nnx.Rngs(0))
     lora = jax.tree.map(lambda x: x + 0.05, lora)
     assert_same(make_plug(lora=lora), llama, make_rows())
 
@@ -267,6 +268,7 @@ def test_an_evaluation_reads_a_prompt_once_for_its_users(
     config = lamp5.get_config()
     config.plug.update(place="behind", encoder_rate=0.0, num_persona_tokens=2)
     config.eval.update(batch_size=16, max_new_tokens=6, num_beams=2)
+    config = Settings.of(config)
     models = Models(config, tmp_path)
     examples = [
         Example(

@@ -17,6 +17,7 @@ from pplug_jax.methods.table import configured
 from pplug_jax.run import run
 from pplug_jax.scoring.metrics import example_statistics
 from pplug_jax.session import Models
+from pplug_jax.settings import Settings
 from pplug_jax.storage.checkpoint import Checkpoints
 from pplug_jax.train.loop import validation_loss
 from tests.support.lamp_files import write_split
@@ -47,7 +48,7 @@ def times(workdir: Path) -> dict[str, int]:
 def test_the_table_is_the_mean_over_seeds(compared: Path) -> None:
     results = results_of(compared)
     assert results["seeds"] == [0, 1] and list(results["methods"]) == list(METHODS)
-    golds = [example.target for example in read_split(comparison(), "eval")]
+    golds = [example.target for example in read_split(Settings.of(comparison()), "eval")]
     for name in ("none", "pplug", "user_lora"):
         found = []
         for seed in (0, 1) if name != "none" else (0,):
@@ -61,8 +62,8 @@ def test_the_table_is_the_mean_over_seeds(compared: Path) -> None:
 
 
 def test_the_golds_loss_is_that_of_all_their_tokens(compared: Path) -> None:
-    models = Models(comparison(), compared)
-    tokenized = models.tokenize(read_split(comparison(), "eval"))
+    models = Models(Settings.of(comparison()), compared)
+    tokenized = models.tokenize(read_split(Settings.of(comparison()), "eval"))
     loss = validation_loss(models, ALL["none"], models.config, None, shown_bare(tokenized))
     entry = results_of(compared)["methods"]["none"]["loss"]
     np.testing.assert_allclose(entry["value"], loss, rtol=1e-5)
@@ -86,7 +87,7 @@ def test_differences_are_paired_with_the_references(compared: Path) -> None:
 
 def test_what_a_method_costs(compared: Path) -> None:
     entries = results_of(compared)["methods"]
-    items = [len(example.profile) for example in read_split(comparison(), "eval")]
+    items = [len(example.profile) for example in read_split(Settings.of(comparison()), "eval")]
     assert entries["none"]["bytes_per_user"] == entries["none"]["trainable"] == 0
     assert entries["pplug"]["bytes_per_user"] == np.mean(items) * 128 * 2
     assert entries["pplug"]["trainable"] > entries["task_lora"]["trainable"] > 0
@@ -110,14 +111,14 @@ def test_seeds_differ_and_methods_without_weights_run_once(compared: Path) -> No
 
 
 def test_what_a_plug_made_of_the_users_is_written(compared: Path) -> None:
-    examples = read_split(comparison(), "eval")
+    examples = read_split(Settings.of(comparison()), "eval")
     found = np.load(compared / "seed_1" / "personas" / "dev.pplug.npz")
     lengths = [len(example.profile) for example in examples]
     assert found["lengths"].tolist() == lengths
     assert found["other_item"].tolist() == [length - 1 for length in lengths]
     assert len(np.unique(found["persona"].round(6), axis=0)) == len(examples)
 
-    config = configured(comparison(), PPLUG, 1)
+    config = configured(Settings.of(comparison()), PPLUG, 1)
     models = Models(config, compared)
     checkpoints = Checkpoints(compared / "seed_1" / "checkpoints" / "pplug")
     plug = checkpoints.restore_weights(models.abstract_weights(PPLUG, config))
@@ -208,7 +209,7 @@ def test_variants_are_trained_on_what_they_say(tmp_path: Path) -> None:
     entries = results_of(tmp_path)["methods"]
     assert entries["difference"]["trainable"] > entries["pplug+retrieval"]["trainable"]
     assert entries["pplug+retrieval"]["bytes_per_user"] > entries["own_items"]["bytes_per_user"]
-    examples = read_split(comparison(), "train")
+    examples = read_split(Settings.of(comparison()), "train")
     pool = {text for example in examples for text in map(str, example.profile)}
     assert len(np.load(tmp_path / "peers.npy")) == len(pool)
 

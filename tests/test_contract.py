@@ -10,12 +10,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 from flax import nnx
 
-from configs.common import base_config
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.encoder.bert import Bert, BertConfig
 from pplug_jax.feed.batches import Batch
@@ -28,6 +26,7 @@ from pplug_jax.plugs.forward import adapt, token_losses
 from pplug_jax.plugs.reading import PAPER, Reading
 from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.runtime.mesh import place_abstract
+from pplug_jax.settings import LoraSettings, PlugSettings, Settings
 from pplug_jax.storage.checkpoint import Checkpoints
 from scripts.pretrain.initialise import initialise
 from tests.support.tiny import ONE_DEVICE, B, E, H, make_batch, make_llm
@@ -35,12 +34,9 @@ from tests.support.tiny import ONE_DEVICE, B, E, H, make_batch, make_llm
 LLM_SIZE = 40
 
 
-def config_of(*features: str) -> ml_collections.ConfigDict:
-    config = base_config()
-    config.plug.num_persona_tokens, config.plug.projector_size = 2, 16
-    config.plug.features = features
-    config.lora.rank = 2
-    return config
+def config_of(*features: str) -> Settings:
+    plug = PlugSettings(num_persona_tokens=2, projector_size=16, features=features)
+    return Settings(plug=plug, lora=LoraSettings(rank=2))
 
 
 # A kind of plug alone, and with each feature that it reads.
@@ -57,7 +53,7 @@ class Case(NamedTuple):
     """A plug, as if trained: no map is the identity any more, and no parameter 0."""
 
     kind: Kind
-    config: ml_collections.ConfigDict
+    config: Settings
     plug: Plug
     llm: LLM
     batch: Batch
@@ -69,7 +65,7 @@ def input_encoder() -> Bert:
     return initialise(shapes, jax.random.key(1))
 
 
-def build(kind: Kind, config: ml_collections.ConfigDict, llm: LLM) -> Plug:
+def build(kind: Kind, config: Settings, llm: LLM) -> Plug:
     encoder = input_encoder() if kind.reads_input else None
     made = jax.jit(functools.partial(kind.build, config, llm))
     return made(encoder, jnp.float32(1), jax.random.key(2))

@@ -16,6 +16,7 @@ from pplug_jax import session as models
 from pplug_jax.errors import CheckpointError
 from pplug_jax.run import run
 from pplug_jax.session import Models
+from pplug_jax.settings import Settings
 from pplug_jax.storage.checkpoint import is_saved
 
 
@@ -33,7 +34,7 @@ def test_later_starts_restore_it(
     quantize: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     first, second = small_config(quantize, fsdp=4, tensor=2), small_config(quantize, fsdp=2)
-    loaded = Models(first, tmp_path).llm
+    loaded = Models(Settings.of(first), tmp_path).llm
     run(first, tmp_path, "convert")
     assert "the converted LLM is there" in capsys.readouterr().out
 
@@ -42,7 +43,7 @@ def test_later_starts_restore_it(
 
     monkeypatch.setattr(models, "llm_loader", never)
     for config in (first, second):  # also onto another mesh
-        restored = Models(config, tmp_path).llm
+        restored = Models(Settings.of(config), tmp_path).llm
         assert jax.tree.structure(restored) == jax.tree.structure(loaded)
         for ours, theirs in zip(*map(jax.tree.leaves, (restored, loaded)), strict=True):
             assert ours.dtype == theirs.dtype
@@ -62,7 +63,7 @@ def test_one_made_with_other_settings_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"'quantize': None.*not from.*'int8'.*llm\.converted"
     ):
-        Models(config, tmp_path / "c")
+        Models(Settings.of(config), tmp_path / "c")
 
 
 def test_a_head_that_config_json_does_not_tell_of_is_restored(
@@ -73,11 +74,11 @@ def test_a_head_that_config_json_does_not_tell_of_is_restored(
     (path / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": True}))
     config = small_config("")
     config.llm.path = str(path)
-    loaded = Models(config, tmp_path / "run").llm
+    loaded = Models(Settings.of(config), tmp_path / "run").llm
     assert loaded.head is not None
     run(config, tmp_path / "run", "convert")
     (path / "model.safetensors").unlink()
-    restored = Models(config, tmp_path / "run").llm
+    restored = Models(Settings.of(config), tmp_path / "run").llm
     np.testing.assert_array_equal(restored.head[...], loaded.head[...])
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.common import base_config
-from pplug_jax.storage.workdir import flatten
+from pplug_jax.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -22,13 +21,13 @@ def test_every_setting_is_described() -> None:
     spec.loader.exec_module(module)
     settings = module.settings(module.SOURCE.read_text(encoding="utf-8"))
     assert [s.name for s in settings if not s.about] == []
-    assert {setting.name for setting in settings} == set(flatten(base_config().to_dict()))
+    assert {setting.name for setting in settings} == Settings().flat().keys()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_settings_and_files_that_a_page_names_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    known = flatten(base_config().to_dict())
+    known = Settings().flat()
     groups = {name.partition(".")[0] for name in known if "." in name}
     for name in re.findall(r"--config\.([a-z_.]+[a-z_])", text):
         assert name in known, name

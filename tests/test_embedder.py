@@ -14,6 +14,7 @@ from pplug_jax.encoder.bert import Bert, BertConfig
 from pplug_jax.feed.form import SIZE
 from pplug_jax.plugs.persona import FIRST_RECENCY, Projector, UserEmbedder, attention_weights
 from pplug_jax.plugs.reading import PAPER, Reading
+from pplug_jax.settings import PlugSettings
 from scripts.pretrain.initialise import initialise
 from tests.support.parity import needs_torch
 from tests.support.tiny import EXTENSIONS, OPTIONS
@@ -29,7 +30,7 @@ READINGS = [PAPER, Reading(uniform=True), Reading(top=2), Reading(instruction=Fa
 def make_plug(**settings: Any) -> UserEmbedder:
     config = BertConfig(40, E, 32, 2, 2, 8, 1, 1e-12)
     encoder = initialise(Bert(config, "cls", nnx.Param), jax.random.key(1))
-    return UserEmbedder(encoder, E, D, SCALE, **settings, rngs=nnx.Rngs(0))
+    return UserEmbedder(encoder, E, D, SCALE, PlugSettings(**settings), rngs=nnx.Rngs(0))
 
 
 def trained(plug: UserEmbedder) -> UserEmbedder:
@@ -230,10 +231,8 @@ def test_a_learned_temperature_gets_a_gradient(inputs: Inputs) -> None:
 def test_soft_tokens_start_at_the_scale_of_the_llms_embeddings() -> None:
     config = BertConfig(40, 64, 64, 1, 2, 8, 1, 1e-12)
     encoder = initialise(Bert(config, "cls", nnx.Param), jax.random.key(1))
-    settings = {"num_persona_tokens": 3, "features": ("difference",)}
-    plug = UserEmbedder(
-        encoder, encoder.config.hidden_size, 256, SCALE, **settings, rngs=nnx.Rngs(0)
-    )
+    settings = PlugSettings(num_persona_tokens=3, features=("difference",))
+    plug = UserEmbedder(encoder, encoder.config.hidden_size, 256, SCALE, settings, rngs=nnx.Rngs(0))
     one = np.zeros((1, 1, 64), np.float32)
     one[0, 0, 5] = 1
     query = np.ones((1, 4), np.int32), np.ones((1, 4), bool)

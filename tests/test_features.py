@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pplug_jax import Personalizer
-from pplug_jax.config import check_config
+from pplug_jax.config import checked
 from pplug_jax.data.lamp import Item
 from pplug_jax.data.sources import read_split
 from pplug_jax.data.tasks import Task
@@ -17,6 +17,7 @@ from pplug_jax.feed.features import FEATURES, Feature
 from pplug_jax.plan.programs import Programs
 from pplug_jax.run import run
 from pplug_jax.runtime.mesh import make_mesh
+from pplug_jax.settings import Settings
 from tests.support.runs import small_config
 
 
@@ -37,7 +38,7 @@ def test_a_feature_of_one_number(toy: str, tmp_path: Path) -> None:
     run(config, tmp_path, "train_and_evaluate")
     assert (tmp_path / "results.json").is_file()
 
-    example = read_split(config, "eval")[0]
+    example = read_split(Settings.of(config), "eval")[0]
     personalizer = Personalizer.from_checkpoint(tmp_path)
     soft = personalizer.soft_prompt(example.input, example.profile)
     assert len(soft) == 1 + 2 * config.plug.num_persona_tokens
@@ -45,11 +46,11 @@ def test_a_feature_of_one_number(toy: str, tmp_path: Path) -> None:
     changed = personalizer.soft_prompt(example.input, longer)
     assert np.abs(changed - soft)[-config.plug.num_persona_tokens :].max() > 1e-4
 
-    programs = Programs(config, make_mesh(devices=jax.devices()[:1]))
+    programs = Programs(Settings.of(config), make_mesh(devices=jax.devices()[:1]))
     assert programs.batch(4).features[toy].shape[2:] == (1,)
     assert programs.train()
 
 
 def test_an_unknown_feature_is_named() -> None:
     with pytest.raises(ConfigError, match=r"features: 'from' is unknown \(did you mean 'form'"):
-        check_config(small_config(plug__features=("from",)))
+        checked(small_config(plug__features=("from",)))

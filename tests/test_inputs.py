@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from configs.common import base_config
 from pplug_jax.data.lamp import Example, Subset
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.feed.batches import Tokenized
 from pplug_jax.methods.shown import shown
 from pplug_jax.methods.table import METHODS
 from pplug_jax.methods.users import own_items, split_users, unseen
+from pplug_jax.settings import Settings
 from pplug_jax.train.inputs import WithOwnItems
 
 TASK = TASKS["LaMP_5"]
@@ -40,7 +40,7 @@ def tokenized(*rows: list[int]) -> list[Tokenized]:
     ],
 )
 def test_whose_history_is_shown(method: str, rows: list[list[int] | None]) -> None:
-    config = base_config()
+    config = Settings()
     found = shown(TASK, None, None, METHODS[method], config, [], tokenized([0, 1], [2], []))
     for each, wanted in zip(found, rows, strict=True):
         assert wanted is None or each.rows.tolist() == wanted

@@ -15,6 +15,7 @@ from pplug_jax.llm import LLM, load_llm
 from pplug_jax.llm.generate import generate
 from pplug_jax.nn.linear import Adapted
 from pplug_jax.plugs.lora import Lora
+from pplug_jax.settings import LoraSettings
 from tests.support.parity import assert_close
 
 pytestmark = pytest.mark.slow
@@ -41,7 +42,7 @@ def logits(llm: LLM, row: int | None = None) -> jax.Array:
 
 def trained(llm: LLM, users: int | None = None, seed: int = 1) -> Lora:
     """An update that does something: its B is not 0 any more."""
-    lora = Lora(llm, rank=2, alpha=3.0, users=users, rngs=nnx.Rngs(0))
+    lora = Lora(llm, LoraSettings(rank=2, alpha=3.0), users, rngs=nnx.Rngs(0))
     keys = iter(jax.random.split(jax.random.key(seed), 100))
     lora.up = jax.tree.map(lambda x: 0.1 * jax.random.normal(next(keys), x.shape), lora.up)
     return lora
@@ -64,7 +65,7 @@ def merged(llm: LLM) -> LLM:
 
 def test_a_new_one_changes_nothing(path: Path) -> None:
     llm = load_llm(path, dtype="float32")
-    lora = Lora(llm, rank=2, alpha=4.0, rngs=nnx.Rngs(0))
+    lora = Lora(llm, LoraSettings(rank=2, alpha=4.0), rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(logits(lora.on(llm)), logits(llm))
 
 
@@ -96,7 +97,7 @@ def test_one_update_stands_on_another(path: Path) -> None:
 
 def only(lora: Lora, user: int, llm: LLM) -> Lora:
     """The update of one user alone."""
-    one = Lora(llm, rank=2, alpha=3.0, rngs=nnx.Rngs(0))
+    one = Lora(llm, LoraSettings(rank=2, alpha=3.0), rngs=nnx.Rngs(0))
     one.down = jax.tree.map(lambda x: x[:, user], lora.down)
     one.up = jax.tree.map(lambda x: x[:, user], lora.up)
     return one

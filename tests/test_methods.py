@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import lamp5
-from configs.common import base_config
-from pplug_jax.config import check_config
+from pplug_jax.config import checked
 from pplug_jax.errors import ConfigError
 from pplug_jax.feed.retrieval import retrievers
 from pplug_jax.llm.prompts import Front
@@ -19,7 +18,7 @@ from pplug_jax.methods.users import strangers
 from pplug_jax.plugs.forward import inputs_embeds
 from pplug_jax.plugs.reading import Reading
 from pplug_jax.plugs.registry import PLUGS
-from pplug_jax.storage.workdir import flatten
+from pplug_jax.settings import Settings
 
 VARIANTS = "{'k4': {'plug.num_persona_tokens': 4, 'plug.features': ('form',)}}"
 
@@ -40,28 +39,25 @@ def test_every_method_can_be_run_and_every_plug_trained():
 
 
 def test_a_methods_settings_are_fields_of_the_config():
-    config = base_config()
-    config.plug.num_persona_tokens = 9  # no method's own
-    before = flatten(config.to_dict())
+    config = Settings().changed({"plug.num_persona_tokens": 9})  # no method's own
+    before = config.flat()
     for method in METHODS.values():
         settings = dict(METHODS[method.plug].settings) if method.plug else {}
-        assert flatten(configured(config, method, 7).to_dict()) == before | settings | {"seed": 7}
+        assert configured(config, method, 7).flat() == before | settings | {"seed": 7}
     # The paper's plug, whatever the config's.
     paper = configured(config, METHODS["pplug_paper"], config.seed)
-    assert flatten(paper.to_dict()) == flatten(base_config().to_dict())
+    assert paper == Settings()
 
 
 def test_a_control_is_trained_as_what_it_controls():
-    config = base_config()
-    config.variants = VARIANTS
+    config = Settings(variants=VARIANTS)
     for name in ("shuffled_user", "mean_persona"):
         method = dataclasses.replace(METHODS[name], plug="k4")
         assert configured(config, method, 0).plug.num_persona_tokens == 4
 
 
 def test_a_variant_is_pplug_with_other_settings():
-    config = base_config()
-    config.variants = VARIANTS
+    config = Settings(variants=VARIANTS)
     variant = methods_of(config)["k4"]
     plain = METHODS["pplug"]
     about = "pplug with plug.num_persona_tokens = 4, plug.features = ('form',)"
@@ -89,7 +85,7 @@ def test_variants_that_cannot_be(variants: str, message: str):
     config = lamp5.get_config()
     config.variants = variants
     with pytest.raises(ConfigError, match=message):
-        check_config(config)
+        checked(config)
 
 
 def test_a_control_differs_from_the_method_that_it_controls_in_one_thing():

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from pplug_jax.methods.shown import Layout, layout_of
 from pplug_jax.methods.table import METHODS
 from pplug_jax.plugs.persona import UserEmbedder
 from pplug_jax.session import Models
+from pplug_jax.settings import Settings
 from pplug_jax.storage.checkpoint import Checkpoints, _named
 from pplug_jax.storage.files import write_json
 from tests.support.runs import noting_compiled
@@ -45,7 +47,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     config = lamp5.get_config()
     config.data.max_history = 4
     config.plug.update(num_persona_tokens=2, projector_size=128)
-    models = Models(config, tmp_path_factory.mktemp("run"))
+    models = Models(Settings.of(config), tmp_path_factory.mktemp("run"))
     train = [
         Example(user, INPUT, "A title", (*(item(user, i) for i in range(3)), SHARED))
         for user in "abcde"
@@ -57,8 +59,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 def trained_plug(models: Models, **settings: Any) -> UserEmbedder:
     """As if: no parameter is 0 or the identity any more."""
-    config = models.config.copy_and_resolve_references()
-    config.plug.update(settings)
+    config = models.config.changed({f"plug.{name}": value for name, value in settings.items()})
     plug = models.new_weights(METHODS["pplug"], config)
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), plug)
@@ -67,8 +68,7 @@ def trained_plug(models: Models, **settings: Any) -> UserEmbedder:
 def serving(models: Models, **settings: Any) -> Personalizer:
     """Such a plug as a run with these settings would leave it."""
     of_run = copy.copy(models)
-    of_run.config = models.config.copy_and_resolve_references()
-    of_run.config.plug.update(settings)
+    of_run.config = models.config.changed({f"plug.{name}": x for name, x in settings.items()})
     return Personalizer(of_run, trained_plug(models, **settings))
 
 
@@ -134,8 +134,9 @@ def test_users_of_one_input_get_what_each_gets_alone(
 @pytest.mark.parametrize("rate", [0.0, 1.0])
 def test_soon_no_request_compiles_anything(models: Models, rate: float) -> None:
     personalizer = serving(models, place="behind", encoder_rate=rate)
-    personalizer.models.config.eval.update(max_new_tokens=4, num_beams=1)
-    personalizer.models.config.data.max_history = 40
+    personalizer.models.config = personalizer.models.config.changed(
+        {"eval.max_new_tokens": 4, "eval.num_beams": 1, "data.max_history": 40}
+    )
 
     def serve(words: int, items: int) -> None:
         history = [f"text {i}" + " and more" * (words % 7) for i in range(items)]
@@ -196,9 +197,9 @@ def test_an_input_that_is_no_text(models: Models) -> None:
 def test_an_older_workdir_is_served(models: Models, tmp_path: Path) -> None:
     """Features had a setting each, and the same names in checkpoints."""
     plug = trained_plug(models, features=("difference", "form"))
-    old = models.config.to_dict() | {
+    old = dataclasses.asdict(models.config) | {
         "methods": ("pplug", "pplug_form"),
-        "plug": {k: v for k, v in models.config.plug.to_dict().items() if k != "features"}
+        "plug": {k: v for k, v in vars(models.config.plug).items() if k != "features"}
         | {"heads": 0, "difference": True, "form": True},
     }
     del old["variants"]
@@ -223,7 +224,7 @@ def test_a_workdir_that_cannot_be_written_is_served(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(models.workdir, tmp_path, dirs_exist_ok=True)
-    write_json(tmp_path / "config.json", models.config.to_dict())
+    write_json(tmp_path / "config.json", dataclasses.asdict(models.config))
     plug = trained_plug(models)
     with contextlib.closing(Checkpoints(tmp_path / "checkpoints" / "pplug")) as kept:
         kept.save(1, plug, {"moment": jax.numpy.zeros(1)})

@@ -27,6 +27,7 @@ from pplug_jax.plan.training import TrainPlan, axes, hours
 from pplug_jax.plugs.base import parameter_count
 from pplug_jax.runtime.mesh import make_mesh
 from pplug_jax.session import Models
+from pplug_jax.settings import Settings
 from pplug_jax.train.step import abstract_optimizer, init_optimizer, make_optimizer
 
 
@@ -75,7 +76,7 @@ def test_flops_of_a_while_loop_and_of_branches() -> None:
 def test_flops_of_the_tiny_llms_programs(accumulation: int) -> None:
     config = tiny_config(train__batch_size=8, train__accumulation=accumulation)
     config.eval.batch_size = 8
-    programs = Programs(config, make_mesh(devices=jax.devices()[:1]))
+    programs = Programs(Settings.of(config), make_mesh(devices=jax.devices()[:1]))
     llm, encoder = programs.models.abstract_llm.config, programs.weights.input_encoder.config
     lengths, B, H, k = programs.lengths, 8, 512, config.plug.num_persona_tokens
     assert lengths == (224, 176, 1 + k, 48, 64, 40)  # 160 + 3 + 47, 160 + 3 rounded up to 16s
@@ -328,11 +329,11 @@ def test_other_compiler_errors_are_not_hidden() -> None:
 def test_the_state_lies_as_trainings_does(tmp_path: Path) -> None:
     config = tiny_config(train__batch_size=8, eval__batch_size=8)
     config.mesh.fsdp, config.mesh.tensor = 2, 2
-    models = Models(config, tmp_path)
+    models = Models(Settings.of(config), tmp_path)
     method, optimizer = METHODS["pplug"], make_optimizer(1, 1e-4, 1e-4, 0.05, 1.0)
     weights = models.new_weights(method, config)
     state = init_optimizer(optimizer, weights, models.mesh)
-    programs = Programs(config, models.mesh)
+    programs = Programs(Settings.of(config), models.mesh)
 
     def places(tree: object) -> list[tuple]:
         return [
@@ -355,11 +356,11 @@ def test_settings_that_cannot_work() -> None:
     with pytest.raises(InputError, match=r"data=3 x fsdp=1 x tensor=1 needs 3 devices, but there"):
         make_mesh(3, 1, 1, eight)
     with pytest.raises(ConfigError, match=r"config\.train\.batch_size .*: 12 rows .* 8 parts"):
-        Programs(tiny_config(train__batch_size=12), make_mesh(devices=eight))
+        Programs(Settings.of(tiny_config(train__batch_size=12)), make_mesh(devices=eight))
     with pytest.raises(ConfigError, match=r"config\.methods: nothing is trained"):
-        Programs(tiny_config(methods=("none",)), make_mesh(devices=eight))
+        Programs(Settings.of(tiny_config(methods=("none",))), make_mesh(devices=eight))
     with pytest.raises(ConfigError, match=r"config\.llm\.path: .*'org/unheard'.*Llama-3.1-8B"):
-        Programs(tiny_config(llm__path="org/unheard"), make_mesh(devices=eight))
+        Programs(Settings.of(tiny_config(llm__path="org/unheard")), make_mesh(devices=eight))
     with pytest.raises(ConfigError, match=r"config\.mesh\.slices: one slice is planned"):
         plan(tiny_config(mesh__slices=2), "v5e:2x2", search=False)
 
@@ -394,17 +395,19 @@ def test_meshes_of_a_slice() -> None:
     assert list(meshes(4)) == [(4, 1, 1), (2, 1, 2), (1, 1, 4), (2, 2, 1), (1, 2, 2), (1, 4, 1)]
     config = tiny_config(train__batch_size=4)
     where = Slice("v5e:2x4", CHIPS["v5e"], (2, 4), jax.devices())
-    assert axes(roomy_mesh(config, where)) == {"data": 4, "fsdp": 1, "tensor": 2}
+    assert axes(roomy_mesh(Settings.of(config), where)) == {"data": 4, "fsdp": 1, "tensor": 2}
     config = lamp5.get_config("llama3_8b")
-    assert axes(roomy_mesh(config, where)) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert axes(roomy_mesh(Settings.of(config), where)) == {"data": 2, "fsdp": 4, "tensor": 1}
 
 
 def test_hours() -> None:
     assert "4 epochs of 2,000 examples are 500 steps: at least 1.00 hours" in hours(
         tiny_config(), 7.2
     )
-    assert "12,500 examples" in hours(lamp4.get_config("gemma3_1b"), 1.0)
-    assert re.search("unknown.*product_review_writing", hours(longlamp.get_config("gemma3_1b"), 1))
+    assert "12,500 examples" in hours(Settings.of(lamp4.get_config("gemma3_1b")), 1.0)
+    assert re.search(
+        "unknown.*product_review_writing", hours(Settings.of(longlamp.get_config("gemma3_1b")), 1)
+    )
 
 
 # The compiler.

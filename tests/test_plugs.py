@@ -17,6 +17,7 @@ from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.run import run
 from pplug_jax.runtime.mesh import make_mesh
 from pplug_jax.session import Models
+from pplug_jax.settings import Settings
 from tests.support.runs import results_of, small_config
 
 
@@ -54,6 +55,7 @@ def test_a_plug_of_another_kind(toy: str, tmp_path: Path) -> None:
     config = small_config(methods=("none", toy), train__learning_rate=0.1)
     run(config, tmp_path, "train_and_evaluate")
     entry = results_of(tmp_path)["methods"][toy]
+    config = Settings.of(config)
     size = config.plug.num_persona_tokens * 128  # the bundled LLM's width
     assert entry["trainable"] == size
     assert entry["bytes_per_user"] == 0

@@ -23,7 +23,7 @@ from etils import epath
 
 from configs import lamp5, llms
 from pplug_jax import Personalizer
-from pplug_jax.config import ABOVE_ZERO, FROM_ONE, SHARES, check_batches, check_config
+from pplug_jax.config import ABOVE_ZERO, FROM_ONE, SHARES, check_batches, checked
 from pplug_jax.data.lamp import DataError
 from pplug_jax.data.sources import read_split
 from pplug_jax.errors import CheckpointError, ConfigError, InputError
@@ -34,6 +34,7 @@ from pplug_jax.methods.table import METHODS
 from pplug_jax.plugs.persona import UserEmbedder
 from pplug_jax.run import run
 from pplug_jax.session import Models
+from pplug_jax.settings import Settings
 from pplug_jax.storage import lock
 from pplug_jax.storage.checkpoint import Checkpoints
 from pplug_jax.storage.lock import locked
@@ -46,10 +47,12 @@ from tests.support.runs import SMALL, losses_of, small_config, steps_done
 @pytest.mark.slow
 def test_a_run_leaves_its_files(finished: Path) -> None:
     config = small_config()
-    assert json.loads((finished / "config.json").read_text()) == json.loads(config.to_json())
+    assert json.loads((finished / "config.json").read_text()) == json.loads(
+        json.dumps(config.to_dict())
+    )
     results = json.loads((finished / "results.json").read_text())
     assert results["task"] == "LaMP_5" and results["split"] == "dev" and results["n"] == 8
-    ids = [example.id for example in read_split(config, "eval")]
+    ids = [example.id for example in read_split(Settings.of(config), "eval")]
     for method in config.methods:
         entry = results["methods"][method]
         for metric in ("rouge1", "rougeL"):
@@ -81,7 +84,7 @@ def abstract_plug(models: Models) -> UserEmbedder:
 
 @pytest.mark.slow
 def test_a_checkpoint_holds_the_plug_and_never_the_llm(finished: Path) -> None:
-    models = Models(small_config(), finished)
+    models = Models(Settings.of(small_config()), finished)
     size = sum(f.stat().st_size for f in (finished / "checkpoints").rglob("*") if f.is_file())
     plug = sum(4 * x.size for x in jax.tree.leaves(abstract_plug(models)))
     # Two plugs, two checkpoints each, parameters and Adam's two moments.
@@ -121,7 +124,9 @@ def test_another_config_is_refused_and_the_fields_named(finished: Path, tmp_path
 def test_the_personalizer_answers_as_the_evaluation(finished: Path) -> None:
     personalizer = Personalizer.from_checkpoint(finished)
     golds = json.loads((finished / "predictions" / "dev.pplug.json").read_text())["golds"]
-    for example, gold in list(zip(read_split(small_config(), "eval"), golds, strict=True))[:3]:
+    for example, gold in list(
+        zip(read_split(Settings.of(small_config()), "eval"), golds, strict=True)
+    )[:3]:
         assert personalizer.generate(example.input, example.profile) == gold["output"]
     texts = [personalizer.models.task.item_text(item) for item in example.profile]
     soft = personalizer.soft_prompt(example.input, texts)
@@ -227,7 +232,7 @@ def test_killed_interrupted_and_started_again_ends_bit_identical(tmp_path: Path)
     output, _ = last.communicate(timeout=300)
     assert last.returncode == 0, output
 
-    models = Models(small_config(), tmp_path / "a")
+    models = Models(Settings.of(small_config()), tmp_path / "a")
     checkpoints = [Checkpoints(tmp_path / name / "checkpoints" / "pplug") for name in "ab"]
     assert [c.latest for c in checkpoints] == [36, 36]
     plugs = [c.restore_weights(abstract_plug(models)) for c in checkpoints]
@@ -356,9 +361,9 @@ def test_presets(name: str, machine: str) -> None:
             lamp5.get_config(f"{name}@{machine}")
         return
     config = lamp5.get_config(f"{name}@{machine}" if machine else name)
-    check_config(config)
+    settings = checked(config)
     assert 8 % config.mesh.fsdp == 0 and config.mesh.tensor == 1
-    check_batches(config, 8)
+    check_batches(settings, 8)
     assert config.llm.chat != name.startswith("flan")
     assert config.to_dict().keys() == lamp5.get_config().to_dict().keys()
 

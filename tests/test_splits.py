@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from pplug_jax import Personalizer
-from pplug_jax.config import apply_parity
+from pplug_jax.config import checked
 from pplug_jax.data.check import check_data
 from pplug_jax.data.lamp import read, splits
 from pplug_jax.data.sources import data_directory, read_split
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.errors import CheckpointError, ConfigError, DataError, InputError
 from pplug_jax.run import run
+from pplug_jax.settings import Settings
 from tests.support.lamp_files import write_split
 from tests.support.task_files import INPUTS, write_task
 
@@ -79,7 +80,7 @@ def test_every_task_runs_end_to_end(
     run(config, tmp_path / "run", MODE)
     split = config.data.eval_split
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    ids = [example.id for example in read_split(config, "eval")]
+    ids = [example.id for example in read_split(Settings.of(config), "eval")]
     for method in config.methods:
         path = tmp_path / "run" / "predictions" / f"{split}.{method}.json"
         submitted = json.loads(path.read_text())
@@ -121,7 +122,7 @@ def test_a_served_history_is_read_as_in_the_evaluation(tmp_path: Path):
     run(config, tmp_path / "run", MODE)
     personalizer = Personalizer.from_checkpoint(tmp_path / "run")
     submitted = json.loads((tmp_path / "run" / "predictions" / "dev.pplug.json").read_text())
-    example, gold = read_split(config, "eval")[3], submitted["golds"][3]
+    example, gold = read_split(Settings.of(config), "eval")[3], submitted["golds"][3]
     assert len(example.profile) == 3
     # Items are read with their tags, and in the order of their dates.
     for profile in (example.profile, example.profile[::-1]):
@@ -163,21 +164,20 @@ def test_a_profile_with_dates_is_in_their_order_unless_told_otherwise(tmp_path: 
     write_split(tmp_path, "test", [question], None)
     for parity, order in ((False, "abc"), (True, "bca")):
         config = config_of("LaMP_4", tmp_path, parity=parity, data__eval_split="test")
-        apply_parity(config)
-        (example,) = read_split(config, "eval")
+        (example,) = read_split(checked(config), "eval")
         assert "".join(item["text"] for item in example.profile) == order
 
 
 def test_where_data_are_looked_for(tmp_path: Path):
     config = config_of("LaMP_4", Path())
     config.data.path = ""
-    assert data_directory(config) == Path("data/time/LaMP_4")
+    assert data_directory(Settings.of(config)) == Path("data/time/LaMP_4")
     config.data.time_based = False
-    assert data_directory(config) == Path("data/LaMP_4")
+    assert data_directory(Settings.of(config)) == Path("data/LaMP_4")
     config.data.path = "elsewhere"
-    assert data_directory(config) == Path("elsewhere")
+    assert data_directory(Settings.of(config)) == Path("elsewhere")
     with pytest.raises(ConfigError, match=r"'elsewhere'; .* dev_questions.json and dev_outputs.js"):
-        read_split(config, "eval")
+        read_split(Settings.of(config), "eval")
 
 
 CUSTOM = [
@@ -292,8 +292,8 @@ def test_a_tfds_data_set_is_read_as_its_files_are(tmp_path: Path):
     manual = tfds.download.DownloadConfig(manual_dir=tmp_path / "files")
     builder.download_and_prepare(file_format="array_record", download_config=manual)
     prepared = config_of("LaMP_4", Path(builder.data_dir), methods=("none", "pplug"))
-    assert list(read_split(prepared, "eval")) == list(
-        read_split(config_of("LaMP_4", tmp_path / "files"), "eval")
+    assert list(read_split(Settings.of(prepared), "eval")) == list(
+        read_split(Settings.of(config_of("LaMP_4", tmp_path / "files")), "eval")
     )
 
 
@@ -315,7 +315,7 @@ def test_download_fetches_and_checks(tmp_path: Path, capsys: pytest.CaptureFixtu
     output = capsys.readouterr().out
     assert output.count("4 good records, 0 bad ones") == 2
     assert "output comedy: 1" in output
-    assert [example.id for example in read_split(config, "train")] == [
+    assert [example.id for example in read_split(Settings.of(config), "train")] == [
         f"train{i}" for i in range(4)
     ]
     assert not (tmp_path / "run").exists()
@@ -325,7 +325,7 @@ def test_the_embedded_sample_has_one_task_and_no_files(tmp_path: Path):
     from configs import lamp5
 
     config = lamp5.get_config()
-    assert data_directory(config) is None
+    assert data_directory(Settings.of(config)) is None
     with pytest.raises(ConfigError, match="the embedded sample needs no files"):
         run(config, tmp_path, "check_data")
     config.task = "LaMP_4"

@@ -20,6 +20,7 @@ from pplug_jax.llm.t5 import T5, relative_buckets
 from pplug_jax.run import run
 from pplug_jax.runtime.mesh import make_mesh
 from pplug_jax.session import Models
+from pplug_jax.settings import Settings
 from scripts.pretrain.bpe import train_bpe
 from tests.support.parity import assert_close, needs_torch, torch
 
@@ -219,9 +220,9 @@ def test_a_whole_run(make_t5: Callable[..., Path], tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [line["value"] for line in lines if line["name"] == "pplug/loss"]
     assert losses and np.isfinite(losses).all()
-    tokenizer = Models(config, tmp_path).tokenizer
+    tokenizer = Models(Settings.of(config), tmp_path).tokenizer
     assert tokenizer.prompt("a title", 99).tolist() == [*tokenizer.ids("a title"), 1]
     assert tokenizer.prefix == []
     config.plug.place = "behind"
     with pytest.raises(ConfigError, match=r"config\.plug\.place 'behind': an LLM with an encoder"):
-        Models(config, tmp_path)
+        Models(Settings.of(config), tmp_path)

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-from pplug_jax.config import PARITY, apply_parity, check_config
+from pplug_jax.config import PARITY, checked
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.feed.retrieval import demonstration_prompt
 from pplug_jax.scoring.metrics import METRICS
@@ -156,14 +156,11 @@ def test_every_config_is_complete(name: str):
     get_config = importlib.import_module(f"configs.{name}").get_config
     for argument in ("embedded", "gemma3_1b", "flan_t5_xxl@v5e-8"):
         config = get_config(argument)
-        check_config(config)
+        checked(config)
         config.lock()
         config.parity = True
-        apply_parity(config)
-        flat = config.to_dict()
-        for field, value in PARITY.items():
-            section, key = field.split(".")
-            assert flat[section][key] == value
+        flat = checked(config).flat()
+        assert {field: flat[field] for field in PARITY} == PARITY
     assert {importlib.import_module(f"configs.{n}").get_config().task for n in CONFIGS} == {*TASKS}
 
 
@@ -172,7 +169,7 @@ def test_the_best_plug_is_a_tasks_config_with_another_plug(argument: str):
     from configs import best
 
     config = best.get_config(argument)
-    check_config(config)
+    checked(config)
     task, *llm = argument.split(":")
     plain = importlib.import_module(f"configs.{task}").get_config(*llm)
     assert config.plug != plain.plug

@@ -25,6 +25,7 @@ from pplug_jax.plugs.lora import Lora
 from pplug_jax.plugs.persona import UserEmbedder
 from pplug_jax.plugs.reading import PAPER
 from pplug_jax.runtime.mesh import make_mesh, place
+from pplug_jax.settings import LoraSettings
 from pplug_jax.train import loop
 from pplug_jax.train.step import init_optimizer, jit_step, loss_fn, make_optimizer
 from tests.support.parity import needs_torch
@@ -256,7 +257,7 @@ def test_every_mesh_gives_the_same_step(shape: tuple[int, int, int, int]) -> Non
 @pytest.mark.slow
 def test_a_lora_is_trained_alone_and_alike_on_a_mesh() -> None:
     llm, batch = make_llm(hidden=48, mlp=64), make_batch()
-    lora = Lora(llm, rank=2, alpha=4.0, rngs=nnx.Rngs(0))
+    lora = Lora(llm, LoraSettings(rank=2, alpha=4.0), rngs=nnx.Rngs(0))
     one, metrics = step(lora, llm, batch)
     mesh = make_mesh(2, 2, 2)
     many, sharded_metrics = step(lora, place(llm, mesh), place_batch(batch, mesh), mesh)

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from configs.common import base_config
 from pplug_jax.feed.batches import Buckets, Tokenized
 from pplug_jax.llm.prompts import Front
 from pplug_jax.plugs.lora import Lora
+from pplug_jax.settings import LoraSettings, Settings
 from pplug_jax.train.user_lora import fit_user_loras
 from tests.support.tiny import ONE_DEVICE, make_llm
 
@@ -35,9 +35,8 @@ def items(count: int = 8) -> list[Tokenized]:
 
 
 def fitted(users: list[range], seed: int = 0) -> Lora:
-    config = base_config()
-    config.seed = seed
-    config.lora.rank, config.lora.user_epochs, config.lora.user_learning_rate = 2, 3, 1e-2
+    lora = LoraSettings(rank=2, user_epochs=3, user_learning_rate=1e-2)
+    config = Settings(seed=seed, lora=lora)
     return fit_user_loras(MODELS, make_llm(), config, items(), users)
 
 

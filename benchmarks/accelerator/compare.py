@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import ml_collections
 import numpy as np
 
 from benchmarks.accelerator.bring import DATA, ENCODER, HOME, LLMS
@@ -24,6 +23,7 @@ from benchmarks.accelerator.record import Record
 from benchmarks.accelerator.shapes import free
 from pplug_jax.methods.table import METHODS, configured
 from pplug_jax.session import Models
+from pplug_jax.settings import Settings
 
 SEEDS = (0, 1, 2)
 # The paper's method and its controls, and then the rivals, which take as long again.
@@ -122,7 +122,7 @@ def results_of(workdir: Path) -> dict[str, Any]:
 
 def save_plug(workdir: Path, file: Path) -> None:
     """The first seed's plug in float16, without Enc_inp, which stayed as it was."""
-    config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
+    config = Settings.of(json.loads((workdir / "config.json").read_text()))
     assert config.plug.encoder_rate == 0.0
     models, method, seed = Models(config, workdir), METHODS["pplug"], config.seeds[0]
     settings = configured(config, method, seed)

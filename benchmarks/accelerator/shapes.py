@@ -30,6 +30,7 @@ from pplug_jax.plan.programs import AbstractModels
 from pplug_jax.plugs.persona import UserEmbedder
 from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.runtime.mesh import make_mesh, place, place_abstract
+from pplug_jax.settings import Settings
 from pplug_jax.storage.hf import Source
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,7 +81,7 @@ class RandomModels(AbstractModels):
         config.llm.dtype, config.plug.history_dropout = dtype, 0.0
         config.update_from_flattened_dict(dict(settings))
         # Of one device: the peers have no other either.
-        super().__init__(config, make_mesh(devices=jax.devices()[:1]))
+        super().__init__(Settings.of(config), make_mesh(devices=jax.devices()[:1]))
         self.llm_shape, self.encoder_shape = shape(llm), shape(encoder)
         self.llm = fill(self.abstract_llm)
         size = self.encoder_shape.hidden_size

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from pplug_jax.errors import InputError
 from pplug_jax.runtime.console import Progress, say
+from pplug_jax.settings import BASE_URL
 
-BASE_URL = "https://ciir.cs.umass.edu/downloads/LaMP"
 CHUNK = 1 << 16  # what a lost connection can cost
 TIMEOUT = 60  # seconds without a byte
 ATTEMPTS = 5  # in a row, none of which got further than those before

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import ml_collections
 from etils import epath
 
 from pplug_jax.data import lamp, sample
@@ -12,11 +11,12 @@ from pplug_jax.data.records import raise_bad
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.errors import ConfigError, DataError
 from pplug_jax.runtime.console import say
+from pplug_jax.settings import Settings
 from pplug_jax.storage.files import write_json_lines
 from pplug_jax.storage.workdir import BAD_RECORDS
 
 
-def data_directory(config: ml_collections.ConfigDict) -> Path | None:
+def data_directory(config: Settings) -> Path | None:
     """Return the directory of the task's files, or None for the embedded sample."""
     if config.data.path:
         return Path(config.data.path)
@@ -25,12 +25,12 @@ def data_directory(config: ml_collections.ConfigDict) -> Path | None:
     return Path("data", *(["time"] if config.data.time_based else []), config.task)
 
 
-def data_name(config: ml_collections.ConfigDict) -> str:
+def data_name(config: Settings) -> str:
     """Return what the data are, in words."""
     return config.data.path or str(data_directory(config) or "the embedded sample")
 
 
-def existing_directory(config: ml_collections.ConfigDict, split: str) -> Path:
+def existing_directory(config: Settings, split: str) -> Path:
     """Return the directory of the task's files.
 
     Raises:
@@ -47,7 +47,7 @@ def existing_directory(config: ml_collections.ConfigDict, split: str) -> Path:
 
 
 def read_split(
-    config: ml_collections.ConfigDict,
+    config: Settings,
     role: str,
     on_bad: Callable[[DataError], None] = raise_bad,
 ) -> Sequence[Example]:
@@ -62,9 +62,9 @@ def read_split(
         ConfigError: a directory is missing.
         DataError: a file is broken, or there is no example at all.
     """
-    split, task = config.data[f"{role}_split"], TASKS[config.task]
+    split, task = getattr(config.data, f"{role}_split"), TASKS[config.task]
     if data_directory(config) is None:
-        return list(sample.users(config.seed, split, config.data[f"sample_{role}_users"]))
+        return list(sample.users(config.seed, split, getattr(config.data, f"sample_{role}_users")))
     sort_by_date = config.data.sort_by_date
     if (epath.Path(data_name(config)) / "dataset_info.json").exists():
         from pplug_jax.data.tfds_builder import read_tfds  # its package is not required

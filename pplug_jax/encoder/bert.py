@@ -125,23 +125,25 @@ class Layers(nnx.Module):
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """Run the layer: x (B, L, E), mask (B, 1, L) bool -> (B, L, E)."""
-        dtype, eps = x.dtype, self.config.norm_eps
+        dtype = x.dtype
 
         def dense(x: jax.Array, name: str) -> jax.Array:
             return x @ getattr(self, name)[...].astype(dtype) + getattr(self, f"{name}_bias")[
                 ...
             ].astype(dtype)
 
+        def norm(x: jax.Array, name: str) -> jax.Array:
+            scale, bias = (getattr(self, f"{name}_{part}")[...] for part in ("scale", "bias"))
+            return layer_norm(x, scale, bias, self.config.norm_eps)
+
         def heads(name: str) -> jax.Array:
             return dense(x, name).reshape(*x.shape[:2], self.config.num_heads, -1)
 
         h = attend(heads("query"), heads("key"), heads("value"), mask)
         x = x + dense(h.reshape(x.shape), "output")
-        x = layer_norm(x, self.attention_norm_scale[...], self.attention_norm_bias[...], eps)
+        x = norm(x, "attention_norm")
         h = gelu(dense(x, "up"))
-        return layer_norm(
-            x + dense(h, "down"), self.mlp_norm_scale[...], self.mlp_norm_bias[...], eps
-        )
+        return norm(x + dense(h, "down"), "mlp_norm")
 
 
 class Bert(nnx.Module):

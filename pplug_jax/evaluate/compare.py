@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import ml_collections
 import numpy as np
 
 from pplug_jax.data.lamp import Example, Subset
@@ -28,6 +27,7 @@ from pplug_jax.scoring.plots import plot_losses, plot_results
 from pplug_jax.scoring.summary import mean_statistics, metric_columns, scores, title_of
 from pplug_jax.scoring.tables import markdown, show_table
 from pplug_jax.session import Models
+from pplug_jax.settings import Settings
 from pplug_jax.storage.files import write_json, write_text
 from pplug_jax.storage.workdir import METRICS, RESULTS, plot_path, predictions_path, seed_path
 from pplug_jax.train.inputs import TrainingInputs
@@ -79,7 +79,7 @@ def compare_methods(models: Models, train: Sequence[Example], held_out: Sequence
             if method.plug or seed == config.seeds[0]:
                 settings = configured(config, method, seed)
                 if method.plug in rates:
-                    settings.train.learning_rate = rates[method.plug]
+                    settings = settings.changed({"train.learning_rate": rates[method.plug]})
                 runs[method.name].append(
                     run_method(models, method, settings, training, held_out, tokenized, directory)
                 )
@@ -92,7 +92,7 @@ def compare_methods(models: Models, train: Sequence[Example], held_out: Sequence
 def run_method(
     models: Models,
     method: Method,
-    settings: ml_collections.ConfigDict,
+    settings: Settings,
     training: TrainingInputs | None,
     held_out: Sequence[Example],
     tokenized: Callable[[Layout], Sequence[Tokenized]],

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
 from pplug_jax.data import submission
@@ -32,6 +31,7 @@ from pplug_jax.runtime.distributed import fetch, wait_for_all
 from pplug_jax.runtime.mesh import parts
 from pplug_jax.runtime.primary import is_primary
 from pplug_jax.session import Models
+from pplug_jax.settings import Settings
 from pplug_jax.storage.checkpoint import Checkpoints
 from pplug_jax.storage.files import read_text, write_json
 from pplug_jax.storage.workdir import checkpoints_path, personas_path, predictions_path
@@ -61,7 +61,7 @@ class Answers(NamedTuple):
 def predict(
     models: Models,
     method: Method,
-    config: ml_collections.ConfigDict,
+    config: Settings,
     weights: Weights | None,
     tokenized: Sequence[Tokenized],
     user_items: Sequence[Sequence[Tokenized]] = (),
@@ -100,10 +100,7 @@ def predict(
     )
     batches = [(bucket, groups[rows].ravel()) for bucket, rows in planned]
     reading = {"place": models.place(method, config), "reading": method.reading}
-    decoding = {
-        name: config.eval[name] for name in ("max_new_tokens", "num_beams", "length_penalty")
-    }
-    static = {answer_tokens: reading | decoding, gold_losses: reading}
+    static = {answer_tokens: reading | config.eval.decoding, gold_losses: reading}
     arguments = weights, llm
 
     def lower(program: tuple[Any, int]) -> jax.stages.Lowered:
@@ -159,7 +156,7 @@ def by_prompt(tokenized: Sequence[Tokenized], most: int) -> tuple[np.ndarray, in
 def answer_examples(
     models: Models,
     method: Method,
-    config: ml_collections.ConfigDict,
+    config: Settings,
     examples: Sequence[Example],
     tokenized: Callable[[Layout], Sequence[Tokenized]],
     directory: Path,
@@ -227,7 +224,7 @@ def answer_examples(
 def _bytes_per_user(
     models: Models,
     method: Method,
-    config: ml_collections.ConfigDict,
+    config: Settings,
     examples: Iterable[Example],
     inputs: Sequence[Tokenized],
 ) -> float:
@@ -258,7 +255,7 @@ def _personas(plug: UserEmbedder, batch: Batch, reading: Reading) -> tuple[jax.A
 def write_personas(
     models: Models,
     method: Method,
-    config: ml_collections.ConfigDict,
+    config: Settings,
     plug: UserEmbedder,
     examples: Iterable[Example],
     inputs: Sequence[Tokenized],

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import ml_collections
 import numpy as np
 
 from pplug_jax.data.lamp import Example
@@ -19,6 +18,7 @@ from pplug_jax.scoring.style import distances
 from pplug_jax.scoring.summary import metric_columns, scores, title_of, verdicts
 from pplug_jax.scoring.tables import markdown, show_table
 from pplug_jax.session import Models
+from pplug_jax.settings import Settings
 from pplug_jax.storage.files import read_object, write_json, write_text
 from pplug_jax.storage.workdir import CONFIG, RESULTS, plot_path
 
@@ -105,7 +105,7 @@ def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
     return results
 
 
-def empty_results(config: ml_collections.ConfigDict, examples: Sequence[Example]) -> dict[str, Any]:
+def empty_results(config: Settings, examples: Sequence[Example]) -> dict[str, Any]:
     """Return the head of the results, before any method has run."""
     return {
         "task": config.task,

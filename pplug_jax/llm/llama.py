@@ -1,5 +1,6 @@
 """The Llama family, the base of the others: its settings and its tensors' names."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -135,9 +136,10 @@ def rope(parameters: Mapping[str, Any], model_type: str) -> Rope:
         raise InputError(f"config.json: rope_scaling of type {kind!r}: {error}") from error
 
 
-def _of(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+def _of(kind: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a dataclass that are given."""
-    return {name: given[name] for name in kind.__dataclass_fields__ if name in given}
+    names = (field.name for field in dataclasses.fields(kind))
+    return {name: given[name] for name in names if name in given}
 
 
 def attention_factor(parameters: Mapping[str, Any]) -> float:

@@ -168,8 +168,10 @@ def _find_tied(
         if head and config.tie_word_embeddings:
             equal = are_equal(tensors[embedding].tensor, tensors[head].tensor)
             config.tie_word_embeddings = equal
-    elif copies or (head and config.tie_word_embeddings):
-        sources["embedding"] = hf.Source((copies or [head])[0])
+    elif copies:
+        sources["embedding"] = hf.Source(copies[0])
+    elif head and config.tie_word_embeddings:
+        sources["embedding"] = hf.Source(head)
     if head:
         sources["head"] = hf.Source(head)
     elif config.tie_word_embeddings:

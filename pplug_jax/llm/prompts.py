@@ -93,7 +93,7 @@ def read_template(tokenizer: transformers.PreTrainedTokenizerBase) -> Turn:
             f"{tokenizer.name_or_path}: the chat_template does not hold the user's text and the "
             "answer once each; give --config.llm.chat=False"
         )
-    return Turn(*asked, answered[1])
+    return Turn(asked[0], asked[1], answered[1])
 
 
 class Tokenizer:

@@ -357,7 +357,7 @@ class T5(nnx.Module):
         """Read the prompt, as `Decoder.prefill` does."""
         config, B = self.config, mask.shape[0]
         encoded = self.encode(inputs_embeds, mask)
-        _, cross = jax.lax.scan(
+        _, (keys, values) = jax.lax.scan(
             lambda _, weights: (None, weights.cross.keys_values(encoded)), None, self.decoder
         )
         slots = max_new_tokens * num_beams
@@ -365,7 +365,7 @@ class T5(nnx.Module):
         empty = jnp.zeros(room, self.embedding.dtype)
         seen = jnp.zeros((B, num_beams, slots), bool)
         start = jnp.full((B, num_beams), config.start_id, jnp.int32)
-        cache = T5Cache(empty, empty, seen, jnp.int32(0), *cross, mask)
+        cache = T5Cache(empty, empty, seen, jnp.int32(0), keys, values, mask)
         hidden, cache = self.step(start, cache)
         return hidden[:, 0], cache
 

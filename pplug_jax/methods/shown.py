@@ -3,8 +3,6 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-import ml_collections
-
 from pplug_jax.data.lamp import Example
 from pplug_jax.data.tasks import Task
 from pplug_jax.feed.batches import Tokenized
@@ -14,6 +12,7 @@ from pplug_jax.llm.prompts import Tokenizer
 from pplug_jax.methods.table import Method
 from pplug_jax.methods.users import strangers
 from pplug_jax.plugs.registry import PLUGS
+from pplug_jax.settings import Settings
 
 
 class Layout(NamedTuple):
@@ -31,7 +30,7 @@ class Layout(NamedTuple):
 PLAIN = Layout()
 
 
-def layout_of(method: Method, config: ml_collections.ConfigDict) -> Layout:
+def layout_of(method: Method, config: Settings) -> Layout:
     """Return the layout of a method's examples.
 
     Args:
@@ -52,7 +51,7 @@ def shown(
     tokenizer: Tokenizer,
     store: HistoryStore,
     method: Method,
-    config: ml_collections.ConfigDict,
+    config: Settings,
     examples: Iterable[Example],
     tokenized: Sequence[Tokenized],
 ) -> list[Tokenized]:

@@ -9,12 +9,11 @@ import functools
 import re
 from typing import Any
 
-import ml_collections
-
 from pplug_jax.errors import ConfigError
 from pplug_jax.plugs.reading import PAPER, Reading
+from pplug_jax.settings import PlugSettings, Settings
 
-Settings = tuple[tuple[str, Any], ...]  # fields of the config and their values
+Changes = tuple[tuple[str, Any], ...]  # names of settings and their values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Method:
     reading: Reading = PAPER
     kind: str = "persona"
     user_lora: bool = False
-    settings: Settings = ()
+    settings: Changes = ()
 
     @property
     def trained(self) -> bool:
@@ -53,20 +52,7 @@ class Method:
         return self.plug == self.name
 
 
-# The plug of the paper, and its history dropout in the official code's data.
-PAPER_PLUG = {
-    "plug.place": "front",
-    "plug.history_dropout": 0.5,
-    "plug.persona_dropout": 0.0,
-    "plug.num_persona_tokens": 1,
-    "plug.projector_size": 0,
-    "plug.temperature": 1.0,
-    "plug.learned_temperature": False,
-    "plug.recency": False,
-    "plug.features": (),
-    "plug.encoder_rate": 1.0,
-}
-
+PAPER_PLUG = tuple((f"plug.{name}", value) for name, value in vars(PlugSettings()).items())
 
 _UNTRAINED = (
     Method("none", "the input alone"),
@@ -145,14 +131,14 @@ _OTHER = (
         "pplug_paper",
         "the paper's plug, where the config's own is another",
         plug="pplug_paper",
-        settings=(*PAPER_PLUG.items(), ("train.own_items", 0)),
+        settings=(*PAPER_PLUG, ("train.own_items", 0)),
     ),
 )
 
 METHODS = {method.name: method for method in (*_UNTRAINED, *_PAPER, *_CONTROLS, *_LORA, *_OTHER)}
 
 
-def methods_of(config: ml_collections.ConfigDict) -> dict[str, Method]:
+def methods_of(config: Settings) -> dict[str, Method]:
     """Return METHODS and the variants of `pplug` that the config defines.
 
     Raises:
@@ -164,7 +150,7 @@ def methods_of(config: ml_collections.ConfigDict) -> dict[str, Method]:
     }
 
 
-def asked_for(config: ml_collections.ConfigDict) -> list[Method]:
+def asked_for(config: Settings) -> list[Method]:
     """Return the methods that `config.methods` names, in its order.
 
     Raises:
@@ -174,12 +160,12 @@ def asked_for(config: ml_collections.ConfigDict) -> list[Method]:
     return [known[name] for name in config.methods]
 
 
-def _in_words(settings: Settings) -> str:
+def _in_words(settings: Changes) -> str:
     return ", ".join(f"{field} = {value!r}" for field, value in settings)
 
 
 @functools.lru_cache
-def read_variants(text: str) -> dict[str, Settings]:
+def read_variants(text: str) -> dict[str, Changes]:
     """Read `config.variants`, as "{'k16': {'plug.num_persona_tokens': 16}}", as {name: settings}.
 
     Raises:
@@ -199,12 +185,7 @@ def read_variants(text: str) -> dict[str, Settings]:
     return variants
 
 
-def configured(
-    config: ml_collections.ConfigDict, method: Method, seed: int
-) -> ml_collections.ConfigDict:
+def configured(config: Settings, method: Method, seed: int) -> Settings:
     """Return the config that the method's weights are trained by."""
     settings = dict(methods_of(config)[method.plug].settings) if method.plug else {}
-    config = config.copy_and_resolve_references().unlock()
-    config.update_from_flattened_dict(settings)
-    config.seed = seed
-    return config
+    return config.changed(settings | {"seed": seed})

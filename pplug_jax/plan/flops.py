@@ -4,6 +4,7 @@ XLA's own count, `cost_analysis()`, takes a loop's body once, however often it r
 """
 
 import math
+from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
@@ -21,12 +22,16 @@ def matmul_flops(jaxpr: Jaxpr | ClosedJaxpr, while_trips: int = 1) -> float:
     return sum(_flops(eqn, while_trips) for eqn in jaxpr.eqns)
 
 
+def shape_of(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
+
+
 def _flops(eqn: JaxprEqn, while_trips: int) -> float:
     name, params = eqn.primitive.name, eqn.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
-        inner = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
-        return 2.0 * inner * math.prod(eqn.outvars[0].aval.shape)
+        inner = math.prod(shape_of(eqn.invars[0])[i] for i in contracted)
+        return 2.0 * inner * math.prod(shape_of(eqn.outvars[0]))
     inside = [
         matmul_flops(value, while_trips)
         for param in params.values()

@@ -11,7 +11,7 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from pplug_jax.config import apply_parity, check_config
+from pplug_jax.config import check_config, checked
 from pplug_jax.errors import ConfigError
 from pplug_jax.plan.chips import CHIPS, Slice, find_slice
 from pplug_jax.plan.hlo import COLLECTIVES
@@ -22,6 +22,7 @@ from pplug_jax.plugs.base import parameter_count
 from pplug_jax.runtime.console import say
 from pplug_jax.runtime.mesh import make_mesh
 from pplug_jax.scoring.tables import show_table
+from pplug_jax.settings import Settings
 
 
 class _Program(NamedTuple):
@@ -40,9 +41,9 @@ class _Program(NamedTuple):
     useful: float
 
 
-def show_plan(config: ml_collections.ConfigDict, where: Slice) -> None:
+def show_plan(config: Settings, where: Slice) -> None:
     """Compile all programs for the config's mesh, and print what each needs."""
-    programs = Programs(config, make_mesh(**config.mesh, devices=where.devices))
+    programs = Programs(config, make_mesh(**vars(config.mesh), devices=where.devices))
     _describe(programs, where)
     training = plan_training(programs, where)
     if not training.cost:
@@ -130,7 +131,7 @@ def _show_programs(columns: dict[str, _Program], where: Slice) -> None:
     show_table("Collectives of a step, and bytes that a chip receives", ["", *columns], rows)
 
 
-def roomy_mesh(config: ml_collections.ConfigDict, where: Slice) -> Mesh:
+def roomy_mesh(config: Settings, where: Slice) -> Mesh:
     """Return the mesh with the fewest chips a copy whose arrays leave half of the HBM to
     activations.
 
@@ -148,7 +149,7 @@ def roomy_mesh(config: ml_collections.ConfigDict, where: Slice) -> Mesh:
     return mesh
 
 
-def show_slices(config: ml_collections.ConfigDict) -> None:
+def show_slices(config: Settings) -> None:
     """Compile the training step for ever larger slices of each kind of chip, until it fits."""
     rows = []
     for kind, chip in CHIPS.items():
@@ -194,7 +195,7 @@ def meshes(chips: int) -> Iterator[tuple[int, int, int]]:
             yield chips // (fsdp * tensor), fsdp, tensor
 
 
-def suggest(config: ml_collections.ConfigDict, where: Slice) -> None:
+def suggest(config: Settings, where: Slice) -> None:
     """Compile the training step for all meshes of a slice, and print the fastest that fit.
 
     Each mesh is tried with the config's batch and twice that, in ever more parts until it fits.
@@ -220,15 +221,14 @@ def suggest(config: ml_collections.ConfigDict, where: Slice) -> None:
 
 
 def _try(
-    config: ml_collections.ConfigDict,
+    config: Settings,
     where: Slice,
     shape: tuple[int, int, int],
     batch_size: int,
     accumulation: int,
 ) -> TrainPlan | None:
     """Plan training with these settings; return None if they leave some chip without a row."""
-    config = config.copy_and_resolve_references().unlock()
-    config.train.batch_size, config.train.accumulation = batch_size, accumulation
+    config = config.changed({"train.batch_size": batch_size, "train.accumulation": accumulation})
     try:
         check_config(config)
         programs = Programs(config, make_mesh(*shape, where.devices))
@@ -237,11 +237,11 @@ def _try(
     return plan_training(programs, where)
 
 
-def plan(config: ml_collections.ConfigDict, topology: str, search: bool) -> None:
+def plan(given: ml_collections.ConfigDict, topology: str, search: bool) -> None:
     """Print what the config's run needs of a slice, or of all.
 
     Args:
-        config: the settings.
+        given: the config.
         topology: a slice such as `v5e:4x4`, or `all`.
         search: try other meshes and batches instead of the config's.
 
@@ -251,8 +251,7 @@ def plan(config: ml_collections.ConfigDict, topology: str, search: bool) -> None
     # A TPU that is there is left alone, and nothing is cached that only a TPU could read again.
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
-    apply_parity(config)
-    check_config(config)
+    config = checked(given)
     if config.mesh.slices != 1:
         raise ConfigError(
             "config.mesh.slices: one slice is planned; of several, each is like one with its share "

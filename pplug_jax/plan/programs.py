@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from jax.sharding import Mesh
 
 from pplug_jax.config import check_batches
@@ -23,6 +22,7 @@ from pplug_jax.plugs.forward import answer_tokens, gold_losses
 from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.runtime.mesh import parts, place_abstract, sharding
 from pplug_jax.session import Models, model_path
+from pplug_jax.settings import Settings
 from pplug_jax.storage import hf
 from pplug_jax.train.step import abstract_optimizer, jit_step, optimizer_of
 
@@ -51,7 +51,7 @@ def config_directory(path: str, field: str) -> Path:
 class AbstractModels(Models):
     """`Models` of a config for compiling alone: shapes, dtypes and places instead of arrays."""
 
-    def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh):
+    def __init__(self, config: Settings, mesh: Mesh):
         self.config, self.mesh = config, mesh
         check_batches(config, parts(mesh, "batch"))
         llm = abstract_llm(config_directory(config.llm.path, "llm"), **self._llm_settings)
@@ -85,7 +85,7 @@ class Programs:
     They are those of the first trained method, with every array as long as the config allows.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh):
+    def __init__(self, config: Settings, mesh: Mesh):
         self.config, self.mesh = config, mesh
         self.models = AbstractModels(config, mesh)
         self.encoder = hf.read_config(self.models.encoder_path)
@@ -195,9 +195,7 @@ class Programs:
             self.batch(settings.batch_size),
             reading=self.method.reading,
             place=self.place,
-            max_new_tokens=settings.max_new_tokens,
-            num_beams=settings.num_beams,
-            length_penalty=settings.length_penalty,
+            **settings.decoding,
         )
 
     def _trace(self, trace: Callable[..., jax.stages.Traced], *args: Any, **kwargs: Any) -> Any:
@@ -218,7 +216,7 @@ class Programs:
         return held(self.models.abstract_llm) + (3 if training else 1) * held(self.weights)
 
 
-def _trained(config: ml_collections.ConfigDict) -> Method:
+def _trained(config: Settings) -> Method:
     """Return the first of the config's methods that has weights of its own.
 
     Raises:

@@ -3,7 +3,6 @@
 import time
 from typing import NamedTuple
 
-import ml_collections
 from jax.sharding import Mesh
 
 from pplug_jax.data.sources import data_directory, read_split
@@ -13,6 +12,7 @@ from pplug_jax.plan.flops import matmul_flops
 from pplug_jax.plan.programs import Programs
 from pplug_jax.plan.roofline import GIB, Cost, Memory, compile_program
 from pplug_jax.runtime.console import say
+from pplug_jax.settings import Settings
 
 # LaMP's training examples, by the task and whether the split is by time (docs/data.md).
 EXAMPLES = {
@@ -92,7 +92,7 @@ def fitting(memory: Memory, where: Slice) -> str:
     return f"does not fit: needs {memory.peak / GIB:.2f} of {memory.limit / GIB:.2f} GiB"
 
 
-def training_examples(config: ml_collections.ConfigDict) -> int | None:
+def training_examples(config: Settings) -> int | None:
     """Return the number of examples: of the data if at hand, else as published, if at all."""
     if data_directory(config) is None:
         return config.data.sample_train_users
@@ -104,7 +104,7 @@ def training_examples(config: ml_collections.ConfigDict) -> int | None:
         return EXAMPLES.get((config.task, config.data.time_based))
 
 
-def hours(config: ml_collections.ConfigDict, seconds: float) -> str:
+def hours(config: Settings, seconds: float) -> str:
     """Say how long training takes with steps of `seconds`."""
     examples = training_examples(config)
     if examples is None:

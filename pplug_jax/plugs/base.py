@@ -5,13 +5,13 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import jax
-import ml_collections
 from flax import nnx
 
 from pplug_jax.encoder.bert import Bert
 from pplug_jax.feed.batches import Batch
 from pplug_jax.llm import LLM
 from pplug_jax.plugs.reading import Reading
+from pplug_jax.settings import Settings
 
 
 class Plug(Protocol):
@@ -39,11 +39,11 @@ class Kind(NamedTuple):
         features: returns the features of history items that the plug reads.
     """
 
-    build: Callable[[ml_collections.ConfigDict, LLM, Bert | None, jax.Array, jax.Array], nnx.Module]
+    build: Callable[[Settings, LLM, Bert | None, jax.Array, jax.Array], nnx.Module]
     reads_input: bool = False
-    trains_encoder: Callable[[ml_collections.ConfigDict], bool] = lambda config: False
-    soft_tokens: Callable[[ml_collections.ConfigDict, Reading], int] = lambda config, reading: 0
-    features: Callable[[ml_collections.ConfigDict], tuple[str, ...]] = lambda config: ()
+    trains_encoder: Callable[[Settings], bool] = lambda config: False
+    soft_tokens: Callable[[Settings, Reading], int] = lambda config, reading: 0
+    features: Callable[[Settings], tuple[str, ...]] = lambda config: ()
 
 
 def parameter_count(module: nnx.Module, *filters: type[nnx.Variable]) -> int:

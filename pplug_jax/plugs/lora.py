@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from flax import nnx
 
 from pplug_jax.feed.batches import Batch
@@ -10,6 +9,7 @@ from pplug_jax.llm import LLM
 from pplug_jax.nn.linear import Adapted
 from pplug_jax.plugs.base import Kind, parameter_count
 from pplug_jax.plugs.reading import Reading
+from pplug_jax.settings import LoraSettings, Settings
 
 
 class Lora(nnx.Module):
@@ -17,15 +17,16 @@ class Lora(nnx.Module):
 
     Args:
         llm: the frozen LLM, whose shapes alone are used.
-        rank: r.
-        alpha: the update is alpha / r * A B.
+        settings: r, and the alpha of the update alpha / r * A B.
         users: if given, the number of updates, one for each row of a batch.
         rngs: draws A.
     """
 
     def __init__(
-        self, llm: LLM, rank: int, alpha: float, users: int | None = None, *, rngs: nnx.Rngs
+        self, llm: LLM, settings: LoraSettings, users: int | None = None, *, rngs: nnx.Rngs
     ):
+        rank = settings.rank
+
         def param(shape: tuple[int, ...], axes: tuple[str | None, ...], std: float) -> nnx.Param:
             value = jax.random.normal(rngs.params(), shape) * std if std else jnp.zeros(shape)
             if users is not None:
@@ -48,7 +49,7 @@ class Lora(nnx.Module):
                 )
                 up[name] = param((layers, rank, outputs), ("layers", "rank", axes[1]), 0)
         self.down, self.up = nnx.Dict(down), nnx.Dict(up)
-        self.scale = alpha / rank
+        self.scale = settings.alpha / rank
 
     def on(self, llm: LLM) -> LLM:
         """Return the LLM with these updates."""
@@ -68,10 +69,8 @@ class Lora(nnx.Module):
         return parameter_count(self, nnx.Param)
 
 
-def _build(
-    config: ml_collections.ConfigDict, llm: LLM, encoder: None, scale: jax.Array, key: jax.Array
-) -> Lora:
-    return Lora(llm, config.lora.rank, config.lora.alpha, rngs=nnx.Rngs(key))
+def _build(config: Settings, llm: LLM, encoder: None, scale: jax.Array, key: jax.Array) -> Lora:
+    return Lora(llm, config.lora, rngs=nnx.Rngs(key))
 
 
 KIND = Kind(_build)

@@ -19,13 +19,12 @@ features    soft prompt = scale * [I ; P ; F ..], each F made like P, by another
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from flax import nnx
 
 from pplug_jax.encoder.bert import Bert, gelu
@@ -36,10 +35,12 @@ from pplug_jax.nn.variables import Frozen
 from pplug_jax.plugs.base import Kind, parameter_count
 from pplug_jax.plugs.reading import PAPER, Reading, features_of, soft_tokens
 from pplug_jax.runtime.mesh import rows
+from pplug_jax.settings import PlugSettings, Settings
 
 # E[GELU(z)^2] for z ~ N(0, 1): what the first layer hands to the second at initialisation.
 GELU_POWER = 0.4252
 NONE: Mapping[str, jax.Array] = MappingProxyType({})
+PAPER_PLUG = PlugSettings()
 FIRST_RECENCY = 0.01  # softplus(rate) at initialisation: the oldest of 512 items loses 6%
 
 
@@ -124,13 +125,7 @@ class UserEmbedder(nnx.Module):
         size: E.
         llm_size: D.
         scale: the soft tokens' norm at initialisation, kept with the weights.
-        num_persona_tokens: k; 1 is the paper.
-        projector_size: the persona projector's hidden units; 0 is D, the paper.
-        temperature: of the attention; 1.0 is the paper.
-        learned_temperature: train the temperature from that value on.
-        recency: learn how much less an older item weighs.
-        features: features of the items, each of which gives k more tokens.
-        dtype: of the computation; parameters stay float32.
+        settings: k, the projector's size and the extensions; the defaults are the paper's.
         rngs: draws the parameters.
     """
 
@@ -140,46 +135,38 @@ class UserEmbedder(nnx.Module):
         size: int,
         llm_size: int,
         scale: jax.Array | float,
+        settings: PlugSettings = PAPER_PLUG,
         *,
-        num_persona_tokens: int = 1,
-        projector_size: int = 0,
-        temperature: float = 1.0,
-        learned_temperature: bool = False,
-        recency: bool = False,
-        features: Sequence[str] = (),
-        dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
         self.input_encoder = input_encoder
-        hidden = projector_size or llm_size
-        self.projector = Projector(size, hidden, llm_size, num_persona_tokens, rngs)
+        k, hidden = settings.num_persona_tokens, settings.projector_size or llm_size
+        self.projector = Projector(size, hidden, llm_size, k, rngs)
         self.instruction_projector = Projector(size, llm_size, llm_size, 1, rngs)
         v = jax.random.normal(rngs.params(), (size,))
         self.instruction = nnx.Param(v / jnp.linalg.norm(v), axes=("encoder",))
 
         def null_tokens() -> nnx.Param:
-            shape = (num_persona_tokens, llm_size)
-            null = jax.random.normal(rngs.params(), shape) / math.sqrt(llm_size)
+            null = jax.random.normal(rngs.params(), (k, llm_size)) / math.sqrt(llm_size)
             return nnx.Param(null, axes=("tokens", "llm"))
 
         self.null_persona = null_tokens()
-        self.log_temperature = (
-            nnx.Param(jnp.float32(math.log(temperature)), axes=()) if learned_temperature else None
-        )
-
+        logarithm = jnp.float32(math.log(settings.temperature))
+        learned = settings.learned_temperature
+        self.log_temperature = nnx.Param(logarithm, axes=()) if learned else None
         rate = jnp.float32(math.log(math.expm1(FIRST_RECENCY)))
-        self.recency_rate = nnx.Param(rate, axes=()) if recency else None
+        self.recency_rate = nnx.Param(rate, axes=()) if settings.recency else None
         # Drawn last, so that no other parameter depends on whether they are there. Attributes of
         # their own name each, under which checkpoints have them.
-        self.features = tuple(sorted(features))
+        self.features = tuple(sorted(settings.features))
         for name in self.features:
             width = FEATURES[name].width(size)
-            made = Projector(width, hidden, llm_size, num_persona_tokens, rngs)
+            made = Projector(width, hidden, llm_size, k, rngs)
             setattr(self, f"{name}_projector", made)
             setattr(self, f"null_{name}", null_tokens())
-        self.temperature = temperature
+        self.temperature = settings.temperature
         self.scale = Frozen(jnp.float32(scale), axes=())
-        self.dtype = dtype
+        self.dtype = settings.dtype
 
     def __call__(
         self,
@@ -266,7 +253,7 @@ class UserEmbedder(nnx.Module):
         return llm, self(*batch.plug_inputs, reading=reading, remat=remat)
 
     def trained(self, reading: Reading) -> int:
-        idle = []
+        idle: list[nnx.Module | nnx.Param] = []
         if reading.uniform and self.input_encoder is not None:
             idle.append(self.input_encoder)
         if not reading.instruction:
@@ -285,27 +272,20 @@ def _size(part: nnx.Module | nnx.Param) -> int:
     return part.get_value().size if isinstance(part, nnx.Param) else parameter_count(part)
 
 
-def _trains_encoder(config: ml_collections.ConfigDict) -> bool:
+def _trains_encoder(config: Settings) -> bool:
     return config.plug.encoder_rate > 0
 
 
 def _build(
-    config: ml_collections.ConfigDict, llm: LLM, encoder: Bert, scale: jax.Array, key: jax.Array
+    config: Settings, llm: LLM, encoder: Bert, scale: jax.Array, key: jax.Array
 ) -> UserEmbedder:
     """Make a plug whose Enc_inp is `encoder`, if it is trained; the key draws the other parts."""
-    plug = config.plug
     return UserEmbedder(
         encoder if _trains_encoder(config) else None,
         encoder.config.hidden_size,
         llm.config.hidden_size,
         scale,
-        num_persona_tokens=plug.num_persona_tokens,
-        projector_size=plug.projector_size,
-        temperature=plug.temperature,
-        learned_temperature=plug.learned_temperature,
-        recency=plug.recency,
-        features=plug.features,
-        dtype=plug.dtype,
+        config.plug,
         rngs=nnx.Rngs(key),
     )
 

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-import ml_collections
+from pplug_jax.settings import PlugSettings
 
 
 class Reading(NamedTuple):
@@ -24,11 +24,11 @@ class Reading(NamedTuple):
 PAPER = Reading()
 
 
-def features_of(plug: ml_collections.ConfigDict) -> tuple[str, ...]:
+def features_of(plug: PlugSettings) -> tuple[str, ...]:
     """Return the features of the items that a plug with these settings reads."""
     return (*(["age"] if plug.recency else []), *plug.features)
 
 
-def soft_tokens(plug: ml_collections.ConfigDict, reading: Reading = PAPER) -> int:
+def soft_tokens(plug: PlugSettings, reading: Reading = PAPER) -> int:
     """Count the soft tokens of a plug with these settings: I, P, and as many as P a feature."""
     return reading.instruction + plug.num_persona_tokens * (1 + len(plug.features))

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from pplug_jax.report.scores import length_bins, over_seeds, scores_by_length, s
 from pplug_jax.runtime.console import say
 from pplug_jax.scoring.metrics import METRICS, example_statistics
 from pplug_jax.storage.files import write_text
-from pplug_jax.storage.workdir import REPORT, flatten
+from pplug_jax.storage.workdir import REPORT
 
 MAX_POINTS = 400  # of a loss curve
 
@@ -103,7 +102,7 @@ def report(workdirs: Sequence[Path]) -> Path:
             "item_text": explorer.MAX_ITEM_TEXT,
             "text": explorer.MAX_TEXT,
         },
-        config=flatten(json.loads(run.config.to_json())),
+        config=run.config.flat(),
         **examples,
     )
     write_text(folder / "index.html", [page])

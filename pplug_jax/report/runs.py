@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_collections
 import numpy as np
 
 from pplug_jax.data import submission
@@ -17,11 +16,11 @@ from pplug_jax.data.sources import read_split
 from pplug_jax.data.tasks import TASKS, Task
 from pplug_jax.errors import InputError
 from pplug_jax.scoring.metrics import METRICS
+from pplug_jax.settings import Settings, flatten
 from pplug_jax.storage.scalars import read_scalars
 from pplug_jax.storage.workdir import (
     CONFIG,
     RESULTS,
-    flatten,
     personas_path,
     predictions_path,
     seed_path,
@@ -52,7 +51,7 @@ class Run:
     """A workdir's config and results."""
 
     workdir: Path
-    config: ml_collections.ConfigDict
+    config: Settings
     results: dict[str, Any]
 
     @property
@@ -141,7 +140,7 @@ def read_run(workdir: Path) -> Run:
             f"{workdir / CONFIG} has no {', '.join(missing)}: the workdir was made by an "
             "older version; run the command again with a new --workdir"
         )
-    return Run(workdir, ml_collections.ConfigDict(config), results)
+    return Run(workdir, Settings.of(config), results)
 
 
 def spread(count: int, most: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -10,6 +11,8 @@ from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pplug_jax.errors import InputError
+
+M = TypeVar("M", bound=nnx.Module)
 
 # Slices are joined by the data-centre network, which is slow: only rows are split over them, and a
 # step sends each of them one gradient of the plug. All other axes lie within a slice.
@@ -150,13 +153,13 @@ def shardings(module: nnx.Module, mesh: Mesh) -> nnx.State:
     return jax.tree.map(of, nnx.state(module), is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def place(module: nnx.Module, mesh: Mesh) -> nnx.Module:
+def place(module: M, mesh: Mesh) -> M:
     """Lay out the arrays of `module` on `mesh`."""
     graph, state = nnx.split(module)
     return nnx.merge(graph, jax.device_put(state, shardings(module, mesh)))
 
 
-def place_abstract(module: nnx.Module, mesh: Mesh) -> nnx.Module:
+def place_abstract(module: M, mesh: Mesh) -> M:
     """Say where the arrays of an abstract `module` would lie on `mesh`."""
     graph, state = nnx.split(module)
     return nnx.merge(

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 from etils import epath
 
@@ -18,8 +17,9 @@ from pplug_jax.plugs.forward import continuation
 from pplug_jax.plugs.persona import UserEmbedder
 from pplug_jax.plugs.reading import features_of, soft_tokens
 from pplug_jax.session import Models
+from pplug_jax.settings import Settings, upgraded
 from pplug_jax.storage.files import read_object
-from pplug_jax.storage.workdir import CONFIG, upgraded
+from pplug_jax.storage.workdir import CONFIG
 
 METHOD = METHODS["pplug"]
 History = Sequence[str | dict[str, Any]]
@@ -80,7 +80,7 @@ class Personalizer:
         path = workdir / CONFIG
         if not path.is_file():
             raise InputError(f"{path}: no such file; {workdir} is not the workdir of a run")
-        config = ml_collections.ConfigDict(upgraded(read_object(path)))
+        config = Settings.of(upgraded(read_object(path)))
         models = Models(config, workdir)
         return cls(models, models.restore_weights(METHOD, config, workdir))
 
@@ -153,9 +153,7 @@ class Personalizer:
                 np.repeat(prompt, copies, axis=0),
                 np.repeat(mask, copies, axis=0),
                 place=tokenizer.place(behind),
-                max_new_tokens=config.eval.max_new_tokens,
-                num_beams=config.eval.num_beams,
-                length_penalty=config.eval.length_penalty,
+                **config.eval.decoding,
             )
             answers += [tokenizer.decode(row) for row in np.asarray(tokens)[:count]]
         return answers

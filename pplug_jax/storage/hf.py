@@ -114,7 +114,7 @@ def _with_blanks(directory: str | Path) -> transformers.PreTrainedTokenizerBase:
 
     Some files name Llama's class and are of another kind; transformers 5 then drops all blanks.
     """
-    kinds = [transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast]
+    kinds: list[Any] = [transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast]
     failure: Exception | None = None
     for kind in kinds[: 1 + (Path(directory) / "tokenizer.json").is_file()]:
         # Each kind of tokenizer has its own errors, down to the bare ones of its Rust code.

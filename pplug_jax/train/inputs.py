@@ -4,7 +4,6 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 
-import ml_collections
 import numpy as np
 
 from pplug_jax.data.lamp import Example, Subset
@@ -17,6 +16,7 @@ from pplug_jax.methods.table import Method, asked_for, configured
 from pplug_jax.methods.users import own_items, split_users
 from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.session import Models
+from pplug_jax.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +78,13 @@ class TrainingInputs:
             rows = self.models.history_rows(self.examples)
             Peers.of(self.models.store, rows).save(self.models.workdir)
 
-    def __call__(self, method: Method, config: ml_collections.ConfigDict) -> list[Tokenized]:
+    def __call__(self, method: Method, config: Settings) -> list[Tokenized]:
         count, layout = config.train.own_items, layout_of(method, config)
         return self._shown(
             method, config, self._with_own_items(count), self.tokenized(count, layout)
         )
 
-    def validation(self, method: Method, config: ml_collections.ConfigDict) -> list[Tokenized]:
+    def validation(self, method: Method, config: Settings) -> list[Tokenized]:
         """Return the held-out examples, as the method shows them."""
         tokenized = self.tokenized_held_out(layout_of(method, config))
         return self._shown(method, config, self.held_out, tokenized)

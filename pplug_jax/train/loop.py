@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 import optax
 
@@ -27,6 +26,7 @@ from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.runtime.ahead import compiled_ahead
 from pplug_jax.runtime.console import Progress, say
 from pplug_jax.session import Models
+from pplug_jax.settings import Settings
 from pplug_jax.storage.checkpoint import Checkpoints
 from pplug_jax.storage.scalars import Writer, read_scalars
 from pplug_jax.storage.workdir import METRICS, checkpoints_path
@@ -43,7 +43,7 @@ from pplug_jax.train.stop import Stop
 def fit(
     models: Models,
     method: Method,
-    config: ml_collections.ConfigDict,
+    config: Settings,
     tokenized: Sequence[Tokenized],
     directory: Path,
     validation: Sequence[Tokenized] = (),
@@ -147,7 +147,7 @@ def fit(
 def _lowering(
     models: Models,
     method: Method,
-    config: ml_collections.ConfigDict,
+    config: Settings,
     assemble: Assemble,
     optimizer: optax.GradientTransformation,
     trained: tuple[Weights, Any],
@@ -207,7 +207,8 @@ class Meter:
         self._restart()
 
     def _restart(self) -> None:
-        self.since, self.tokens, self.metrics = time.monotonic(), 0, []
+        self.since, self.tokens = time.monotonic(), 0
+        self.metrics: list[dict[str, jax.Array]] = []
 
     def add(self, metrics: dict[str, jax.Array], tokens: int) -> None:
         """Note a step, without waiting for the device."""
@@ -248,7 +249,7 @@ def training_seconds(directory: Path, method: str) -> float:
 def validation_loss(
     models: Models,
     method: Method,
-    config: ml_collections.ConfigDict,
+    config: Settings,
     weights: Weights,
     tokenized: Sequence[Tokenized],
 ) -> float:

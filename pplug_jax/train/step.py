@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
 from jax.sharding import Mesh
 
@@ -16,6 +15,7 @@ from pplug_jax.llm.prompts import Place
 from pplug_jax.plugs.forward import Weights, token_losses
 from pplug_jax.plugs.reading import PAPER, Reading
 from pplug_jax.runtime.mesh import replicated
+from pplug_jax.settings import Settings
 
 
 @functools.lru_cache
@@ -56,7 +56,7 @@ def make_optimizer(
     )
 
 
-def optimizer_of(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
+def optimizer_of(config: Settings, steps: int) -> optax.GradientTransformation:
     """Make the optimiser of a method's config (`table.configured`) for so many steps."""
     train = config.train
     return make_optimizer(
@@ -157,7 +157,7 @@ def train_step(
     return optax.apply_updates(weights, updates), opt_state, metrics
 
 
-def jit_step(weights: Weights, opt_state: optax.OptState) -> Callable[..., Any]:
+def jit_step(weights: Weights, opt_state: optax.OptState) -> jax.stages.Wrapped:
     """Return `train_step`, compiled once a batch shape, for arrays that lie as these do.
 
     The updated arrays must lie where the given ones do. Otherwise the compiler picks other places

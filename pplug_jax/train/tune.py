@@ -38,8 +38,9 @@ def tune(models: Models, training: TrainingInputs) -> dict[str, float]:
         for rate in config.tune.learning_rates:
             if str(rate) in trials:
                 continue
-            settings = configured(config, method, config.seed)
-            settings.train.learning_rate = rate
+            settings = configured(config, method, config.seed).changed(
+                {"train.learning_rate": rate}
+            )
             directory = trial_path(models.workdir, rate)
             tokenized = training(method, settings)
             try:

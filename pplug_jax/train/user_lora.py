@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 from flax import nnx
@@ -17,6 +16,7 @@ from pplug_jax.plugs.forward import token_losses
 from pplug_jax.plugs.lora import Lora
 from pplug_jax.runtime.mesh import local_rows, place
 from pplug_jax.session import Models
+from pplug_jax.settings import Settings
 
 
 @functools.partial(
@@ -47,7 +47,7 @@ def _step(
 def fit_user_loras(
     models: Models,
     llm: LLM,
-    config: ml_collections.ConfigDict,
+    config: Settings,
     items: Sequence[Tokenized],
     users: Sequence[Sequence[int]],
 ) -> Lora:
@@ -63,9 +63,7 @@ def fit_user_loras(
         users: each user's places in `items`.
     """
     count, settings = len(users), config.lora
-    lora = place(
-        Lora(llm, settings.rank, settings.alpha, count, rngs=nnx.Rngs(config.seed)), models.mesh
-    )
+    lora = place(Lora(llm, settings, count, rngs=nnx.Rngs(config.seed)), models.mesh)
     if not any(map(len, users)):
         return lora
     state = optax.adam(settings.user_learning_rate).init(lora)

@@ -13,6 +13,7 @@ from pplug_jax.feed.features import FEATURES
 from pplug_jax.llm.decoder import Decoder, DecoderConfig, Rope
 from pplug_jax.plugs.persona import UserEmbedder
 from pplug_jax.runtime.mesh import make_mesh
+from pplug_jax.settings import PlugSettings
 from scripts.pretrain.initialise import initialise
 
 B, L, T, Q, H, E = 8, 12, 6, 6, 4, 20
@@ -36,7 +37,7 @@ def make_llm(layers: int = 2, hidden: int = 40, mlp: int = 72, vocab: int = 48) 
 def make_plug(llm_size: int, trained: bool = True, **settings: Any) -> UserEmbedder:
     config = BertConfig(30, E, 32, 1, 2, 8, 1, 1e-12)
     encoder = initialise(Bert(config, "mean", nnx.Param), jax.random.key(1)) if trained else None
-    return UserEmbedder(encoder, E, llm_size, 1.0, **settings, rngs=nnx.Rngs(2))
+    return UserEmbedder(encoder, E, llm_size, 1.0, PlugSettings(**settings), rngs=nnx.Rngs(2))
 
 
 def make_batch(vocab: int = 48, rows: int = B) -> Batch:
