@@ -22,6 +22,7 @@ from configs import lamp4
 from pplug_jax.data.sources import read_split
 from pplug_jax.run import ItemTexts
 from pplug_jax.session import Models
+from pplug_jax.session.inputs import tokenize
 from pplug_jax.settings import Settings
 
 FLAGS = flags.FLAGS
@@ -85,7 +86,7 @@ def main(_: list[str]) -> None:
         report(f"{len(examples)} examples read")
         new = models.store.add(ItemTexts([examples], models.item_text))
         report(f"{new} unique texts tokenised and stored")
-        tokenized = models.tokenize(examples)
+        tokenized = tokenize(models, examples)
         report(f"{len(tokenized)} examples tokenised")
 
 

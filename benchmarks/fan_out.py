@@ -22,6 +22,7 @@ from configs import common
 from pplug_jax.methods.table import METHODS
 from pplug_jax.serve.personalizer import Personalizer
 from pplug_jax.session import Models
+from pplug_jax.session.weights import new_weights
 from pplug_jax.settings import Settings
 
 FLAGS = flags.FLAGS
@@ -63,7 +64,7 @@ def make_histories(count: int) -> list[list[str]]:
 def serve(models: Models, place: str) -> Personalizer:
     """A plug that reads no text anew."""
     models = placed(models, place)
-    weights = models.new_weights(METHODS["pplug"], models.config)
+    weights = new_weights(models, METHODS["pplug"], models.config)
     return Personalizer(models, weights)
 
 

@@ -32,6 +32,8 @@ from pplug_jax.methods.table import METHODS, configured
 from pplug_jax.run import ItemTexts
 from pplug_jax.scoring.tables import show_table
 from pplug_jax.session import Models
+from pplug_jax.session.inputs import assembler, tokenize
+from pplug_jax.session.weights import new_weights
 from pplug_jax.settings import Settings
 from pplug_jax.train.inputs import TrainingInputs
 from pplug_jax.train.step import init_optimizer, jit_step, make_optimizer
@@ -81,7 +83,8 @@ def waiting(models: Models, examples: Sequence[Tokenized]) -> tuple[float, float
     """
     method = METHODS["pplug"]
     config = configured(models.config, method, 0)
-    assemble = models.assemble(
+    assemble = assembler(
+        models,
         method,
         config,
         examples,
@@ -89,7 +92,7 @@ def waiting(models: Models, examples: Sequence[Tokenized]) -> tuple[float, float
         history_dropout=config.plug.history_dropout,
     )
     plan = Plan(assemble.buckets.of, config.train.batch_size, 1000.0, 0)
-    weights = models.new_weights(method, config)
+    weights = new_weights(models, method, config)
     optimizer = make_optimizer(len(plan), 1e-4, 1e-4, 0.05, 1.0)
     state = weights, init_optimizer(optimizer, weights, models.mesh)
     update = jit_step(*state)
@@ -138,7 +141,7 @@ def main(_: list[str]) -> None:
         seconds = in_turn(
             {
                 "batches": lambda: [next(data) for _ in range(FLAGS.batches)],
-                "tokenize": lambda: models.tokenize(sample),
+                "tokenize": lambda: tokenize(models, sample),
             }
         )
         inputs = TrainingInputs(models, sample)

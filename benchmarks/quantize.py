@@ -23,7 +23,7 @@ from pplug_jax.llm.decoder import Decoder
 from pplug_jax.llm.generate import generate
 from pplug_jax.llm.shapes import PUBLISHED
 from pplug_jax.run import run
-from pplug_jax.session import ASSETS
+from pplug_jax.session.models import ASSETS
 from pplug_jax.storage import hf
 from scripts.pretrain.initialise import initialise
 

@@ -44,7 +44,9 @@ from pplug_jax.llm.prompts import Behind, Front
 from pplug_jax.methods.table import METHODS
 from pplug_jax.plugs.reading import Reading
 from pplug_jax.scoring.tables import show_table
-from pplug_jax.session import ASSETS, Models
+from pplug_jax.session.inputs import assembler
+from pplug_jax.session.models import ASSETS, Models
+from pplug_jax.session.weights import new_weights
 from pplug_jax.settings import Settings
 
 FLAGS = flags.FLAGS
@@ -173,14 +175,14 @@ def make_peers(scratch: Path) -> tuple[dict[str, Ours | Recipe], dict[str, list[
     examples = draw_examples(EXAMPLES, len(models.store))
     if FLAGS.encoder == "frozen":
         examples = with_vectors(examples, models.queries, models.encoder.model)
-    data = models.assemble(method, config, examples, FLAGS.batch)
+    data = assembler(models, method, config, examples, FLAGS.batch)
     order = np.random.default_rng(0).permutation(EXAMPLES)[: FLAGS.steps * FLAGS.batch]
 
     def plan(data: Assemble) -> list[Planned]:
         batches = plan_batches(order, data.buckets.of, FLAGS.batch)
         return [(step, *batch) for step, batch in enumerate(batches)]
 
-    weights = models.new_weights(method, config)
+    weights = new_weights(models, method, config)
     kind = {"llama": transformers.LlamaForCausalLM, "t5": transformers.T5ForConditionalGeneration}
     dtype = getattr(torch, FLAGS.dtype)
     llm = kind[FLAGS.llm].from_pretrained(scratch / "llm", dtype=dtype)
@@ -199,7 +201,7 @@ def make_peers(scratch: Path) -> tuple[dict[str, Ours | Recipe], dict[str, list[
         # The same tokens; the last of a prompt is its suffix.
         shorter = [x._replace(prompt=x.prompt[:-1]) for x in examples]
         models = placed(models, "behind")
-        data = models.assemble(method, models.config, shorter, FLAGS.batch)
+        data = assembler(models, method, models.config, shorter, FLAGS.batch)
         copied = jax.tree.map(jnp.copy, weights)
         peers = {"ours": Ours(models, data, copied, Behind((3,))), "ours, front": peers["ours"]}
     peers |= recipes

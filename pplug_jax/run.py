@@ -31,6 +31,7 @@ from pplug_jax.runtime.console import say
 from pplug_jax.scoring.metrics import check_metrics
 from pplug_jax.scoring.plots import plot_losses
 from pplug_jax.session import Models
+from pplug_jax.session.weights import abstract_weights
 from pplug_jax.settings import Settings
 from pplug_jax.storage.lock import locked
 from pplug_jax.storage.workdir import METRICS, plot_path
@@ -46,7 +47,7 @@ def describe(models: Models, train: Sequence[Example], held_out: Sequence[Exampl
     for method in asked_for(config):
         if method.trained:
             settings = configured(config, method, config.seed)
-            count = models.abstract_weights(method, settings).trained(method.reading)
+            count = abstract_weights(models, method, settings).trained(method.reading)
             trainable[count].append(method.name)
     data = data_name(config)
     if data_directory(config) is None:

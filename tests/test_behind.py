@@ -27,6 +27,8 @@ from pplug_jax.plugs.lora import Lora
 from pplug_jax.plugs.reading import PAPER, Reading
 from pplug_jax.runtime.mesh import make_mesh, place
 from pplug_jax.session import Models
+from pplug_jax.session.inputs import tokenize
+from pplug_jax.session.weights import new_weights
 from pplug_jax.settings import LoraSettings, Settings
 from scripts.pretrain.initialise import initialise
 from tests.support.families import ALTERNATING, GEMMA3_ROPES, SHAPE
@@ -281,8 +283,8 @@ def test_an_evaluation_reads_a_prompt_once_for_its_users(
     ]
     models.store.add(models.item_text(item) for x in examples for item in x.profile)
     method = METHODS["pplug"]
-    tokenized = models.tokenize(examples, layout_of(method, config))
-    weights = models.new_weights(method, config)
+    tokenized = tokenize(models, examples, layout_of(method, config))
+    weights = new_weights(models, method, config)
     order, users = by_prompt(tokenized, 2)
     assert users == 2
     prompts = [tokenized[i].prompt.tolist() for i in order]

@@ -17,6 +17,8 @@ from pplug_jax.methods.table import configured
 from pplug_jax.run import run
 from pplug_jax.scoring.metrics import example_statistics
 from pplug_jax.session import Models
+from pplug_jax.session.inputs import tokenize
+from pplug_jax.session.weights import abstract_weights
 from pplug_jax.settings import Settings
 from pplug_jax.storage.checkpoint import Checkpoints
 from pplug_jax.train.loop import validation_loss
@@ -63,7 +65,7 @@ def test_the_table_is_the_mean_over_seeds(compared: Path) -> None:
 
 def test_the_golds_loss_is_that_of_all_their_tokens(compared: Path) -> None:
     models = Models(Settings.of(comparison()), compared)
-    tokenized = models.tokenize(read_split(Settings.of(comparison()), "eval"))
+    tokenized = tokenize(models, read_split(Settings.of(comparison()), "eval"))
     loss = validation_loss(models, ALL["none"], models.config, None, shown_bare(tokenized))
     entry = results_of(compared)["methods"]["none"]["loss"]
     np.testing.assert_allclose(entry["value"], loss, rtol=1e-5)
@@ -121,7 +123,7 @@ def test_what_a_plug_made_of_the_users_is_written(compared: Path) -> None:
     config = configured(Settings.of(comparison()), PPLUG, 1)
     models = Models(config, compared)
     checkpoints = Checkpoints(compared / "seed_1" / "checkpoints" / "pplug")
-    plug = checkpoints.restore_weights(models.abstract_weights(PPLUG, config))
+    plug = checkpoints.restore_weights(abstract_weights(models, PPLUG, config))
     ends = np.cumsum(lengths)[:-1]
     for i, name in ((2, "weights"), (5, "other")):
         profile = examples[i].profile

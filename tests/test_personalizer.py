@@ -26,6 +26,8 @@ from pplug_jax.methods.shown import Layout, layout_of
 from pplug_jax.methods.table import METHODS
 from pplug_jax.plugs.persona import UserEmbedder
 from pplug_jax.session import Models
+from pplug_jax.session.inputs import buckets_of, tokenize
+from pplug_jax.session.weights import new_weights
 from pplug_jax.settings import Settings
 from pplug_jax.storage.checkpoint import Checkpoints, _named
 from pplug_jax.storage.files import write_json
@@ -53,14 +55,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         for user in "abcde"
     ]
     models.store.add(models.item_text(item) for example in train for item in example.profile)
-    Peers.of(models.store, [each.rows for each in models.tokenize(train)]).save(models.workdir)
+    Peers.of(models.store, [each.rows for each in tokenize(models, train)]).save(models.workdir)
     return models
 
 
 def trained_plug(models: Models, **settings: Any) -> UserEmbedder:
     """As if: no parameter is 0 or the identity any more."""
     config = models.config.changed({f"plug.{name}": value for name, value in settings.items()})
-    plug = models.new_weights(METHODS["pplug"], config)
+    plug = new_weights(models, METHODS["pplug"], config)
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), plug)
 
@@ -88,8 +90,8 @@ def test_a_served_soft_prompt_is_that_of_the_evaluation(models: Models, option: 
     undated = tuple({k: v for k, v in item.items() if k != "date"} for item in profile)
     examples = [Example("0", INPUT, None, history) for history in (profile, undated, ())]
     encoded = layout_of(METHODS["pplug"], personalizer.models.config).encoded
-    tokenized = models.tokenize(examples, Layout(encoded=encoded))
-    buckets = models.buckets(tokenized, 1)
+    tokenized = tokenize(models, examples, Layout(encoded=encoded))
+    buckets = buckets_of(models, tokenized, 1)
     peers = Peers.load(models.store, models.workdir)
     extended = {"features": tuple(FEATURES), "peers": peers}
     extended["queries"] = models.queries if encoded else None

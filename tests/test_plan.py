@@ -27,6 +27,7 @@ from pplug_jax.plan.training import TrainPlan, axes, hours
 from pplug_jax.plugs.base import parameter_count
 from pplug_jax.runtime.mesh import make_mesh
 from pplug_jax.session import Models
+from pplug_jax.session.weights import new_weights
 from pplug_jax.settings import Settings
 from pplug_jax.train.step import abstract_optimizer, init_optimizer, make_optimizer
 
@@ -331,7 +332,7 @@ def test_the_state_lies_as_trainings_does(tmp_path: Path) -> None:
     config.mesh.fsdp, config.mesh.tensor = 2, 2
     models = Models(Settings.of(config), tmp_path)
     method, optimizer = METHODS["pplug"], make_optimizer(1, 1e-4, 1e-4, 0.05, 1.0)
-    weights = models.new_weights(method, config)
+    weights = new_weights(models, method, config)
     state = init_optimizer(optimizer, weights, models.mesh)
     programs = Programs(Settings.of(config), models.mesh)
 

@@ -17,6 +17,7 @@ from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.run import run
 from pplug_jax.runtime.mesh import make_mesh
 from pplug_jax.session import Models
+from pplug_jax.session.weights import new_weights, restore_weights
 from pplug_jax.settings import Settings
 from tests.support.runs import results_of, small_config
 
@@ -62,8 +63,8 @@ def test_a_plug_of_another_kind(toy: str, tmp_path: Path) -> None:
     assert entry["loss"]["value"] != results_of(tmp_path)["methods"]["none"]["loss"]["value"]
 
     models = Models(config, tmp_path)
-    before = models.new_weights(METHODS[toy], config).prompt[...]
-    after = models.restore_weights(METHODS[toy], config, tmp_path).prompt[...]
+    before = new_weights(models, METHODS[toy], config).prompt[...]
+    after = restore_weights(models, METHODS[toy], config, tmp_path).prompt[...]
     assert np.abs(after - before).max() > 0.01
 
     programs = Programs(config, make_mesh(devices=jax.devices()[:1]))

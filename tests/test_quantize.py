@@ -18,7 +18,7 @@ from pplug_jax.llm.generate import generate
 from pplug_jax.llm.quantize import GROUP, quantize
 from pplug_jax.plugs.base import parameter_count
 from pplug_jax.runtime.mesh import make_mesh
-from pplug_jax.session import ASSETS
+from pplug_jax.session.models import ASSETS
 from pplug_jax.storage import hf
 from tests.support.parity import assert_close
 

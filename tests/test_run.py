@@ -34,6 +34,7 @@ from pplug_jax.methods.table import METHODS
 from pplug_jax.plugs.persona import UserEmbedder
 from pplug_jax.run import run
 from pplug_jax.session import Models
+from pplug_jax.session.weights import abstract_weights
 from pplug_jax.settings import Settings
 from pplug_jax.storage import lock
 from pplug_jax.storage.checkpoint import Checkpoints
@@ -79,7 +80,7 @@ def test_a_step_is_compiled_once_a_bucket_and_reading(finished: Path) -> None:
 
 
 def abstract_plug(models: Models) -> UserEmbedder:
-    return models.abstract_weights(METHODS["pplug"], models.config)
+    return abstract_weights(models, METHODS["pplug"], models.config)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 from pplug_jax.data import sample
 from pplug_jax.encoder import load_encoder
 from pplug_jax.llm import load_llm
-from pplug_jax.session import ASSETS
+from pplug_jax.session.models import ASSETS
 from pplug_jax.storage import hf
 from scripts.pretrain.bpe import train_bpe
 from tests.support.environment import AS_USERS

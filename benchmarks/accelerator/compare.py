@@ -23,6 +23,7 @@ from benchmarks.accelerator.record import Record
 from benchmarks.accelerator.shapes import free
 from pplug_jax.methods.table import METHODS, configured
 from pplug_jax.session import Models
+from pplug_jax.session.weights import restore_weights
 from pplug_jax.settings import Settings
 
 SEEDS = (0, 1, 2)
@@ -126,7 +127,7 @@ def save_plug(workdir: Path, file: Path) -> None:
     assert config.plug.encoder_rate == 0.0
     models, method, seed = Models(config, workdir), METHODS["pplug"], config.seeds[0]
     settings = configured(config, method, seed)
-    weights = models.restore_weights(method, settings, workdir / f"seed_{seed}")
+    weights = restore_weights(models, method, settings, workdir / f"seed_{seed}")
     named = {
         jax.tree_util.keystr(path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(weights)

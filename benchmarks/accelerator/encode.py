@@ -26,7 +26,7 @@ from benchmarks.timing import medians
 from pplug_jax.encoder import load_encoder
 from pplug_jax.encoder.encode import read_pooling
 from pplug_jax.llm.shapes import PUBLISHED
-from pplug_jax.session import ASSETS
+from pplug_jax.session.models import ASSETS
 
 Encode = Callable[[Sequence[str]], np.ndarray]
 MAX_LENGTH, BATCH = 256, 256

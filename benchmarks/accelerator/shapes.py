@@ -25,7 +25,6 @@ from pplug_jax.encoder.encode import abstract_bert
 from pplug_jax.feed.store import HistoryStore
 from pplug_jax.llm.load import FAMILIES
 from pplug_jax.llm.shapes import PUBLISHED
-from pplug_jax.methods.table import Method
 from pplug_jax.plan.programs import AbstractModels
 from pplug_jax.plugs.persona import UserEmbedder
 from pplug_jax.plugs.registry import PLUGS
@@ -92,12 +91,16 @@ class RandomModels(AbstractModels):
         self.store = HistoryStore(Path(self.directory.name), self.encoder)
         fill_store(self.store)
 
-    def new_weights(self, method: Method, config: Any) -> UserEmbedder:
-        """As the plug begins, but for Enc_inp's weights; every call gives the same."""
-        found = abstract_bert(self.encoder_path, **self._input_encoder(config.plug))
-        encoder = fill(place_abstract(found, self.mesh), seed=1)
-        build = jax.jit(functools.partial(PLUGS[method.kind].build, config, self.abstract_llm))
-        return place(build(encoder, self._soft_norm, jax.random.key(config.seed)), self.mesh)
+
+def random_weights(models: RandomModels) -> UserEmbedder:
+    """As the plug begins, but for Enc_inp's weights; every call gives the same."""
+    config = models.config
+    found = abstract_bert(
+        models.encoder_path, pooling=None, variable=nnx.Param, dtype=config.plug.dtype
+    )
+    encoder = fill(place_abstract(found, models.mesh), seed=1)
+    build = jax.jit(functools.partial(PLUGS["persona"].build, config, models.abstract_llm))
+    return place(build(encoder, models.soft_norm, jax.random.key(config.seed)), models.mesh)
 
 
 def copy_weights(

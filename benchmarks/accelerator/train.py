@@ -20,6 +20,7 @@ from benchmarks.accelerator.shapes import (
     DEVICE,
     RandomModels,
     free,
+    random_weights,
     torch_encoder,
     torch_llm,
     torch_peak,
@@ -32,6 +33,7 @@ from pplug_jax.feed.batches import Plan
 from pplug_jax.llm.prompts import Front
 from pplug_jax.methods.table import METHODS
 from pplug_jax.plan.flops import matmul_flops
+from pplug_jax.session.inputs import assembler
 
 STEPS = 4  # updates of a timed call, of which the host waits for the last
 REPEATS = 3  # of which the median is taken; a rehearsal takes one
@@ -80,7 +82,7 @@ class Work:
         examples = draw_examples(EXAMPLES, len(models.store), vocabulary)
         self.rows, self.data = (
             rows,
-            models.assemble(METHODS["pplug"], models.config, examples, rows),
+            assembler(models, METHODS["pplug"], models.config, examples, rows),
         )
         plan = Plan(self.data.buckets.of, rows, 1.0, 0)
         buckets = [plan[step][1] for step in range(len(plan))]
@@ -94,7 +96,7 @@ class Step:
     """Our update, compiled for one batch."""
 
     def __init__(self, models: RandomModels, work: Work, remat: bool = False):
-        weights = models.new_weights(METHODS["pplug"], models.config)
+        weights = random_weights(models)
         self.ours = Ours(models, work.data, weights, place=Front(1))
         with jax.set_mesh(models.mesh):
             *_, self.batch = arguments = self.ours.arguments(work.planned)
@@ -163,7 +165,7 @@ def race(contest: Contest, models: RandomModels, work: Work, needs: float, rival
     llm = record.attempt(f"{contest.name}: eager", lambda: torch_llm(models), needs)
     if llm is None:
         return
-    weights = models.new_weights(METHODS["pplug"], models.config)
+    weights = random_weights(models)
 
     def recipe(lean: bool) -> Recipe:
         plug = Plug(torch_encoder(models, weights.input_encoder), weights, lean).to(DEVICE)

@@ -27,6 +27,8 @@ from pplug_jax.scoring.plots import plot_losses, plot_results
 from pplug_jax.scoring.summary import mean_statistics, metric_columns, scores, title_of
 from pplug_jax.scoring.tables import markdown, show_table
 from pplug_jax.session import Models
+from pplug_jax.session.inputs import history_rows, tokenize
+from pplug_jax.session.weights import restore_weights
 from pplug_jax.settings import Settings
 from pplug_jax.storage.files import write_json, write_text
 from pplug_jax.storage.workdir import METRICS, RESULTS, plot_path, predictions_path, seed_path
@@ -57,11 +59,11 @@ def compare_methods(models: Models, train: Sequence[Example], held_out: Sequence
     Each seed has a directory like a run's. A method without weights is run once.
     """
     config, workdir = models.config, models.workdir
-    tokenized = functools.cache(lambda layout: models.tokenize(held_out, layout))
+    tokenized = functools.cache(lambda layout: tokenize(models, held_out, layout))
     training = None
     methods = asked_for(config)
     if any(method.trained for method in methods):
-        kept = unseen(models.history_rows(train), models.history_rows(held_out))
+        kept = unseen(history_rows(models, train), history_rows(models, held_out))
         if not kept:
             raise ConfigError(
                 "config.data: all users of the training split are held out too; a comparison wants "
@@ -104,7 +106,7 @@ def run_method(
         examples, validation = training(method, settings), training.validation(method, settings)
         fit(models, method, settings, examples, directory, validation)
         plot_losses(directory / METRICS, plot_path(directory, "loss"))
-    weights = functools.partial(models.restore_weights, method, settings, directory)
+    weights = functools.partial(restore_weights, models, method, settings, directory)
     answers = answer_examples(models, method, settings, held_out, tokenized, directory, weights)
     if not method.plug:
         return SeedRun(answers, None, None)

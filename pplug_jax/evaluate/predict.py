@@ -31,6 +31,8 @@ from pplug_jax.runtime.distributed import fetch, wait_for_all
 from pplug_jax.runtime.mesh import parts
 from pplug_jax.runtime.primary import is_primary
 from pplug_jax.session import Models
+from pplug_jax.session.inputs import assembler, place_of, tokenize
+from pplug_jax.session.weights import abstract_weights
 from pplug_jax.settings import Settings
 from pplug_jax.storage.checkpoint import Checkpoints
 from pplug_jax.storage.files import read_text, write_json
@@ -80,7 +82,7 @@ def predict(
         answers; losses (n, 2), as in `Answers.losses`; milliseconds.
     """
     tokenizer, size = models.tokenizer, config.eval.batch_size
-    assemble = models.assemble(method, config, tokenized, size)
+    assemble = assembler(models, method, config, tokenized, size)
     answers, losses, times = [""] * len(tokenized), np.zeros((len(tokenized), 2)), []
     llm, order = models.abstract_llm, np.arange(len(tokenized))
     if method.user_lora:
@@ -99,7 +101,7 @@ def predict(
         np.arange(len(groups)), assemble.buckets.of[groups[:, 0]], size // users_of_one
     )
     batches = [(bucket, groups[rows].ravel()) for bucket, rows in planned]
-    reading = {"place": models.place(method, config), "reading": method.reading}
+    reading = {"place": place_of(models, method, config), "reading": method.reading}
     static = {answer_tokens: reading | config.eval.decoding, gold_losses: reading}
     arguments = weights, llm
 
@@ -200,7 +202,7 @@ def answer_examples(
     if method.user_lora:
         layout = layout_of(method, config)
         user_items = [
-            show((), models.tokenize(own_items(task, example), layout)) for example in examples
+            show((), tokenize(models, own_items(task, example), layout)) for example in examples
         ]
     texts, losses, milliseconds = predict(models, method, config, trained, inputs, user_items)
     answers = Answers(
@@ -240,7 +242,7 @@ def _bytes_per_user(
     if method.plug and PLUGS[method.kind].reads_input:
         total += np.mean([len(arrays.rows) for arrays in inputs]) * models.encoder.size * 2
     if method.user_lora:
-        total += parameter_count(models.abstract_weights(method, config)) * 2
+        total += parameter_count(abstract_weights(models, method, config)) * 2
     return float(total)
 
 
@@ -282,7 +284,7 @@ def write_personas(
         ]
     results = []
     for tokenized in (inputs, others):
-        assemble = models.assemble(method, config, tokenized, config.eval.batch_size)
+        assemble = assembler(models, method, config, tokenized, config.eval.batch_size)
         weights = [np.zeros(0)] * len(tokenized)
         personas = np.zeros((len(tokenized), models.abstract_llm.config.hidden_size), np.float32)
         for bucket, indices in plan_batches(

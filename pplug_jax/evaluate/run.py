@@ -18,6 +18,8 @@ from pplug_jax.scoring.style import distances
 from pplug_jax.scoring.summary import metric_columns, scores, title_of, verdicts
 from pplug_jax.scoring.tables import markdown, show_table
 from pplug_jax.session import Models
+from pplug_jax.session.inputs import tokenize
+from pplug_jax.session.weights import restore_weights
 from pplug_jax.settings import Settings
 from pplug_jax.storage.files import read_object, write_json, write_text
 from pplug_jax.storage.workdir import CONFIG, RESULTS, plot_path
@@ -49,7 +51,7 @@ def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
     """
     config, task, workdir = models.config, models.task, models.workdir
     methods = methods_of(config)
-    tokenized = functools.cache(lambda layout: models.tokenize(examples, layout))
+    tokenized = functools.cache(lambda layout: tokenize(models, examples, layout))
     # Another split than the workdir's own leaves that one's results as they are.
     workdir_split = read_object(workdir / CONFIG)["data"]["eval_split"]
     split = config.data.eval_split
@@ -59,7 +61,7 @@ def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
     @functools.cache
     def restored(name: str) -> Weights:  # several methods may use the same
         method = methods[name]
-        return models.restore_weights(method, configured(config, method, config.seed), workdir)
+        return restore_weights(models, method, configured(config, method, config.seed), workdir)
 
     users = [example.user for example in examples]
     texts: dict[str, dict[str, str]] = {}

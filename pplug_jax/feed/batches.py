@@ -363,7 +363,7 @@ class Assemble:
         tokenized: Sequence[Tokenized],
         buckets: Buckets,
         store: HistoryStore,
-        rows: Sequence[int],
+        rows: Sequence[int] | np.ndarray,
         *,
         seed: int = 0,
         history_dropout: float = 0.0,

@@ -21,7 +21,8 @@ from pplug_jax.methods.table import Method, asked_for, configured
 from pplug_jax.plugs.forward import answer_tokens, gold_losses
 from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.runtime.mesh import parts, place_abstract, sharding
-from pplug_jax.session import Models, model_path
+from pplug_jax.session.models import Models, model_path
+from pplug_jax.session.weights import abstract_weights
 from pplug_jax.settings import Settings
 from pplug_jax.storage import hf
 from pplug_jax.train.step import abstract_optimizer, jit_step, optimizer_of
@@ -91,7 +92,7 @@ class Programs:
         self.encoder = hf.read_config(self.models.encoder_path)
         self.method = _trained(config)
         self.settings = configured(config, self.method, config.seed)
-        self.weights = self.models.abstract_weights(self.method, self.settings)
+        self.weights = abstract_weights(self.models, self.method, self.settings)
         around = CHAT_TOKENS if config.llm.chat else PLAIN_TOKENS
         suffix = CHAT_SUFFIX if config.llm.chat else PLAIN_SUFFIX
         self.kind = PLUGS[self.method.kind]

@@ -17,6 +17,7 @@ from pplug_jax.plugs.forward import continuation
 from pplug_jax.plugs.persona import UserEmbedder
 from pplug_jax.plugs.reading import features_of, soft_tokens
 from pplug_jax.session import Models
+from pplug_jax.session.weights import restore_weights
 from pplug_jax.settings import Settings, upgraded
 from pplug_jax.storage.files import read_object
 from pplug_jax.storage.workdir import CONFIG
@@ -82,7 +83,7 @@ class Personalizer:
             raise InputError(f"{path}: no such file; {workdir} is not the workdir of a run")
         config = Settings.of(upgraded(read_object(path)))
         models = Models(config, workdir)
-        return cls(models, models.restore_weights(METHOD, config, workdir))
+        return cls(models, restore_weights(models, METHOD, config, workdir))
 
     def soft_prompt(self, input: str, history: History = ()) -> np.ndarray:
         """Return the soft tokens [I ; P] for this input, (k + 1, D) float32.

@@ -16,6 +16,7 @@ from pplug_jax.methods.table import Method, asked_for, configured
 from pplug_jax.methods.users import own_items, split_users
 from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.session import Models
+from pplug_jax.session.inputs import history_rows, tokenize
 from pplug_jax.settings import Settings
 
 
@@ -50,14 +51,14 @@ class TrainingInputs:
         self._shown = functools.partial(shown, models.task, models.tokenizer, models.store)
         self.held_out: Sequence[Example] = ()
         if share := models.config.train.validation:
-            rows = models.history_rows(examples)
+            rows = history_rows(models, examples)
             kept, held_out = split_users(rows, share, models.config.seed)
             self.examples, self.held_out = Subset(examples, kept), Subset(examples, held_out)
         self.tokenized = functools.cache(
-            lambda count, layout: models.tokenize(self._with_own_items(count), layout)
+            lambda count, layout: tokenize(models, self._with_own_items(count), layout)
         )
         self.tokenized_held_out = functools.cache(
-            lambda layout: models.tokenize(self.held_out, layout)
+            lambda layout: tokenize(models, self.held_out, layout)
         )
 
     def _with_own_items(self, count: int) -> WithOwnItems:
@@ -75,7 +76,7 @@ class TrainingInputs:
             if method.plug
         )
         if any(map(compare_with_peers, read)):
-            rows = self.models.history_rows(self.examples)
+            rows = history_rows(self.models, self.examples)
             Peers.of(self.models.store, rows).save(self.models.workdir)
 
     def __call__(self, method: Method, config: Settings) -> list[Tokenized]:

@@ -26,6 +26,8 @@ from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.runtime.ahead import compiled_ahead
 from pplug_jax.runtime.console import Progress, say
 from pplug_jax.session import Models
+from pplug_jax.session.inputs import assembler, place_of
+from pplug_jax.session.weights import abstract_weights, new_weights
 from pplug_jax.settings import Settings
 from pplug_jax.storage.checkpoint import Checkpoints
 from pplug_jax.storage.scalars import Writer, read_scalars
@@ -66,7 +68,8 @@ def fit(
         FloatingPointError: the loss is not finite.
         CheckpointError: the newest checkpoint is of other data.
     """
-    assemble = models.assemble(
+    assemble = assembler(
+        models,
         method,
         config,
         tokenized,
@@ -77,7 +80,7 @@ def fit(
     )
     plan = Plan(assemble.buckets.of, config.train.batch_size, config.train.epochs, config.seed)
     optimizer = optimizer_of(config, len(plan))
-    shapes = models.abstract_weights(method, config)
+    shapes = abstract_weights(models, method, config)
     trained = shapes, abstract_optimizer(optimizer, shapes, models.mesh)
     lower = _lowering(models, method, config, assemble, optimizer, trained)
     buckets = [plan[i][1] for i in range(len(plan))]
@@ -92,7 +95,7 @@ def fit(
         # Meanwhile, what no compiler needs.
         llm = models.llm
         if weights is None:
-            weights = models.new_weights(method, config)
+            weights = new_weights(models, method, config)
             opt_state = init_optimizer(optimizer, weights, models.mesh)
         data = training_batches(plan, assemble, step)
         writer = stack.enter_context(contextlib.closing(Writer(directory, method.name, step)))
@@ -172,7 +175,7 @@ def _lowering(
                 models.abstract_llm,
                 place_batch(empty, models.mesh),
                 optimizer=optimizer,
-                place=models.place(method, config),
+                place=place_of(models, method, config),
                 accumulation=config.train.accumulation,
                 remat=config.train.remat,
                 reading=method.reading,
@@ -255,7 +258,7 @@ def validation_loss(
 ) -> float:
     """Return the mean loss per target token, without dropout."""
     size = config.train.batch_size
-    assemble = models.assemble(method, config, tokenized, size)
+    assemble = assembler(models, method, config, tokenized, size)
     loss = jax.jit(loss_fn, static_argnames=("place", "reading"))
     total = np.zeros(2)
     for bucket, indices in plan_batches(np.arange(len(tokenized)), assemble.buckets.of, size):
@@ -265,7 +268,7 @@ def validation_loss(
                 weights,
                 models.llm,
                 batch,
-                place=models.place(method, config),
+                place=place_of(models, method, config),
                 reading=method.reading,
             )
         total += np.array(sums)

@@ -16,6 +16,7 @@ from pplug_jax.plugs.forward import token_losses
 from pplug_jax.plugs.lora import Lora
 from pplug_jax.runtime.mesh import local_rows, place
 from pplug_jax.session import Models
+from pplug_jax.session.inputs import buckets_of
 from pplug_jax.settings import Settings
 
 
@@ -68,7 +69,7 @@ def fit_user_loras(
         return lora
     state = optax.adam(settings.user_learning_rate).init(lora)
     rows = local_rows(models.mesh, count)
-    assemble = Assemble(items, models.buckets(items, 1), models.store, rows)
+    assemble = Assemble(items, buckets_of(models, items, 1), models.store, rows)
     orders = []
     for places in users:
         rng = np.random.default_rng((config.seed, *places[:1]))
