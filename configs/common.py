@@ -41,6 +41,10 @@ def base_config() -> ml_collections.ConfigDict:
     c.data.max_history = 512  # newest items of a profile that are read
     c.data.sort_by_date = True  # order profiles by date, where all their items have one
     c.data.history_labels = True  # read a history item with its tag or score, where it has one
+    # Of `custom`, the field of an item that is what the output is: title, label or text; empty: the
+    # title, where all items have one and the outputs are as short.
+    c.data.answer = ""
+    c.data.instruction = ""  # of `custom`, what every input begins with; empty: as the data say
     c.data.buckets = 6  # padded lengths of texts; more pad less, and compile more programs
     # Directory on a disk for the history's vectors; empty: WORKDIR/history, or history/ where the
     # workdir is gs://...

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import ml_collections
 
+from pplug_jax.data.answers import task_of
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.encoder.bert import POOLINGS
 from pplug_jax.errors import ConfigError
 from pplug_jax.feed.features import FEATURES
 from pplug_jax.llm.quantize import KINDS
-from pplug_jax.methods.table import PAPER_PLUG, configured, methods_of, read_variants
+from pplug_jax.methods.table import PAPER_PLUG, asked_for, configured, methods_of, read_variants
 from pplug_jax.runtime.distributed import wait_for_all
 from pplug_jax.runtime.slips import names_of, near
 from pplug_jax.storage.files import read_object, write_json
@@ -106,12 +107,14 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             raise ConfigError(
                 f"config.methods: {name!r} uses what {weights!r} trains, which is missing"
             )
-        own_items = configured(config, methods[name], 0).train.own_items
-        if (own_items or methods[name].user_lora) and not TASKS[config.task].question:
-            raise ConfigError(
-                f"config.methods: {name!r} trains on the items of a history, but those of "
-                f"{config.task} are no examples of it"
-            )
+    answers = TASKS[config.task].answers
+    if config.data.answer not in ("", *answers):
+        raise ConfigError(
+            f"config.data.answer {config.data.answer!r}: "
+            + (f"known: {', '.join(answers)}" if answers else f"{config.task} has its own")
+        )
+    if not answers:
+        check_own_items(config)
     if config.data.sample_eval_users and not config.data.path and config.task != "LaMP_5":
         raise ConfigError(
             f"config.data.path is empty, and the embedded sample has no {config.task}, only LaMP_5"
@@ -131,6 +134,27 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             f"config.train.batch_size {config.train.batch_size} does not divide into "
             f"config.train.accumulation {config.train.accumulation} parts"
         )
+
+
+def check_own_items(config: ml_collections.ConfigDict) -> None:
+    """Check that a history's items can be examples, if a method trains on them.
+
+    Raises:
+        ConfigError: they cannot; the message says why.
+    """
+    task = task_of(config)
+    for method in asked_for(config):
+        own_items = configured(config, method, 0).train.own_items or method.user_lora
+        if own_items and not task.question:
+            why = (
+                "no field of theirs is known to be like the outputs: name one of "
+                f"{', '.join(task.answers[:-1])} with --config.data.answer"
+                if task.answers
+                else f"those of {task.name} are no examples of it"
+            )
+            raise ConfigError(
+                f"config.methods: {method.name!r} trains on the items of a history, but {why}"
+            )
 
 
 def _check_ranges(config: ml_collections.ConfigDict) -> None:

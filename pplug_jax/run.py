@@ -8,7 +8,8 @@ from pathlib import Path
 import jax
 import ml_collections
 
-from pplug_jax.config import apply_parity, check_config, claim_workdir
+from pplug_jax.config import apply_parity, check_config, check_own_items, claim_workdir
+from pplug_jax.data.answers import learn, task_of
 from pplug_jax.data.check import check_data
 from pplug_jax.data.download import download
 from pplug_jax.data.lamp import Example, Item
@@ -50,6 +51,8 @@ def describe(models: Models, train: Sequence[Example], held_out: Sequence[Exampl
     data = data_name(config)
     if data_directory(config) is None:
         data += ", made up by a generator (for real data: --config.data.path=DIR with LaMP's files)"
+    if TASKS[config.task].answers:
+        data += f"; of an item, what the output is: {task_of(config).answer or 'unknown'}"
     mesh = " x ".join(f"{axis}={size}" for axis, size in models.mesh.shape.items())
     for name, text in {
         "task": config.task,
@@ -144,6 +147,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
             f"config.data.train_split: {config.data.train_split} has no outputs to train on; leave "
             "trained methods out of config.methods, or name another split"
         )
+    learn(config, workdir, train or held_out)
+    check_own_items(config)
     with locked(workdir):
         _work(config, workdir, mode, train, held_out, bad)
 

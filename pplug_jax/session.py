@@ -14,8 +14,8 @@ from etils import epath
 from flax import nnx
 
 from pplug_jax.config import check_batches
+from pplug_jax.data.answers import task_of
 from pplug_jax.data.lamp import Example, Item
-from pplug_jax.data.tasks import TASKS
 from pplug_jax.encoder import load_encoder
 from pplug_jax.encoder.bert import Bert
 from pplug_jax.encoder.encode import abstract_bert, load_bert
@@ -80,7 +80,7 @@ class Models:
     def __init__(self, config: ml_collections.ConfigDict, workdir: Path):
         self.config = config
         self.workdir = workdir
-        self.task = TASKS[config.task]
+        self.task = task_of(config)
         self.mesh = make_mesh(**config.mesh)
         check_batches(config, parts(self.mesh, "batch"))
         llm_path = model_path(config.llm.path, "llm")

@@ -58,12 +58,13 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def upgraded(config: dict[str, Any]) -> dict[str, Any]:
     """Return an older config.json's content in today's form.
 
-    Features had a setting each, and there were no variants.
+    Features had a setting each, there were no variants, and nothing was learnt of a task's data.
 
     Raises:
         ConfigError: it has a setting that is gone.
     """
     config = {"variants": ""} | config
+    config["data"] = {"answer": "", "instruction": ""} | config.get("data", {})
     plug = {"place": "front"} | config.get("plug", {})
     config["plug"] = plug
     if "features" in plug or "form" not in plug:
