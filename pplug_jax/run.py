@@ -51,8 +51,11 @@ def describe(models: Models, train: Sequence[Example], held_out: Sequence[Exampl
     data = data_name(config)
     if data_directory(config) is None:
         data += ", made up by a generator (for real data: --config.data.path=DIR with LaMP's files)"
-    if TASKS[config.task].answers:
-        data += f"; of an item, what the output is: {task_of(config).answer or 'unknown'}"
+    task = task_of(config)
+    if task.answers and task.answer:
+        data += f"; the items' {task.answer} is what the output is"
+    elif task.answers:
+        data += "; no field of the items is known to be what the output is (config.data.answer)"
     mesh = " x ".join(f"{axis}={size}" for axis, size in models.mesh.shape.items())
     for name, text in {
         "task": config.task,
