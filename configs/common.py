@@ -98,6 +98,9 @@ def base_config() -> ml_collections.ConfigDict:
     c.train.clip_norm = 1.0  # largest norm of the gradient
     c.train.own_items = 0  # number of each user's history items that become examples too
     c.train.remat = False  # recompute the LLM's activations in the backward pass, to save memory
+    # At a loss far above where it began and the LLM's own: `stop`, or go `back` to the last
+    # checkpoint and end the method's training with it.
+    c.train.on_divergence = "stop"
     c.train.log_every = 20  # steps
     c.train.checkpoint_every = 200  # steps
     c.train.keep = 2  # newest checkpoints

@@ -58,6 +58,7 @@ SHARES = ("plug.history_dropout", "plug.persona_dropout", "train.warmup", "train
 DTYPES = ("float32", "bfloat16", "float16")
 CHOICES = {
     "data.on_error": ("stop", "skip"),
+    "train.on_divergence": ("stop", "back"),
     "llm.dtype": DTYPES,
     "encoder.dtype": DTYPES,
     "plug.dtype": DTYPES,

@@ -305,6 +305,10 @@ class Checkpoints:
                     _rename_torn(path)
         wait_for_all("the checkpoints' metrics are whole")
 
+    def delete(self, step: int) -> None:
+        """Delete a checkpoint; call it on all processes at once."""
+        self.manager.delete(step)
+
     def close(self) -> None:
         self.manager.close()
 

@@ -38,6 +38,7 @@ from pplug_jax.train.step import (
     optimizer_of,
 )
 from pplug_jax.train.stop import Stop
+from pplug_jax.train.watch import Start, llm_loss
 
 
 def fit(
@@ -63,7 +64,8 @@ def fit(
 
     Raises:
         SystemExit: SIGTERM or Ctrl-C came; a checkpoint was saved.
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss left, and `config.train.on_divergence` says to stop, or there
+            is no good checkpoint to go back to.
         CheckpointError: the newest checkpoint is of other data.
     """
     assemble = models.assemble(
@@ -95,29 +97,47 @@ def fit(
             weights = models.new_weights(method, config)
             opt_state = init_optimizer(optimizer, weights, models.mesh)
         data = training_batches(plan, assemble, step)
+        start = Start.read(directory, method.name)
         writer = stack.enter_context(contextlib.closing(Writer(directory, method.name, step)))
         stop = stack.enter_context(Stop())
         progress = stack.enter_context(
             Progress(f"training {method.name}", len(plan), "steps", step)
         )
-        meter, info = Meter(), ""
+        meter, info, values = Meter(), "", {"loss": math.nan}
         while step < len(plan):
             batch = next(data)
             tokens = batch.prompt_mask.sum() + batch.target_mask.sum() + soft * batch.weight.sum()
             update = compiled(buckets[step])
             placed = place_batch(batch, models.mesh)
+            if step == 0:
+                with meter.paused(), jax.set_mesh(models.mesh):
+                    own_loss = llm_loss(
+                        llm,
+                        placed,
+                        place=models.place(method, config),
+                        accumulation=config.train.accumulation,
+                    )
             weights, opt_state, metrics = update(weights, opt_state, llm, placed)
+            if step == 0:
+                start = Start(float(metrics["loss"]), float(own_loss))
+                writer.write(1, start_loss=start.loss, start_llm_loss=start.llm_loss)
             step += 1
             # Of several processes each sees its own rows alone.
             meter.add(metrics, int(tokens) * config.train.batch_size // len(batch.weight))
-            if step % config.train.log_every == 0 or step == len(plan):
+            saving = step % config.train.checkpoint_every == 0 or step == len(plan)
+            if saving or step % config.train.log_every == 0:
                 values = meter.read()
-                if not math.isfinite(values["loss"]):
-                    raise FloatingPointError(
-                        f"the loss is {values['loss']} at step {step}; lower "
-                        "config.train.learning_rate "
-                        f"(the last checkpoint is step {checkpoints.latest})"
-                    )
+                if problem := start.problem(values["loss"]):
+                    problem = f"{method.name} diverges: {problem} at step {step}"
+                    advice = "lower config.train.learning_rate"
+                    if config.train.on_divergence == "stop":
+                        raise FloatingPointError(f"{problem}; {advice}")
+                    good = _last_good(checkpoints, trained, start, update, llm, placed)
+                    if good is None:
+                        raise FloatingPointError(f"{problem}, before any good checkpoint; {advice}")
+                    weights, last = good
+                    say(f"warning: {problem}; {advice}. Its training ends with step {last}")
+                    return weights
                 writer.write(step, **values)
                 info = (
                     "loss {loss:.3f}, {steps_per_second:.1f} steps/s, "
@@ -125,7 +145,7 @@ def fit(
                 ).format(**values)
             progress.advance(1, info)
             stopped = stop.asked(step) and step < len(plan)
-            if stopped or step % config.train.checkpoint_every == 0 or step == len(plan):
+            if stopped or saving:
                 loss = None
                 if validation and not stopped:
                     with meter.paused():
@@ -141,6 +161,12 @@ def fit(
                 )
                 raise SystemExit(128 + stop.signal)
         checkpoints.wait()
+        if values["loss"] > start.llm_loss:
+            say(
+                f"warning: {method.name} ends with a loss of {values['loss']:.3f}, and the LLM "
+                f"alone has {start.llm_loss:.3f} on the first batch: little of use was learnt; try "
+                "other learning rates (config.tune.learning_rates)"
+            )
     return weights
 
 
@@ -198,6 +224,34 @@ def _resumed(
             f"has {steps}; the data have changed since: give another --workdir"
         )
     return checkpoints.restore(*trained)
+
+
+def _last_good(
+    checkpoints: Checkpoints,
+    trained: tuple[Weights, Any],
+    start: Start,
+    update: Callable[..., tuple[Weights, Any, dict[str, jax.Array]]],
+    *inputs: Any,
+) -> tuple[Weights, int] | None:
+    """Return the weights and the step of the newest checkpoint whose loss has not left, or None.
+
+    Newer ones are deleted: the loss of a step is that before its update, so that a checkpoint may
+    hold what only the next step shows.
+
+    Args:
+        checkpoints: of the training that diverged.
+        trained: the abstract weights and optimiser state.
+        start: where the training began.
+        update: makes a step of weights and state, which it takes, and these inputs.
+        inputs: the LLM and the last batch.
+    """
+    checkpoints.wait()
+    while checkpoints.latest_for_all() is not None:
+        weights, opt_state, step = checkpoints.restore(*trained)
+        if not start.problem(float(update(weights, opt_state, *inputs)[2]["loss"])):
+            return checkpoints.restore(*trained)[0], step
+        checkpoints.delete(step)
+    return None
 
 
 class Meter:
