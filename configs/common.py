@@ -32,7 +32,8 @@ def base_config() -> ml_collections.ConfigDict:
     c.data.time_based = True  # LaMP split by time, the paper's setting; False: by user
     c.data.base_url = BASE_URL  # where --mode=download gets LaMP's files
     c.data.on_error = "stop"  # at a bad record; skip: list it in WORKDIR/bad_records.jsonl
-    c.data.train_split = "train"  # name of the split to train on, as in the files
+    # Name of the split to train on, as in the files; train[:300] is its first 300 records.
+    c.data.train_split = "train"
     c.data.eval_split = "dev"  # name of the split to answer
     c.data.sample_train_users = 0  # users of the embedded sample to train on
     c.data.sample_eval_users = 0  # users of the embedded sample to answer for

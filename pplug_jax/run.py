@@ -18,6 +18,7 @@ from pplug_jax.data.sources import (
     data_directory,
     data_name,
     existing_directory,
+    part_of,
     read_split,
     report_bad,
 )
@@ -120,7 +121,8 @@ def check_files(config: ml_collections.ConfigDict, mode: str) -> None:
     task = TASKS[config.task]
     splits: list[str] = []
     if mode == "download":
-        splits = list(dict.fromkeys((config.data.train_split, config.data.eval_split)))
+        asked = config.data.train_split, config.data.eval_split
+        splits = list(dict.fromkeys(part_of(split)[0] for split in asked))
         time_based, base_url = config.data.time_based, config.data.base_url
         download(task.name, splits, directory, time_based=time_based, base_url=base_url)
     bad = check_data(existing_directory(config, config.data.train_split), task, splits)

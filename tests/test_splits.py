@@ -101,6 +101,17 @@ def test_every_task_runs_end_to_end(
     assert ("Only a judge can score" in output) == judged
 
 
+@pytest.mark.parametrize(("split", "count"), [("dev[:3]", 3), ("dev[:99]", 5), ("dev", 5)])
+def test_a_part_of_a_split(tmp_path: Path, split: str, count: int):
+    write_task(tmp_path, "LaMP_4", "dev", 5)
+    config = config_of("LaMP_4", tmp_path, data__eval_split=split)
+    whole = read(tmp_path, "dev", TASKS["LaMP_4"])
+    assert list(read_split(config, "eval")) == [whole[i] for i in range(count)]
+    config.data.eval_split = "dev[:0]"
+    with pytest.raises(DataError, match=r"the split dev\[:0\] has no questions"):
+        read_split(config, "eval")
+
+
 @pytest.mark.slow
 def test_methods_beyond_the_default_ones_run(tmp_path: Path):
     for split in ("train", "dev"):
