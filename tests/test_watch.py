@@ -20,20 +20,26 @@ from tests.support.runs import small_config
 from tests.support.tiny import make_batch, make_llm
 
 
-@given(st.floats(0, 20), st.floats(0, 20))
-def test_a_loss_is_wrong_far_above_both_beginnings(first: float, own: float) -> None:
-    start = Start(first, own)
-    assert not start.problem(max(first, own) + RISE)
-    assert f"began at {first:.3f} and the LLM alone has {own:.3f}" in start.problem(
-        max(first, own) + RISE + 0.01
-    )
-    assert "the loss is nan" in start.problem(math.nan)
+@given(st.floats(0, 20), st.floats(0, 20), st.floats(0, 20))
+def test_a_loss_is_wrong_far_above_the_llms_own_and_where_it_began(
+    first: float, first_own: float, own: float
+) -> None:
+    start = Start(first, first_own)
+    least = own + max(0, first - first_own) + RISE
+    assert not start.problem(least - 1e-6, own)
+    problem = start.problem(least + 0.01, own)
+    assert f"the LLM alone has {own:.3f}; it began at {first:.3f}" in problem
+    assert "the loss is nan" in start.problem(math.nan, own)
+    # Only what is far above the first batch's losses is worth a second look.
+    assert not start.suspect(max(first, first_own) + RISE)
+    assert start.suspect(max(first, first_own) + RISE + 0.01)
+    assert start.suspect(math.nan)
 
 
 def test_where_no_beginning_is_known_only_what_is_no_number_is_wrong(tmp_path: Path) -> None:
     start = Start.read(tmp_path, "pplug")
-    assert not start.problem(1e9)
-    assert start.problem(math.inf)
+    assert not start.suspect(1e9)
+    assert start.suspect(math.nan) and start.problem(math.nan, 1.0)
     lines = [
         {"step": 1, "name": f"{name}", "value": value}
         for name, value in (
@@ -44,7 +50,8 @@ def test_where_no_beginning_is_known_only_what_is_no_number_is_wrong(tmp_path: P
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert Start.read(tmp_path, "pplug") == (3, 2)
-    assert Start.read(tmp_path, "other") == (9, math.inf)
+    assert Start.read(tmp_path, "other") == (9, 0)
+    assert Start.read(tmp_path, "third") == Start()
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -69,9 +76,10 @@ def test_a_run_that_diverges_stops_with_its_step(
 ) -> None:
     monkeypatch.setattr("pplug_jax.train.watch.RISE", -9.0)
     config = small_config(methods=("pplug",), plug__place=place, train__on_divergence=then)
+    number = r"\d+\.\d+"
     expected = (
-        r"pplug diverges: the loss is \d+\.\d+, where it began at \d+\.\d+ and the LLM alone has "
-        rf"\d+\.\d+, at step 1[,;] {message}"
+        rf"pplug diverges: at step 1 the loss is {number}, where the LLM alone has {number}; it "
+        rf"began at {number}, where the LLM has {number}[,;] {message}"
     )
     with pytest.raises(FloatingPointError, match=expected):
         run(config, tmp_path, "train")
@@ -83,17 +91,18 @@ def test_a_run_that_diverges_goes_back_if_asked(
 ) -> None:
     steps = []
 
-    def problem(start: Start, loss: float) -> str:
+    def problem(start: Start, loss: float, own: float) -> str:
         """The fourth step's loss has left, and that of the newest checkpoint, but no other."""
         steps.append(loss)
-        return "the loss is high," if len(steps) in (4, 5) else ""
+        return "the loss is high" if len(steps) in (4, 5) else ""
 
+    monkeypatch.setattr(Start, "suspect", lambda start, loss: True)
     monkeypatch.setattr(Start, "problem", problem)
     config = small_config(
         methods=("pplug",), train__checkpoint_every=1, train__on_divergence="back"
     )
     run(config, tmp_path, "train_and_evaluate")
-    assert "pplug diverges: the loss is high, at step 4; lower" in capsys.readouterr().out
+    assert "pplug diverges: at step 4 the loss is high; lower" in capsys.readouterr().out
     assert len(steps) == 6
     # The third step's checkpoint was found bad too.
     assert Checkpoints(tmp_path / "checkpoints" / "pplug").latest == 2
@@ -105,6 +114,9 @@ def test_a_run_that_diverges_goes_back_if_asked(
 def test_a_plug_above_the_llms_own_loss_is_told_of(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    config = small_config(methods=("pplug",))
+    run(config, tmp_path / "good", "train")
+    assert "nothing of use" not in capsys.readouterr().out
     monkeypatch.setattr("pplug_jax.train.loop.llm_loss", lambda *args, **settings: 0.0)
-    run(small_config(methods=("pplug",)), tmp_path, "train")
-    assert "the LLM alone has 0.000 on the first batch: little of use" in capsys.readouterr().out
+    run(config, tmp_path / "bad", "train")
+    assert "the LLM alone has 0.000: nothing of use was learnt" in capsys.readouterr().out

@@ -1,7 +1,7 @@
 """The loop that fits a plug or a LoRA: resume, step, log, validate, save."""
 
 import contextlib
-import math
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,12 +15,14 @@ import optax
 from pplug_jax.errors import CheckpointError
 from pplug_jax.feed.batches import (
     Assemble,
+    Batch,
     Plan,
     Tokenized,
     place_batch,
     plan_batches,
     training_batches,
 )
+from pplug_jax.llm import LLM
 from pplug_jax.methods.table import Method
 from pplug_jax.plugs.forward import Weights
 from pplug_jax.plugs.registry import PLUGS
@@ -38,7 +40,7 @@ from pplug_jax.train.step import (
     optimizer_of,
 )
 from pplug_jax.train.stop import Stop
-from pplug_jax.train.watch import Start, llm_loss
+from pplug_jax.train.watch import USELESS, Start, llm_loss
 
 
 def fit(
@@ -103,23 +105,19 @@ def fit(
         progress = stack.enter_context(
             Progress(f"training {method.name}", len(plan), "steps", step)
         )
-        meter, info, values = Meter(), "", {"loss": math.nan}
+        own = functools.partial(_own_loss, models, method, config)
+        meter, info = Meter(), ""
         while step < len(plan):
             batch = next(data)
             tokens = batch.prompt_mask.sum() + batch.target_mask.sum() + soft * batch.weight.sum()
             update = compiled(buckets[step])
             placed = place_batch(batch, models.mesh)
             if step == 0:
-                with meter.paused(), jax.set_mesh(models.mesh):
-                    own_loss = llm_loss(
-                        llm,
-                        placed,
-                        place=models.place(method, config),
-                        accumulation=config.train.accumulation,
-                    )
+                with meter.paused():
+                    own_loss = own(placed)
             weights, opt_state, metrics = update(weights, opt_state, llm, placed)
             if step == 0:
-                start = Start(float(metrics["loss"]), float(own_loss))
+                start = Start(float(metrics["loss"]), own_loss)
                 writer.write(1, start_loss=start.loss, start_llm_loss=start.llm_loss)
             step += 1
             # Of several processes each sees its own rows alone.
@@ -127,17 +125,17 @@ def fit(
             saving = step % config.train.checkpoint_every == 0 or step == len(plan)
             if saving or step % config.train.log_every == 0:
                 values = meter.read()
-                if problem := start.problem(values["loss"]):
-                    problem = f"{method.name} diverges: {problem} at step {step}"
+                loss = float(metrics["loss"])
+                if start.suspect(values["loss"]) and (problem := start.problem(loss, own(placed))):
+                    problem = f"{method.name} diverges: at step {step} {problem}"
                     advice = "lower config.train.learning_rate"
                     if config.train.on_divergence == "stop":
                         raise FloatingPointError(f"{problem}; {advice}")
-                    good = _last_good(checkpoints, trained, start, update, llm, placed)
-                    if good is None:
+                    last = _last_good(checkpoints, trained, start, own, update, llm, placed)
+                    if last is None:
                         raise FloatingPointError(f"{problem}, before any good checkpoint; {advice}")
-                    weights, last = good
-                    say(f"warning: {problem}; {advice}. Its training ends with step {last}")
-                    return weights
+                    say(f"warning: {problem}; {advice}. The training ends with step {last}")
+                    return checkpoints.restore(*trained)[0]
                 writer.write(step, **values)
                 info = (
                     "loss {loss:.3f}, {steps_per_second:.1f} steps/s, "
@@ -146,12 +144,12 @@ def fit(
             progress.advance(1, info)
             stopped = stop.asked(step) and step < len(plan)
             if stopped or saving:
-                loss = None
+                validated = None
                 if validation and not stopped:
                     with meter.paused():
-                        loss = validation_loss(models, method, config, weights, validation)
-                    writer.write(step, validation_loss=loss)
-                checkpoints.save(step, weights, opt_state, loss)
+                        validated = validation_loss(models, method, config, weights, validation)
+                    writer.write(step, validation_loss=validated)
+                checkpoints.save(step, weights, opt_state, validated)
                 writer.flush()
             if stopped:
                 checkpoints.wait()
@@ -161,13 +159,22 @@ def fit(
                 )
                 raise SystemExit(128 + stop.signal)
         checkpoints.wait()
-        if values["loss"] > start.llm_loss:
+        if values["loss"] > start.llm_loss and loss > (llm_alone := own(placed)) + USELESS:
             say(
-                f"warning: {method.name} ends with a loss of {values['loss']:.3f}, and the LLM "
-                f"alone has {start.llm_loss:.3f} on the first batch: little of use was learnt; try "
-                "other learning rates (config.tune.learning_rates)"
+                f"warning: {method.name} ends with a loss of {loss:.3f} on its last batch, where "
+                f"the LLM alone has {llm_alone:.3f}: nothing of use was learnt; try other learning "
+                "rates (config.tune.learning_rates)"
             )
     return weights
+
+
+def _own_loss(
+    models: Models, method: Method, config: ml_collections.ConfigDict, batch: Batch
+) -> float:
+    """Return the LLM's own loss on one of the method's training batches."""
+    with jax.set_mesh(models.mesh):
+        place, parts = models.place(method, config), config.train.accumulation
+        return float(llm_loss(models.llm, batch, place=place, accumulation=parts))
 
 
 def _lowering(
@@ -230,26 +237,31 @@ def _last_good(
     checkpoints: Checkpoints,
     trained: tuple[Weights, Any],
     start: Start,
+    own: Callable[[Batch], float],
     update: Callable[..., tuple[Weights, Any, dict[str, jax.Array]]],
-    *inputs: Any,
-) -> tuple[Weights, int] | None:
-    """Return the weights and the step of the newest checkpoint whose loss has not left, or None.
+    llm: LLM,
+    batch: Batch,
+) -> int | None:
+    """Return the step of the newest checkpoint whose loss has not left, or None.
 
-    Newer ones are deleted: the loss of a step is that before its update, so that a checkpoint may
-    hold what only the next step shows.
+    Newer ones are deleted: a step's loss is that before its update, so that a checkpoint may hold
+    what only the next step shows.
 
     Args:
         checkpoints: of the training that diverged.
         trained: the abstract weights and optimiser state.
         start: where the training began.
-        update: makes a step of weights and state, which it takes, and these inputs.
-        inputs: the LLM and the last batch.
+        own: returns the LLM's own loss on a batch.
+        update: makes a step.
+        llm: the LLM.
+        batch: the batch to judge by.
     """
     checkpoints.wait()
     while checkpoints.latest_for_all() is not None:
         weights, opt_state, step = checkpoints.restore(*trained)
-        if not start.problem(float(update(weights, opt_state, *inputs)[2]["loss"])):
-            return checkpoints.restore(*trained)[0], step
+        metrics = update(weights, opt_state, llm, batch)[2]
+        if not start.problem(float(metrics["loss"]), own(batch)):
+            return step
         checkpoints.delete(step)
     return None
 

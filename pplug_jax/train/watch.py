@@ -16,7 +16,8 @@ from pplug_jax.storage.scalars import read_scalars
 from pplug_jax.storage.workdir import METRICS
 from pplug_jax.train.step import in_parts, loss_fn
 
-RISE = 1.0  # nats a token: 2.7 times the perplexity, more than the chance of a few batches
+RISE = 1.0  # nats a token: 2.7 times the perplexity
+USELESS = 0.1  # nats above the LLM's own, at a training's end
 
 
 class _Nothing:
@@ -37,7 +38,7 @@ def llm_loss(llm: LLM, batch: Batch, *, place: Place, accumulation: int) -> jax.
 
 
 class Start(NamedTuple):
-    """The losses of a training's first batch; infinite if an older version did not note them.
+    """The losses of a training's first batch; infinite and 0 if an older version noted none.
 
     Attributes:
         loss: with the untrained weights.
@@ -45,7 +46,7 @@ class Start(NamedTuple):
     """
 
     loss: float = math.inf
-    llm_loss: float = math.inf
+    llm_loss: float = 0.0
 
     @classmethod
     def read(cls, directory: Path, method: str) -> Self:
@@ -53,14 +54,23 @@ class Start(NamedTuple):
         path = directory / METRICS
         if not path.is_file():
             return cls()
-        losses = (read_scalars(path, f"start_{name}").get(method, {}) for name in cls._fields)
-        return cls(*(each.get(1, math.inf) for each in losses))
+        losses = {name: read_scalars(path, f"start_{name}").get(method) for name in cls._fields}
+        return cls(**{name: steps[1] for name, steps in losses.items() if steps})
 
-    def problem(self, loss: float) -> str:
-        """Return what is wrong with a loss in training, in words; empty if nothing is."""
-        if math.isfinite(loss) and loss <= max(self) + RISE:
+    def suspect(self, loss: float) -> bool:
+        """Return whether a loss may have left; batches differ, so that `problem` must say."""
+        return not loss <= max(self) + RISE
+
+    def problem(self, loss: float, own: float) -> str:
+        """Return what is wrong with the loss of a batch, in words; empty if nothing is.
+
+        Args:
+            loss: the loss.
+            own: the LLM's own on the same batch.
+        """
+        if loss - own <= max(0.0, self.loss - self.llm_loss) + RISE:
             return ""
         return (
-            f"the loss is {loss:.3f}, where it began at {self.loss:.3f} and the LLM alone has "
-            f"{self.llm_loss:.3f},"
+            f"the loss is {loss:.3f}, where the LLM alone has {own:.3f}; it began at "
+            f"{self.loss:.3f}, where the LLM has {self.llm_loss:.3f}"
         )
