@@ -7,15 +7,16 @@ from pathlib import Path
 
 import ml_collections
 
+from pplug_jax.data.answers import task_of
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.encoder.bert import POOLINGS
 from pplug_jax.errors import ConfigError
 from pplug_jax.feed.features import FEATURES
 from pplug_jax.llm.quantize import KINDS
-from pplug_jax.methods.table import PAPER_PLUG, configured, methods_of, read_variants
+from pplug_jax.methods.table import PAPER_PLUG, asked_for, configured, methods_of, read_variants
 from pplug_jax.runtime.distributed import wait_for_all
 from pplug_jax.runtime.slips import near
-from pplug_jax.settings import Settings, flatten, upgraded
+from pplug_jax.settings import Settings, upgraded
 from pplug_jax.storage.files import read_object, write_json
 from pplug_jax.storage.workdir import CONFIG
 
@@ -59,6 +60,7 @@ SHARES = ("plug.history_dropout", "plug.persona_dropout", "train.warmup", "train
 DTYPES = ("float32", "bfloat16", "float16")
 CHOICES = {
     "data.on_error": ("stop", "skip"),
+    "train.on_divergence": ("stop", "back"),
     "llm.dtype": DTYPES,
     "encoder.dtype": DTYPES,
     "plug.dtype": DTYPES,
@@ -115,12 +117,14 @@ def check_config(config: Settings) -> None:
             raise ConfigError(
                 f"config.methods: {name!r} uses what {weights!r} trains, which is missing"
             )
-        own_items = configured(config, methods[name], 0).train.own_items
-        if (own_items or methods[name].user_lora) and not TASKS[config.task].question:
-            raise ConfigError(
-                f"config.methods: {name!r} trains on the items of a history, but those of "
-                f"{config.task} are no examples of it"
-            )
+    answers = TASKS[config.task].answers
+    if config.data.answer not in ("", *answers):
+        raise ConfigError(
+            f"config.data.answer {config.data.answer!r}: "
+            + (f"known: {', '.join(answers)}" if answers else f"{config.task} has its own")
+        )
+    if not answers:
+        check_own_items(config)
     if config.data.sample_eval_users and not config.data.path and config.task != "LaMP_5":
         raise ConfigError(
             f"config.data.path is empty, and the embedded sample has no {config.task}, only LaMP_5"
@@ -140,6 +144,27 @@ def check_config(config: Settings) -> None:
             f"config.train.batch_size {config.train.batch_size} does not divide into "
             f"config.train.accumulation {config.train.accumulation} parts"
         )
+
+
+def check_own_items(config: Settings) -> None:
+    """Check that a history's items can be examples, if a method trains on them.
+
+    Raises:
+        ConfigError: they cannot; the message says why.
+    """
+    task = task_of(config)
+    for method in asked_for(config):
+        own_items = configured(config, method, 0).train.own_items or method.user_lora
+        if own_items and not task.question:
+            why = (
+                "no field of theirs is known to be like the outputs: name one of "
+                f"{', '.join(task.answers[:-1])} with --config.data.answer"
+                if task.answers
+                else f"those of {task.name} are no examples of it"
+            )
+            raise ConfigError(
+                f"config.methods: {method.name!r} trains on the items of a history, but {why}"
+            )
 
 
 def _check_ranges(config: Settings) -> None:
@@ -196,23 +221,22 @@ def claim_workdir(workdir: Path, config: Settings) -> None:
         write_json(path, ours)
         wait_for_all("config.json is there")
         return
-    saved, now = flatten(upgraded(read_object(path))), flatten(ours)
-    before, after = (read_variants(settings.get("variants", "")) for settings in (saved, now))
+    saved = Settings.of(upgraded(read_object(path))).flat()
+    now = config.flat()
+    before, after = (read_variants(settings["variants"]) for settings in (saved, now))
     if changed := [name for name in before.keys() & after.keys() if before[name] != after[name]]:
         raise ConfigError(
             f"{workdir} was made with another variant {min(changed)!r}: give it another name"
         )
     different = sorted(
         field
-        for field in saved.keys() | now.keys()
-        if saved.get(field) != now.get(field)
+        for field in now
+        if saved[field] != now[field]
         and not field.startswith("mesh.")
         and field not in ("data.eval_split", "methods", "seeds", "variants")
     )
     if different:
-        changes = "; ".join(
-            f"config.{f}: {saved.get(f)!r} there, {now.get(f)!r} now" for f in different
-        )
+        changes = "; ".join(f"config.{f}: {saved[f]!r} there, {now[f]!r} now" for f in different)
         raise ConfigError(
             f"{workdir} was made with a different config ({changes}): "
             "give another --workdir, or the same settings"

@@ -8,7 +8,8 @@ from pathlib import Path
 import jax
 import ml_collections
 
-from pplug_jax.config import checked, claim_workdir
+from pplug_jax.config import check_own_items, checked, claim_workdir
+from pplug_jax.data.answers import learnt, task_of
 from pplug_jax.data.check import check_data
 from pplug_jax.data.download import download
 from pplug_jax.data.lamp import Example, Item
@@ -17,6 +18,7 @@ from pplug_jax.data.sources import (
     data_directory,
     data_name,
     existing_directory,
+    part_of,
     read_split,
     report_bad,
 )
@@ -52,6 +54,11 @@ def describe(models: Models, train: Sequence[Example], held_out: Sequence[Exampl
     data = data_name(config)
     if data_directory(config) is None:
         data += ", made up by a generator (for real data: --config.data.path=DIR with LaMP's files)"
+    task = task_of(config)
+    if task.answers and task.answer:
+        data += f"; the items' {task.answer} is what the output is"
+    elif task.answers:
+        data += "; no field of the items is known to be what the output is (config.data.answer)"
     mesh = " x ".join(f"{axis}={size}" for axis, size in models.mesh.shape.items())
     for name, text in {
         "task": config.task,
@@ -116,7 +123,8 @@ def check_files(config: Settings, mode: str) -> None:
     task = TASKS[config.task]
     splits: list[str] = []
     if mode == "download":
-        splits = list(dict.fromkeys((config.data.train_split, config.data.eval_split)))
+        asked = config.data.train_split, config.data.eval_split
+        splits = list(dict.fromkeys(part_of(split)[0] for split in asked))
         time_based, base_url = config.data.time_based, config.data.base_url
         download(task.name, splits, directory, time_based=time_based, base_url=base_url)
     bad = check_data(existing_directory(config, config.data.train_split), task, splits)
@@ -145,6 +153,8 @@ def run(given: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
             f"config.data.train_split: {config.data.train_split} has no outputs to train on; leave "
             "trained methods out of config.methods, or name another split"
         )
+    config = learnt(config, workdir, train or held_out)
+    check_own_items(config)
     with locked(workdir):
         _work(config, workdir, mode, train, held_out, bad)
 

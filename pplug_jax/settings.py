@@ -25,7 +25,8 @@ class DataSettings:
     time_based: bool = True  # LaMP split by time, the paper's setting; False: by user
     base_url: str = BASE_URL  # where --mode=download gets LaMP's files
     on_error: str = "stop"  # at a bad record; skip: list it in WORKDIR/bad_records.jsonl
-    train_split: str = "train"  # name of the split to train on, as in the files
+    # Name of the split to train on, as in the files; train[:300] is its first 300 records.
+    train_split: str = "train"
     eval_split: str = "dev"  # name of the split to answer
     sample_train_users: int = 0  # users of the embedded sample to train on
     sample_eval_users: int = 0  # users of the embedded sample to answer for
@@ -34,6 +35,10 @@ class DataSettings:
     max_history: int = 512  # newest items of a profile that are read
     sort_by_date: bool = True  # order profiles by date, where all their items have one
     history_labels: bool = True  # read a history item with its tag or score, where it has one
+    # Of `custom`, the field of an item that is what the output is: title, label or text; empty: the
+    # title, where all items have one and the outputs are as short.
+    answer: str = ""
+    instruction: str = ""  # of `custom`, what every input begins with; empty: as the data say
     buckets: int = 6  # padded lengths of texts; more pad less, and compile more programs
     # Directory on a disk for the history's vectors; empty: WORKDIR/history, or history/ where the
     # workdir is gs://...
@@ -103,6 +108,9 @@ class TrainSettings:
     clip_norm: float = 1.0  # largest norm of the gradient
     own_items: int = 0  # number of each user's history items that become examples too
     remat: bool = False  # recompute the LLM's activations in the backward pass, to save memory
+    # At a loss far above where it began and the LLM's own: `stop`, or go `back` to the last
+    # checkpoint and end the method's training with it.
+    on_divergence: str = "stop"
     log_every: int = 20  # steps
     checkpoint_every: int = 200  # steps
     keep: int = 2  # newest checkpoints
@@ -249,17 +257,15 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def upgraded(config: dict[str, Any]) -> dict[str, Any]:
     """Return an older config.json's content in today's form.
 
-    Features had a setting each, and there were no variants.
+    Features had a setting each.
 
     Raises:
         ConfigError: it has a setting that is gone.
     """
-    config = {"variants": ""} | config
-    plug = {"place": "front"} | config.get("plug", {})
-    config["plug"] = plug
+    plug = dict(config.get("plug", {}))
     if "features" in plug or "form" not in plug:
         return config
     if plug.pop("heads", 0):
         raise ConfigError("config.plug.heads is gone; this workdir was made by an older version")
     plug["features"] = [name for name in ("difference", "form") if plug.pop(name)]
-    return config
+    return config | {"plug": plug}

@@ -109,9 +109,16 @@ def outside(variable: str, what: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def real_models() -> Path:
-    """Trained models in Hugging Face format, a directory each."""
-    return outside("PPLUG_TEST_MODELS", "trained models to compare with")
+def real_model() -> Callable[[str], Path]:
+    """Gives the directory of a trained model in Hugging Face format, by its name."""
+    models = outside("PPLUG_TEST_MODELS", "trained models to compare with")
+
+    def directory(name: str) -> Path:
+        if not (models / name).is_dir():
+            pytest.skip(f"PPLUG_TEST_MODELS: {models} has no {name}")
+        return models / name
+
+    return directory
 
 
 @pytest.fixture(scope="session")

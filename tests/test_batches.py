@@ -15,6 +15,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pplug_jax.data.form import SIZE, form
 from pplug_jax.data.lamp import Example
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.feed.batches import (
@@ -34,7 +35,6 @@ from pplug_jax.feed.batches import (
     training_batches,
 )
 from pplug_jax.feed.features import item_ages, item_forms
-from pplug_jax.feed.form import SIZE, form
 from pplug_jax.feed.peers import Peers
 from pplug_jax.feed.store import HistoryStore
 from pplug_jax.llm.prompts import Tokenizer

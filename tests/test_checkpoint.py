@@ -96,6 +96,16 @@ def test_without_validation_the_newest_is_the_best(tmp_path: Path) -> None:
     assert checkpoints.best == 3
 
 
+def test_arrays_of_another_shape_are_of_another_version(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, None)
+    other = weights(ONE) | {"vector": jnp.zeros(9)}
+    with pytest.raises(
+        CheckpointError, match=r"step 1 holds an array of shape \(5,\), which is \(9"
+    ):
+        checkpoints.restore_weights(other)
+    assert steps(tmp_path) == ["1"]
+
+
 def tear(directory: Path) -> None:
     """Cuts every file of arrays to half."""
     files = [path for path in directory.glob("weights/**/d/*") if path.is_file()]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pplug_jax.data.form import SIZE
 from pplug_jax.encoder.bert import Bert, BertConfig
-from pplug_jax.feed.form import SIZE
 from pplug_jax.plugs.persona import FIRST_RECENCY, Projector, UserEmbedder, attention_weights
 from pplug_jax.plugs.reading import PAPER, Reading
 from pplug_jax.settings import PlugSettings

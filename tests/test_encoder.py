@@ -501,12 +501,14 @@ def test_contriever_is_pooled_by_the_mean(tiny_bert: Path, tmp_path: Path) -> No
 
 
 @needs_torch
-def test_a_trained_model_on_a_thousand_texts(real_models: Path, real_texts: Path) -> None:
+def test_a_trained_model_on_a_thousand_texts(
+    real_model: Callable[[str], Path], real_texts: Path
+) -> None:
     """Titles and some abstracts, on eight devices at once, in batches of like lengths."""
     with gzip.open(real_texts / "corpus" / "scholarly_corpus.jsonl.gz", "rt") as file:
         papers = [json.loads(line) for line in itertools.islice(file, 1000)]
     texts = [p["abstract"] if i % 20 == 0 else p["title"] for i, p in enumerate(papers)]
-    path = real_models / "all-MiniLM-L6-v2"
+    path = real_model("all-MiniLM-L6-v2")
     encoder = load_encoder(path, mesh=make_mesh(8, 1, 1))
     # sentence_bert_config.json: the positions reach to 512.
     assert (encoder.model.pooling, encoder.size, encoder.max_length) == ("mean", 384, 256)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pplug_jax.scoring.summary import verdicts
+from pplug_jax.scoring.summary import holm, verdicts
 
 LOW, HIGH = np.zeros((30, 1)), np.ones((30, 1))
 NOISE = np.random.default_rng(0).random((30, 1))
@@ -17,21 +17,51 @@ def said(metric: str, pplug: np.ndarray, **others: np.ndarray) -> list[str]:
 @pytest.mark.parametrize(
     ("metric", "pplug", "none", "word"),
     [
-        ("rouge1", HIGH, LOW, "better than"),
-        ("rouge1", LOW, HIGH, "worse than"),
-        ("mae", HIGH, LOW, "worse than"),
-        ("mae", LOW, HIGH, "better than"),
-        ("rouge1", HIGH, HIGH, "not significantly different from"),
-        ("rouge1", NOISE, NOISE[::-1], "not significantly different from"),
+        ("rouge1", HIGH, LOW, "better"),
+        ("rouge1", LOW, HIGH, "worse"),
+        ("mae", HIGH, LOW, "worse"),
+        ("mae", LOW, HIGH, "better"),
+        ("rouge1", HIGH, HIGH, "not significantly different"),
+        ("rouge1", NOISE, NOISE[::-1], "not significantly different"),
         # Five examples that all go one way may be chance: 2 of 32 swaps are as extreme.
-        ("rouge1", HIGH[:5], LOW[:5], "not significantly different from"),
+        ("rouge1", HIGH[:5], LOW[:5], "not significantly different"),
     ],
 )
 def test_better_is_what_the_metric_says_and_chance_is_not(
     metric: str, pplug: np.ndarray, none: np.ndarray, word: str
 ):
     (line,) = said(metric, pplug, none=none)
-    assert line.startswith(f"pplug is {word} none: {metric} ")
+    assert line.startswith(f"pplug against none: {word} in {metric} ")
+
+
+def sums(values: np.ndarray) -> np.ndarray:
+    return np.concatenate([values, np.ones_like(values)], axis=1)
+
+
+def test_loss_metric_and_style_are_judged_together():
+    """A plug that only lowers the loss has learnt the user, whatever ROUGE sees."""
+    ours = {"rouge1": NOISE, "loss": sums(NOISE), "style": sums(NOISE)}
+    theirs = ours | {"rouge1": NOISE[::-1], "loss": sums(NOISE + 0.1)}
+    (line,) = verdicts({"pplug": ours, "shuffled_user": theirs}, "rouge1", 500)
+    better, same = line.split("; ")
+    assert better.startswith("pplug against shuffled_user: better in loss -0.100 [")
+    assert same.startswith("not significantly different in rouge1 ")
+    assert ", style +0.000 [+0.000, +0.000] p = 1.0000" in same
+    # Of 501 swaps none is as extreme, which is looked for three times.
+    assert better.endswith(f"p = {3 / 501:.4f}")
+
+
+@pytest.mark.parametrize(
+    ("p_values", "corrected"),
+    [
+        ([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]),
+        ([0.5, 0.9], [1.0, 1.0]),
+        ([0.02], [0.02]),
+        ([], []),
+    ],
+)
+def test_holm(p_values: list[float], corrected: list[float]):
+    assert holm(p_values) == pytest.approx(corrected)
 
 
 def test_a_stranger_who_does_as_well_is_remarked_upon():

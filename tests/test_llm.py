@@ -338,8 +338,8 @@ def test_special_ids(
 
 @needs_torch
 @pytest.mark.parametrize("name", ["stories260K", "babyllama105"])
-def test_trained_models(real_models: Path, name: str) -> None:
-    path = real_models / name
+def test_trained_models(real_model: Callable[[str], Path], name: str) -> None:
+    path = real_model(name)
     llm, model = load_llm(path, dtype="float32"), torch_llama(path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     texts = ["Once upon a time, there was a little girl", "Tom had a big dog.", "The"]

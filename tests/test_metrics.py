@@ -86,6 +86,18 @@ def test_an_exact_match_is_one_of_the_stripped_text():
     np.testing.assert_array_equal(each["exact_match"], [[1], [0], [0], [1]])
 
 
+def test_an_exact_prefix_counts_where_the_gold_has_one():
+    predictions = ["net: a", "Net: b", "net c", "ip: d", "e"]
+    references = ["net: x", "net: y", "net: z", "w", "v"]
+    each = example_statistics("custom", predictions, references)["exact_prefix"]
+    np.testing.assert_array_equal(each, [[1, 1], [0, 1], [0, 1], [0, 0], [0, 0]])
+    assert value_of("exact_prefix", each) == pytest.approx(1 / 3)
+    assert "exact_prefix" not in example_statistics("custom", predictions[3:], references[3:])
+    # A part of the examples may have none.
+    assert np.isnan(value_of("exact_prefix", each[3:]))
+    assert np.isnan(interval("exact_prefix", each[3:])).all()
+
+
 # METEOR
 
 

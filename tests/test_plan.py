@@ -366,8 +366,13 @@ def test_settings_that_cannot_work() -> None:
         plan(tiny_config(mesh__slices=2), "v5e:2x2", search=False)
 
 
-# About as many parameters as the names say; of Llama the exact number is published.
+# About as many parameters as the names say; of Llama the exact number is published, and of two
+# small LLMs it was counted in the checkpoint.
 PARAMETERS = {
+    "smollm2_135m": 134515008,
+    "smollm2_360m": 0.362e9,
+    "smollm2_1b7": 1.71e9,
+    "gemma3_270m": 268098176,
     "gemma3_1b": 1.0e9,
     "gemma3_4b": 3.9e9,  # without its vision tower's 0.4e9
     "gemma3_12b": 11.8e9,
@@ -376,6 +381,7 @@ PARAMETERS = {
     "llama3_1b": 1.236e9,
     "llama3_8b": 8030261248,
     "llama3_70b": 70553706496,
+    "qwen3_0b6": 0.6e9,
     "qwen3_8b": 8.19e9,
     "flan_t5_base": 0.248e9,
     "flan_t5_xxl": 11.1e9,

@@ -1,6 +1,9 @@
 """Progress on a terminal and elsewhere."""
 
 import io
+import os
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -22,12 +25,13 @@ def test_log_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch):
     with Progress("training", 5, "steps") as bar:
         bar.advance(2, "loss 1.250")
         bar.advance(2)
-        bar.advance(1)
-    said = out.getvalue().splitlines()
-    assert said[0].startswith("training: 2/5 steps, ")
-    assert said[0].endswith("left, loss 1.250")
-    assert said[1].startswith("training: 4/5 steps, ")
-    assert said[-1].startswith("training: 5/5 steps, done in ")
+        bar.advance(1, "loss 1.125")
+    first, second, last = out.getvalue().splitlines()
+    assert first.startswith("training: 2/5 steps, ")
+    assert first.endswith("left, loss 1.250")
+    assert second.startswith("training: 4/5 steps, ")
+    assert last.startswith("training: 5/5 steps, done in ")
+    assert last.endswith(" s, loss 1.125")
 
 
 def test_lines_come_now_and_then_only(monkeypatch: pytest.MonkeyPatch):
@@ -80,3 +84,18 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, fails: bool):
     assert "3/4" in said
     assert "loss 1.250" in said
     assert "\x1b[?25h" in said  # the cursor is back
+
+
+def test_a_wide_table_is_whole_where_there_is_no_terminal():
+    code = (
+        "from pplug_jax.scoring.tables import show_table\n"
+        "show_table('T', ['method', *(f'metric{i:02} (95% interval)' for i in range(12))], "
+        "[['pplug', *['0.123 [0.100, 0.200]'] * 12]])"
+    )
+    environment = os.environ | {"COLUMNS": "80", "TERM": "dumb"}
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    ).stdout
+    assert "metric11 (95% interval)" in out
+    assert out.count("0.123 [0.100, 0.200]") == 12
+    assert "\N{HORIZONTAL ELLIPSIS}" not in out

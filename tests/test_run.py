@@ -369,10 +369,22 @@ def test_presets(name: str, machine: str) -> None:
     assert config.to_dict().keys() == lamp5.get_config().to_dict().keys()
 
 
+def test_a_laptop_reads_less_in_full_precision() -> None:
+    config, plain = lamp5.get_config("smollm2_135m@cpu"), lamp5.get_config("smollm2_135m")
+    checked(config)
+    assert (config.llm.path, config.llm.chat) == (plain.llm.path, True)
+    assert {config.llm.dtype, config.plug.dtype, config.encoder.dtype} == {"float32"}
+    assert config.encoder.path.endswith("all-MiniLM-L6-v2")
+    assert config.encoder.query_prefix is None  # MiniLM has none, BGE has
+    assert default_workdir("configs/best.py:lamp4:smollm2_135m@cpu") == Path(
+        "runs/best-lamp4-smollm2_135m"
+    )
+
+
 def test_unknown_presets() -> None:
-    with pytest.raises(ValueError, match="'gpt5' is unknown; known: embedded, gemma3_1b"):
+    with pytest.raises(ValueError, match="'gpt5' is unknown; known: embedded, smollm2_135m"):
         lamp5.get_config("gpt5")
-    with pytest.raises(ValueError, match="'v9' is unknown; known: v5e-8, v5p-16"):
+    with pytest.raises(ValueError, match="'v9' is unknown; known: v5e-8, v5p-16, cpu"):
         lamp5.get_config("llama3_1b@v9")
 
 

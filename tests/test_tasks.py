@@ -16,7 +16,8 @@ from tests.support.task_files import INPUTS, ITEMS
 def test_a_row_is_consistent(name: str):
     task = TASKS[name]
     known = {*task.fields, *task.optional, task.label}
-    assert {*task.history, *task.document, task.cut} <= known
+    assert {*task.history, *task.document, *task.answers, task.cut} <= known
+    assert task.answer in {*known, ""}
     assert task.cut in task.fields
     assert set(task.metrics) <= METRICS.keys()
     assert all(f"{{{task.cut}}}" in form for form in task.demonstrations)

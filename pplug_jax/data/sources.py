@@ -1,12 +1,13 @@
 """Read the splits that a config names: the task's files, a TFDS data set, the embedded sample."""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from etils import epath
 
 from pplug_jax.data import lamp, sample
-from pplug_jax.data.lamp import Example
+from pplug_jax.data.lamp import Example, Subset
 from pplug_jax.data.records import raise_bad
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.errors import ConfigError, DataError
@@ -30,6 +31,15 @@ def data_name(config: Settings) -> str:
     return config.data.path or str(data_directory(config) or "the embedded sample")
 
 
+def part_of(split: str) -> tuple[str, int | None]:
+    """Return a split's name and how many records of it are meant: `train[:300]` is the first 300.
+
+    TFDS writes parts so; None means all.
+    """
+    match = re.fullmatch(r"(.+)\[:(\d+)\]", split)
+    return (match[1], int(match[2])) if match else (split, None)
+
+
 def existing_directory(config: Settings, split: str) -> Path:
     """Return the directory of the task's files.
 
@@ -38,7 +48,7 @@ def existing_directory(config: Settings, split: str) -> Path:
     """
     directory = data_directory(config)
     if directory is None or not directory.is_dir():
-        names = lamp.expected_files(TASKS[config.task], split)
+        names = lamp.expected_files(TASKS[config.task], part_of(split)[0])
         raise ConfigError(
             f"config.data.path: there is no directory {str(directory)!r}; it should hold "
             f"{names} (docs/data.md); LaMP's public files come with --mode=download"
@@ -71,10 +81,11 @@ def read_split(
 
         return read_tfds(data_name(config), split, task, sort_by_date=sort_by_date)
     directory = existing_directory(config, split)
-    examples = lamp.read(directory, split, task, sort_by_date=sort_by_date, on_bad=on_bad)
-    if not examples:
+    name, count = part_of(split)
+    examples = lamp.read(directory, name, task, sort_by_date=sort_by_date, on_bad=on_bad)
+    if not examples or count == 0:
         raise DataError(directory, f"the split {split} has no questions")
-    return examples
+    return examples if count is None else Subset(examples, range(min(count, len(examples))))
 
 
 def report_bad(workdir: Path, bad: Sequence[DataError]) -> None:

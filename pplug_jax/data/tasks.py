@@ -30,7 +30,8 @@ class Task:
         joint: stands between two demonstrations.
         inserted_after: the word of the input that demonstrations follow.
         question: the form of an item as an input of its own, if items are like inputs.
-        answer: the item's field that is the output then.
+        answer: the item's field that is what the output is; empty if none is.
+        answers: the fields that it may be where only the data say which; see `learnt`.
         questions_and_outputs: whether a split has LaMP's two files; otherwise it has one.
         input_key: the field of the input, in one file a split.
         output_key: the field of the output, which may be missing.
@@ -55,7 +56,8 @@ class Task:
     joint: str = ", and "
     inserted_after: str = ""
     question: str = ""
-    answer: str = "title"
+    answer: str = ""
+    answers: tuple[str, ...] = ()
     questions_and_outputs: bool = True
     input_key: str = "input"
     output_key: str = "output"
@@ -80,6 +82,21 @@ class Task:
     def document_text(self, item: dict[str, Any]) -> str:
         """Return the item as retrieval reads it."""
         return _joined([item.get(field) for field in self.document or self.history])
+
+    def learnt(self, answer: str, instruction: str) -> "Task":
+        """Return the task with what its data say.
+
+        Args:
+            answer: the field of an item that is what the output is.
+            instruction: what every input begins with. Behind it follows what an item has in `cut`.
+        """
+        before = instruction.replace("{", "{{").replace("}", "}}")
+        return dataclasses.replace(
+            self,
+            answer=answer,
+            question=f"{before}{{{self.cut}}}" if answer not in ("", self.cut) else "",
+            query=f"^{re.escape(instruction)}(.*)",
+        )
 
     def own_example(self, item: dict[str, Any]) -> tuple[str, str]:
         """Return the item as an input and its output."""
@@ -204,6 +221,7 @@ _LAMP = (
         cut="text",
         prompt="{demonstrations}. {input}",
         question="Generate a headline for the following article: {text}",
+        answer="title",
     ),
     Task(
         name="LaMP_5",
@@ -215,6 +233,7 @@ _LAMP = (
         cut="abstract",
         prompt=PATTERNS,
         question="Generate a title for the following abstract of a paper: {abstract}",
+        answer="title",
     ),
     Task(
         name="LaMP_6",
@@ -227,6 +246,7 @@ _LAMP = (
         cut="text",
         prompt="{demonstrations}. {input}",
         question="Generate a subject for the following email: {text}",
+        answer="title",
     ),
     Task(
         name="LaMP_7",
@@ -238,6 +258,7 @@ _LAMP = (
         demonstrations=('"{text}" ',),
         cut="text",
         prompt="{demonstrations} are written by a person. Following the given patterns {input}",
+        answer="text",
     ),
 )
 
@@ -255,6 +276,7 @@ _LONGLAMP = (
         "language of the user and, {input}",
         questions_and_outputs=False,
         user_key="name",
+        answer="abstract",
     ),
     Task(
         name="product_review_writing",
@@ -275,6 +297,7 @@ _LONGLAMP = (
         prompt=PATTERNS,
         questions_and_outputs=False,
         user_key="reviewerId",
+        answer="reviewText",
     ),
     Task(
         name="topic_writing",
@@ -287,6 +310,7 @@ _LONGLAMP = (
         prompt="{demonstrations}. Following the given patterns, {input}",
         questions_and_outputs=False,
         user_key="author",
+        answer="content",
     ),
     Task(
         name="email_generation",
@@ -298,6 +322,7 @@ _LONGLAMP = (
         demonstrations=(TITLED_TEXT,),
         cut="text",
         prompt="{demonstrations}. {input}",
+        answer="text",
     ),
 )
 
@@ -321,7 +346,7 @@ _OTHERS = (
     # Your own users, docs/data.md.
     Task(
         name="custom",
-        metrics=(*ROUGE, "exact_match"),
+        metrics=(*ROUGE, "exact_match", "exact_prefix"),
         fields=("text",),
         optional=("title",),
         label="label",
@@ -337,6 +362,7 @@ _OTHERS = (
         prompt=PATTERNS,
         questions_and_outputs=False,
         user_key="user",
+        answers=("title", "label", "text"),
     ),
 )
 

@@ -39,7 +39,7 @@ def statistics_of(
     texts = list(answers.texts.values())
     statistics = example_statistics(task.name, texts, golds)
     statistics["loss"] = np.array(answers.losses)
-    if "rouge1" in task.metrics and task.question and any(example.profile for example in examples):
+    if "rouge1" in task.metrics and task.answer and any(example.profile for example in examples):
         statistics["style"] = distances(task, examples, texts)
     return statistics
 

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pplug_jax.data.form import SIZE as FORM_SIZE
+from pplug_jax.data.form import forms
 from pplug_jax.data.lamp import Item, date_order
 from pplug_jax.data.tasks import Task
-from pplug_jax.feed.form import SIZE as FORM_SIZE
-from pplug_jax.feed.form import form
 
 
 class Feature(NamedTuple):
@@ -45,9 +45,9 @@ def item_ages(task: Task, profile: Sequence[Item]) -> np.ndarray:
 
 
 def item_forms(task: Task, profile: Sequence[Item]) -> np.ndarray:
-    """Return the form of each item's answer, or else of its text, (n, F) float32."""
-    forms = [form(str(item.get(task.answer, item.get(task.cut, "")))) for item in profile]
-    return np.array(forms, np.float32).reshape(len(forms), FORM_SIZE)
+    """Return the form of each item's answer, or else of its text, (n, F) float32; 0 for none."""
+    texts = [str(item.get(task.answer or task.cut, "")) for item in profile]
+    return forms(texts) * np.array([[bool(text.strip())] for text in texts]).reshape(-1, 1)
 
 
 FEATURES = {

@@ -45,6 +45,38 @@ def _llama3(
     )
 
 
+def _smollm2(
+    width: int, mlp: int, layers: int, heads: int, kv_heads: int
+) -> transformers.LlamaConfig:
+    return transformers.LlamaConfig(
+        vocab_size=49152,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=True,
+        max_position_embeddings=8192,
+        eos_token_id=2,
+    )
+
+
+def _qwen3(
+    width: int, mlp: int, layers: int, heads: int, tied: bool = False
+) -> transformers.Qwen3Config:
+    return transformers.Qwen3Config(
+        vocab_size=151936,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=tied,
+        eos_token_id=[151645, 151643],
+    )
+
+
 def _flan_t5(width: int, mlp: int, layers: int, heads: int) -> transformers.T5Config:
     return transformers.T5Config(  # type: ignore[call-arg]
         vocab_size=32128,
@@ -60,9 +92,16 @@ def _flan_t5(width: int, mlp: int, layers: int, heads: int) -> transformers.T5Co
 
 
 _GEMMA3_1B = _gemma3(1152, 26, 4, 1, mlp=6)
-_GEMMA3_1B.vocab_size, _GEMMA3_1B.sliding_window = 262144, 512  # it reads no images
+_GEMMA3_270M = _gemma3(640, 18, 4, 1)
+_GEMMA3_270M.intermediate_size = 2048
+for _text_only in (_GEMMA3_270M, _GEMMA3_1B):  # they read no images
+    _text_only.vocab_size, _text_only.sliding_window = 262144, 512
 
 PUBLISHED: dict[str, transformers.PreTrainedConfig] = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": _smollm2(576, 1536, 30, 9, 3),
+    "HuggingFaceTB/SmolLM2-360M-Instruct": _smollm2(960, 2560, 32, 15, 5),
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": _smollm2(2048, 8192, 24, 32, 32),
+    "google/gemma-3-270m-it": _GEMMA3_270M,
     "google/gemma-3-1b-it": _GEMMA3_1B,
     "google/gemma-3-4b-it": _gemma3(2560, 34, 8, 4),
     "google/gemma-3-12b-it": _gemma3(3840, 48, 16, 8),
@@ -80,16 +119,8 @@ PUBLISHED: dict[str, transformers.PreTrainedConfig] = {
     "meta-llama/Llama-3.2-1B-Instruct": _llama3(2048, 8192, 16, 32, tied=True),
     "meta-llama/Llama-3.1-8B-Instruct": _llama3(4096, 14336, 32, 32),
     "meta-llama/Llama-3.3-70B-Instruct": _llama3(8192, 28672, 80, 64),
-    "Qwen/Qwen3-8B": transformers.Qwen3Config(
-        vocab_size=151936,
-        hidden_size=4096,
-        intermediate_size=12288,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        eos_token_id=[151645, 151643],
-    ),
+    "Qwen/Qwen3-0.6B": _qwen3(1024, 3072, 28, 16, tied=True),
+    "Qwen/Qwen3-8B": _qwen3(4096, 12288, 36, 32),
     "google/flan-t5-base": _flan_t5(768, 2048, 12, 12),
     "google/flan-t5-xxl": _flan_t5(4096, 10240, 24, 64),
     "BAAI/bge-base-en-v1.5": transformers.BertConfig(),  # BERT base, whose defaults these are

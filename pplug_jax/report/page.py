@@ -163,7 +163,9 @@ def _render(**content: Any) -> str:
 
 
 def _figure(value: float, sign: str = "") -> str:
-    """Format a score for people; one may be huge, for a rating of 200 digits."""
+    """Format a score for people; one may be huge, for a rating of 200 digits, or not exist."""
+    if math.isnan(value):
+        return "\N{EN DASH}"
     return f"{value:{sign}.3f}" if abs(value) < 1e6 else f"{value:{sign}.3g}"
 
 

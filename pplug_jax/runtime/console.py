@@ -11,7 +11,7 @@ from pplug_jax.runtime.primary import is_primary
 
 console = Console()
 if not console.is_terminal:
-    console = Console(width=120)  # a file or a pipe has no width of its own
+    console = Console(width=1000)  # a file or a pipe has no width: nothing is cut there
 SECONDS_BETWEEN_LINES = 15
 
 
@@ -28,6 +28,7 @@ class Progress:
         self.title, self.total, self.unit = title, total, unit
         self.done = self.before = done  # what an earlier run did says nothing about the time left
         self.start = self.said = time.monotonic()
+        self.info = ""
         self.bar: Bar | None = None
         if console.is_terminal and is_primary():
             columns = (
@@ -48,17 +49,19 @@ class Progress:
         if self.bar:
             self.bar.stop()
         elif exception[0] is None:
-            self._report("")
+            self._report()
 
     def advance(self, count: int, info: str = "") -> None:
         """Count `count` more as done, and show `info` beside the bar."""
         self.done += count
+        self.info = info
         if self.bar:
             self.bar.update(self.task, advance=count, info=info or self.unit)
-        elif time.monotonic() - self.said > SECONDS_BETWEEN_LINES:
-            self._report(info)
+        # The last line comes at the end, once.
+        elif self.done < self.total and time.monotonic() - self.said > SECONDS_BETWEEN_LINES:
+            self._report()
 
-    def _report(self, info: str) -> None:
+    def _report(self) -> None:
         self.said = time.monotonic()
         took = self.said - self.start
         left = took / max(1, self.done - self.before) * (self.total - self.done)
@@ -68,4 +71,4 @@ class Progress:
             else f"done in {took:.1f} s"
         )
         text = f"{self.title}: {self.done}/{self.total} {self.unit}, {times}"
-        say(f"{text}, {info}" if info else text)
+        say(f"{text}, {self.info}" if self.info else text)

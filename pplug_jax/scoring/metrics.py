@@ -18,6 +18,7 @@ from nltk.translate.meteor_score import single_meteor_score
 from rouge_score import rouge_scorer
 from scipy import stats
 
+from pplug_jax.data.form import prefix_of
 from pplug_jax.data.tasks import TASKS, Task
 from pplug_jax.errors import InputError
 
@@ -30,7 +31,9 @@ def _mean(means: np.ndarray) -> np.ndarray:
 
 
 def _ratio(means: np.ndarray) -> np.ndarray:
-    return means[..., 0] / means[..., 1]
+    """Return nan where there is nothing to divide by, as in a part without any prefix."""
+    of = np.broadcast_to(np.nan, means.shape[:-1]).copy()
+    return np.divide(means[..., 0], means[..., 1], out=of, where=means[..., 1] > 0)
 
 
 class Metric(NamedTuple):
@@ -82,6 +85,12 @@ def _macro_f1(means: np.ndarray) -> np.ndarray:
     return np.divide(2 * hit, total, out=np.zeros_like(total), where=total > 0).mean(axis=-1)
 
 
+def _exact_prefix(task: Task, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    golds = [prefix_of(reference) for reference in references]
+    pairs = zip(map(prefix_of, predictions), golds, strict=True)
+    return np.array([[gold != "" and prefix == gold, gold != ""] for prefix, gold in pairs], float)
+
+
 def _error(prediction: str, reference: str) -> float:
     gold = float(reference)
     try:
@@ -114,6 +123,7 @@ METRICS = {
     "accuracy": Metric(_each(operator.eq)),
     "macro_f1": Metric(_class_counts, _macro_f1),
     "exact_match": Metric(_each(operator.eq)),
+    "exact_prefix": Metric(_exact_prefix, _ratio),
     "mae": Metric(_each(_error), lower_is_better=True),
     "rmse": Metric(
         _each(_squared_error), lambda means: np.sqrt(_mean(means)), lower_is_better=True
@@ -170,14 +180,17 @@ def example_statistics(
 ) -> dict[str, np.ndarray]:
     """Return each example's statistics for each of the task's metrics, (n, S) float64.
 
-    S is 3 C for macro-F1 over C labels and 1 for the others. The definitions are those of LaMP's
-    evaluation (arXiv 2304.11406) and LongLaMP's (arXiv 2407.11016), on stripped strings:
+    S is 3 C for macro-F1 over C labels, 2 for exact_prefix, and 1 for the others. The definitions
+    are those of LaMP's evaluation (arXiv 2304.11406) and LongLaMP's (arXiv 2407.11016), on stripped
+    strings:
 
     - accuracy, macro_f1: exactly a label, in its case. An output that is no label is wrong and
       belongs to no class. A class that nobody has or predicts has F1 0.
     - mae, rmse: the prediction as Python's `float`; an output that is no finite number becomes the
       end of the scale, 1 or 5, that is further from the reference.
     - exact_match: the strings are equal.
+    - exact_prefix: of the references with a prefix (`form.prefix_of`), the predictions that have
+      the same; left out if no reference has one.
     - rouge1, rougeL: the F-measure of `rouge_score` without stemming (Lin 2004).
     - meteor: NLTK's, of NLTK's words (Lavie and Agarwal 2007; alpha 0.9, beta 3, gamma 0.5).
 
@@ -198,10 +211,15 @@ def example_statistics(
                 f"reference {reference!r} is no label of {task}: {', '.join(row.labels)}"
             )
     check_metrics(task)
-    return {
+    values = {
         name: statistics(row, predictions, references)
         for name in row.metrics
         if (statistics := METRICS[name].statistics)
+    }
+    return {
+        name: rows
+        for name, rows in values.items()
+        if METRICS[name].value is not _ratio or rows[:, 1].any()
     }
 
 

@@ -4,35 +4,38 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pplug_jax.data.form import form, forms, prefix_of
 from pplug_jax.data.lamp import Example
 from pplug_jax.data.tasks import Task
 
-
-def features(text: str) -> np.ndarray:
-    """Return whether there is a colon, the number of words, and the share of capitalised words."""
-    words = text.split()
-    capitals = sum(word[0].isupper() for word in words) / max(1, len(words))
-    return np.array([":" in text, len(words), capitals], np.float64)
+# Deviations that an entry counts at most: what hardly anybody writes, as a backtick in a title,
+# must not decide alone.
+MOST = 3.0
+LEAST_DEVIATION = 1e-3  # of what nobody varies
 
 
 def distances(task: Task, examples: Sequence[Example], predictions: Sequence[str]) -> np.ndarray:
     """Return each example's distance from the user's mean and 1, (n, 2); 0 and 0 without a history.
 
-    The distance is the mean over `features` of the absolute difference between the answer and the
-    mean of what the user wrote, in standard deviations of what all users wrote.
+    The distance is the mean over the entries of `form` of the absolute difference between the
+    answer and the mean of what the user wrote, in standard deviations of what all users wrote, of
+    which an entry counts at most 3.
     """
-    written = [
-        np.array([features(item[task.answer]) for item in example.profile]) for example in examples
-    ]
-    with_history = [i for i, texts in enumerate(written) if len(texts)]
+    histories = [_written(task, example) for example in examples]
+    with_history = [i for i, texts in enumerate(histories) if texts]
     result = np.zeros((len(examples), 2))
     if with_history:
-        deviation = np.concatenate([written[i] for i in with_history]).std(axis=0)
-        deviation = np.where(deviation > 0, deviation, 1)
-        differences = [
-            np.abs(features(predictions[i]) - written[i].mean(axis=0)) for i in with_history
-        ]
-        result[with_history] = np.stack(
-            [np.mean(differences / deviation, axis=1), np.ones(len(with_history))], 1
-        )
+        written = [forms(histories[i]) for i in with_history]
+        deviation = np.concatenate(written).std(axis=0, dtype=np.float64)
+        deviation = np.maximum(deviation, LEAST_DEVIATION)
+        answers = [form(predictions[i], {*map(prefix_of, histories[i])}) for i in with_history]
+        means = [rows.mean(axis=0, dtype=np.float64) for rows in written]
+        differences = np.abs(np.array(answers) - np.array(means)) / deviation
+        result[with_history, 0] = np.minimum(differences, MOST).mean(axis=1)
+        result[with_history, 1] = 1
     return result
+
+
+def _written(task: Task, example: Example) -> list[str]:
+    """Return what the user wrote that is like an answer."""
+    return [item[task.answer] for item in example.profile if item[task.answer].strip()]

@@ -57,23 +57,42 @@ def verdicts(
     samples: int,
     users: Sequence[str] = (),
 ) -> list[str]:
-    """Say in words what the paired differences between pplug and every other method mean."""
+    """Say in words what the paired differences between pplug and every other method mean.
+
+    They are judged by loss, the task's metric and style, where measured. The p-values of a method
+    are corrected for looking so often (Holm 1979).
+    """
     if "pplug" not in statistics:
         return []
     said = []
+    judged = [name for name in ("loss", metric, "style") if name in statistics["pplug"]]
     for name in statistics:
         if name == "pplug":
             continue
-        both = statistics["pplug"][metric], statistics[name][metric]
-        comparison = compare(metric, *both, samples, users=users)
-        better = (comparison.difference > 0) != METRICS[metric].lower_is_better
-        word = "better than" if better else "worse than"
-        if comparison.p_value >= 0.05:
-            word = "not significantly different from"
-        said.append(
-            f"pplug is {word} {name}: {metric} {comparison.difference:+.3f} "
-            f"[{comparison.low:+.3f}, {comparison.high:+.3f}], p = {comparison.p_value:.4f}"
-        )
-        if name == "shuffled_user" and word != "better than":
+        comparisons = [
+            compare(each, statistics["pplug"][each], statistics[name][each], samples, users=users)
+            for each in judged
+        ]
+        found: dict[str, list[str]] = {"better": [], "worse": [], "not significantly different": []}
+        p_values = holm([comparison.p_value for comparison in comparisons])
+        for each, comparison, p_value in zip(judged, comparisons, p_values, strict=True):
+            better = (comparison.difference > 0) != METRICS[each].lower_is_better
+            word = "better" if better else "worse"
+            found[word if p_value < 0.05 else "not significantly different"].append(
+                f"{each} {comparison.difference:+.3f} "
+                f"[{comparison.low:+.3f}, {comparison.high:+.3f}] p = {p_value:.4f}"
+            )
+        parts = (f"{word} in {', '.join(figures)}" for word, figures in found.items() if figures)
+        said.append(f"pplug against {name}: {'; '.join(parts)}")
+        if name == "shuffled_user" and not found["better"]:
             said.append("So nothing here shows that the plug learnt the user rather than the task.")
     return said
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Correct p-values for their number: the least times n, the next times n - 1, and so on."""
+    corrected, least = [1.0] * len(p_values), 0.0
+    for rank, i in enumerate(np.argsort(p_values, kind="stable")):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = least
+    return corrected

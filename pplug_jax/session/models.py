@@ -9,8 +9,8 @@ import jax
 from etils import epath
 
 from pplug_jax.config import check_batches
+from pplug_jax.data.answers import task_of
 from pplug_jax.data.lamp import Item
-from pplug_jax.data.tasks import TASKS
 from pplug_jax.encoder import load_encoder
 from pplug_jax.errors import ConfigError, InputError
 from pplug_jax.feed.peers import Peers
@@ -67,7 +67,7 @@ class Models:
     def __init__(self, config: Settings, workdir: Path):
         self.config = config
         self.workdir = workdir
-        self.task = TASKS[config.task]
+        self.task = task_of(config)
         self.mesh = make_mesh(**vars(config.mesh))
         check_batches(config, parts(self.mesh, "batch"))
         llm_path = model_path(config.llm.path, "llm")

@@ -28,6 +28,9 @@ from pplug_jax.storage.files import absolute, is_remote, read_text
 CUT_OR_MISSING = re.compile(
     r"\b(DATA_LOSS|NOT_FOUND|OUT_OF_RANGE): |: Truncated Zstd-compressed stream"
 )
+OTHER_SHAPE = re.compile(
+    r"Requested shape: (.*) is not compatible with the stored shape: (\(.*?\))"
+)
 MARK = "commit_success.txt"  # by which Orbax knows a whole checkpoint in a bucket
 READ, CUT, FAILED = range(3)  # how reading a checkpoint ended, the worst last
 
@@ -237,6 +240,12 @@ class Checkpoints:
             problem = problem or "another process could not read it, and says why"
             if worst == READ:
                 return restored, step
+            if shapes := OTHER_SHAPE.search(problem):
+                raise CheckpointError(
+                    f"{self.directory}: step {step} holds an array of shape {shapes[2]}, which is "
+                    f"{shapes[1]} now: an older version or other settings made it (CHANGELOG.md); "
+                    "train again with another --workdir"
+                )
             if worst == FAILED:
                 raise CheckpointError(
                     f"{self.directory}: step {step} could not be read: {problem}. Nothing was "
@@ -295,6 +304,10 @@ class Checkpoints:
                     say(f"warning: {path} is cut, and is passed over")
                     _rename_torn(path)
         wait_for_all("the checkpoints' metrics are whole")
+
+    def delete(self, step: int) -> None:
+        """Delete a checkpoint; call it on all processes at once."""
+        self.manager.delete(step)
 
     def close(self) -> None:
         self.manager.close()

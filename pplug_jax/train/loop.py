@@ -1,7 +1,7 @@
 """The loop that fits a plug or a LoRA: resume, step, log, validate, save."""
 
 import contextlib
-import math
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,12 +14,14 @@ import optax
 from pplug_jax.errors import CheckpointError
 from pplug_jax.feed.batches import (
     Assemble,
+    Batch,
     Plan,
     Tokenized,
     place_batch,
     plan_batches,
     training_batches,
 )
+from pplug_jax.llm import LLM
 from pplug_jax.methods.table import Method
 from pplug_jax.plugs.forward import Weights
 from pplug_jax.plugs.registry import PLUGS
@@ -40,6 +42,7 @@ from pplug_jax.train.step import (
     optimizer_of,
 )
 from pplug_jax.train.stop import Stop
+from pplug_jax.train.watch import USELESS, Start, llm_loss
 
 
 def fit(
@@ -65,7 +68,8 @@ def fit(
 
     Raises:
         SystemExit: SIGTERM or Ctrl-C came; a checkpoint was saved.
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss left, and `config.train.on_divergence` says to stop, or there
+            is no good checkpoint to go back to.
         CheckpointError: the newest checkpoint is of other data.
     """
     assemble = assembler(
@@ -98,29 +102,43 @@ def fit(
             weights = new_weights(models, method, config)
             opt_state = init_optimizer(optimizer, weights, models.mesh)
         data = training_batches(plan, assemble, step)
+        start = Start.read(directory, method.name)
         writer = stack.enter_context(contextlib.closing(Writer(directory, method.name, step)))
         stop = stack.enter_context(Stop())
         progress = stack.enter_context(
             Progress(f"training {method.name}", len(plan), "steps", step)
         )
+        own = functools.partial(_own_loss, models, method, config)
         meter, info = Meter(), ""
         while step < len(plan):
             batch = next(data)
             tokens = batch.prompt_mask.sum() + batch.target_mask.sum() + soft * batch.weight.sum()
             update = compiled(buckets[step])
             placed = place_batch(batch, models.mesh)
+            if step == 0:
+                with meter.paused():
+                    own_loss = own(placed)
             weights, opt_state, metrics = update(weights, opt_state, llm, placed)
+            if step == 0:
+                start = Start(float(metrics["loss"]), own_loss)
+                writer.write(1, start_loss=start.loss, start_llm_loss=start.llm_loss)
             step += 1
             # Of several processes each sees its own rows alone.
             meter.add(metrics, int(tokens) * config.train.batch_size // len(batch.weight))
-            if step % config.train.log_every == 0 or step == len(plan):
+            saving = step % config.train.checkpoint_every == 0 or step == len(plan)
+            if saving or step % config.train.log_every == 0:
                 values = meter.read()
-                if not math.isfinite(values["loss"]):
-                    raise FloatingPointError(
-                        f"the loss is {values['loss']} at step {step}; lower "
-                        "config.train.learning_rate "
-                        f"(the last checkpoint is step {checkpoints.latest})"
-                    )
+                loss = float(metrics["loss"])
+                if start.suspect(values["loss"]) and (problem := start.problem(loss, own(placed))):
+                    problem = f"{method.name} diverges: at step {step} {problem}"
+                    advice = "lower config.train.learning_rate"
+                    if config.train.on_divergence == "stop":
+                        raise FloatingPointError(f"{problem}; {advice}")
+                    last = _last_good(checkpoints, trained, start, own, update, llm, placed)
+                    if last is None:
+                        raise FloatingPointError(f"{problem}, before any good checkpoint; {advice}")
+                    say(f"warning: {problem}; {advice}. The training ends with step {last}")
+                    return checkpoints.restore(*trained)[0]
                 writer.write(step, **values)
                 info = (
                     "loss {loss:.3f}, {steps_per_second:.1f} steps/s, "
@@ -128,13 +146,13 @@ def fit(
                 ).format(**values)
             progress.advance(1, info)
             stopped = stop.asked(step) and step < len(plan)
-            if stopped or step % config.train.checkpoint_every == 0 or step == len(plan):
-                loss = None
+            if stopped or saving:
+                validated = None
                 if validation and not stopped:
                     with meter.paused():
-                        loss = validation_loss(models, method, config, weights, validation)
-                    writer.write(step, validation_loss=loss)
-                checkpoints.save(step, weights, opt_state, loss)
+                        validated = validation_loss(models, method, config, weights, validation)
+                    writer.write(step, validation_loss=validated)
+                checkpoints.save(step, weights, opt_state, validated)
                 writer.flush()
             if stopped:
                 checkpoints.wait()
@@ -144,7 +162,20 @@ def fit(
                 )
                 raise SystemExit(128 + stop.signal)
         checkpoints.wait()
+        if values["loss"] > start.llm_loss and loss > (llm_alone := own(placed)) + USELESS:
+            say(
+                f"warning: {method.name} ends with a loss of {loss:.3f} on its last batch, where "
+                f"the LLM alone has {llm_alone:.3f}: nothing of use was learnt; try other learning "
+                "rates (config.tune.learning_rates)"
+            )
     return weights
+
+
+def _own_loss(models: Models, method: Method, config: Settings, batch: Batch) -> float:
+    """Return the LLM's own loss on one of the method's training batches."""
+    with jax.set_mesh(models.mesh):
+        place, parts = place_of(models, method, config), config.train.accumulation
+        return float(llm_loss(models.llm, batch, place=place, accumulation=parts))
 
 
 def _lowering(
@@ -201,6 +232,39 @@ def _resumed(
             f"has {steps}; the data have changed since: give another --workdir"
         )
     return checkpoints.restore(*trained)
+
+
+def _last_good(
+    checkpoints: Checkpoints,
+    trained: tuple[Weights, Any],
+    start: Start,
+    own: Callable[[Batch], float],
+    update: Callable[..., tuple[Weights, Any, dict[str, jax.Array]]],
+    llm: LLM,
+    batch: Batch,
+) -> int | None:
+    """Return the step of the newest checkpoint whose loss has not left, or None.
+
+    Newer ones are deleted: a step's loss is that before its update, so that a checkpoint may hold
+    what only the next step shows.
+
+    Args:
+        checkpoints: of the training that diverged.
+        trained: the abstract weights and optimiser state.
+        start: where the training began.
+        own: returns the LLM's own loss on a batch.
+        update: makes a step.
+        llm: the LLM.
+        batch: the batch to judge by.
+    """
+    checkpoints.wait()
+    while checkpoints.latest_for_all() is not None:
+        weights, opt_state, step = checkpoints.restore(*trained)
+        metrics = update(weights, opt_state, llm, batch)[2]
+        if not start.problem(float(metrics["loss"]), own(batch)):
+            return step
+        checkpoints.delete(step)
+    return None
 
 
 class Meter:

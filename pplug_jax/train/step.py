@@ -119,6 +119,11 @@ def loss_fn(
     return jnp.sum(losses), jnp.sum(batch.target_mask).astype(jnp.float32)
 
 
+def in_parts(batch: Batch, count: int) -> Batch:
+    """Return the batch as `count` parts, (count, B / count, ...)."""
+    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
 def train_step(
     weights: Weights,
     opt_state: optax.OptState,
@@ -146,10 +151,7 @@ def train_step(
     if accumulation == 1:
         ((loss, tokens), grads), _ = part_grads(zeros, batch)
     else:
-        parts = jax.tree.map(
-            lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch
-        )
-        ((loss, tokens), grads), _ = jax.lax.scan(part_grads, zeros, parts)
+        ((loss, tokens), grads), _ = jax.lax.scan(part_grads, zeros, in_parts(batch, accumulation))
     tokens = jnp.maximum(tokens, 1)
     grads = jax.tree.map(lambda g: g / tokens, grads)
     updates, opt_state = optimizer.update(grads, opt_state, weights)
