@@ -37,12 +37,14 @@ _MODE = flags.DEFINE_enum(
         "download",
         "check_data",
         "plan",
+        "export",
     ],
     "What to do; `compare` trains and evaluates over several seeds, on users never seen; `encode` "
     "only fills the history store, `convert` only writes the loaded LLM as an Orbax checkpoint, "
     "from which later starts restore it; `download` fetches LaMP's public files, `check_data` "
     "reads all files of the task and says what is in them; `plan` compiles for a TPU slice, "
-    "without one, and says whether it fits and how fast it can be.",
+    "without one, and says whether it fits and how fast it can be; `export` writes the trained "
+    "plug alone, to hand it on, and needs no --config.",
 )
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Of --mode=plan: a TPU slice such as v5e:4x4 or v5p:2x2x2, or all."
@@ -50,8 +52,15 @@ _TOPOLOGY = flags.DEFINE_string(
 _SUGGEST = flags.DEFINE_bool(
     "suggest", False, "Of --mode=plan: find the slice's best mesh and batch size."
 )
-flags.mark_flag_as_required("config")
-ALONE = ("download", "check_data", "plan")  # the modes in which each process works for itself
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Of --mode=export: the directory that the plug of --workdir is written to."
+)
+ALONE = (
+    "download",
+    "check_data",
+    "plan",
+    "export",
+)  # the modes in which each process works for itself
 
 
 def default_workdir(config_file: str) -> Path:
@@ -92,6 +101,10 @@ def main(argv: list[str]) -> None:
     topology = _TOPOLOGY.value or ""
     if (_MODE.value == "plan") != bool(topology):
         sys.exit("error: --mode=plan and --topology belong together")
+    if (_MODE.value == "export") != bool(_OUTPUT.value):
+        sys.exit("error: --mode=export and --output belong together")
+    if _MODE.value == "export" and (_CONFIG.value or not _WORKDIR.value):
+        sys.exit("error: --mode=export reads the run in --workdir=RUN, and takes no --config")
     _quiet()
     _keep_compiled()
     config = _CONFIG.value
@@ -113,6 +126,10 @@ def main(argv: list[str]) -> None:
             from pplug_jax.plan import plan  # a fifth of the package, which no other mode needs
 
             plan(config, topology, bool(_SUGGEST.value))
+        elif _MODE.value == "export":
+            from pplug_jax.serve.personalizer import export
+
+            export(workdir, Path(str(_OUTPUT.value)))
         else:
             run(config, workdir, _MODE.value)
     except (InputError, OSError, FloatingPointError) as error:

@@ -111,7 +111,11 @@ class Models:
         )
         local = HISTORY if is_remote(workdir) else workdir / HISTORY
         self._history_path = config.data.history_store or local
-        self.store = HistoryStore(self._history_path, self.encoder)
+
+    @functools.cached_property
+    def store(self) -> HistoryStore:
+        """The store of the histories' vectors; most plugs are served without it."""
+        return HistoryStore(self._history_path, self.encoder)
 
     def _llm_loader(self, path: Path) -> Callable[[], LLM]:
         if is_saved(self.converted):

@@ -1,6 +1,8 @@
 """Serve a trained plug: from a history and an input to a personal answer of the frozen LLM."""
 
+import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,15 +15,23 @@ from pplug_jax.errors import InputError
 from pplug_jax.feed.batches import round_up
 from pplug_jax.feed.features import compare_with_peers, of_history, of_items
 from pplug_jax.methods.shown import layout_of
-from pplug_jax.methods.table import METHODS
 from pplug_jax.plugs.forward import continuation
 from pplug_jax.plugs.persona import UserEmbedder
 from pplug_jax.plugs.reading import features_of, soft_tokens
+from pplug_jax.runtime.console import say
+from pplug_jax.serve.handover import (
+    CARD,
+    METHOD,
+    PLUG_CONFIG,
+    WEIGHTS,
+    read_plug,
+    upload,
+    write_plug,
+)
 from pplug_jax.session import Models
 from pplug_jax.storage.files import read_object
 from pplug_jax.storage.workdir import CONFIG, upgraded
 
-METHOD = METHODS["pplug"]
 History = Sequence[str | dict[str, Any]]
 
 
@@ -51,6 +61,29 @@ def row(ids: Sequence[int] | np.ndarray, length: int) -> tuple[np.ndarray, np.nd
     return pad(np.asarray(ids, np.int32), length)[None], (np.arange(length) < len(ids))[None]
 
 
+def _read_run(workdir: epath.PathLike) -> tuple[Models, UserEmbedder]:
+    """Load a run's models and its trained plug."""
+    workdir = epath.Path(workdir)
+    path = workdir / CONFIG
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; {workdir} is not the workdir of a run")
+    config = ml_collections.ConfigDict(upgraded(read_object(path)))
+    models = Models(config, workdir)
+    return models, models.restore_weights(METHOD, config, workdir)
+
+
+def export(workdir: epath.PathLike, output: Path) -> None:
+    """Write the plug of the run in `workdir` to `output`, for `Personalizer.from_pretrained`.
+
+    Raises:
+        InputError: `workdir` has no trained plug, or `output` cannot be written.
+    """
+    write_plug(*_read_run(workdir), output)
+    size = (output / WEIGHTS).stat().st_size
+    say(f"{output}: the plug ({WEIGHTS}, {size / 1e6:.1f} MB), {PLUG_CONFIG} and a model card")
+    say(f"look at {output / CARD}; `hf upload ORG/NAME {output}` puts it on the hub")
+
+
 class Personalizer:
     """A trained plug and its LLM, which answer for any user, even a new one, by the history alone.
 
@@ -76,13 +109,44 @@ class Personalizer:
         Raises:
             InputError: `workdir` has no run or no trained plug yet, or its models are gone.
         """
-        workdir = epath.Path(workdir)
-        path = workdir / CONFIG
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; {workdir} is not the workdir of a run")
-        config = ml_collections.ConfigDict(upgraded(read_object(path)))
-        models = Models(config, workdir)
-        return cls(models, models.restore_weights(METHOD, config, workdir))
+        return cls(*_read_run(workdir))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        llm: str | Path | None = None,
+        encoder: str | Path | None = None,
+    ) -> "Personalizer":
+        """Load a plug that `--mode=export` or `push_to_hub` handed on.
+
+        Args:
+            path: its directory, or a hub id or URL.
+            llm: the LLM that it was trained with; None is the name that the plug knows it by.
+            encoder: the encoder that it was trained with; None likewise.
+
+        Raises:
+            InputError: a file is missing or bad, or the plug was trained with another LLM or
+                encoder; the message names both.
+        """
+        return cls(*read_plug(path, llm, encoder))
+
+    def push_to_hub(self, repository: str) -> str:
+        """Put the plug and its model card, without LLM and encoder, into a repository of the hub.
+
+        Args:
+            repository: its id, org/name; it is made if it is not there.
+
+        Returns:
+            its address.
+
+        Raises:
+            InputError: the hub refuses it, or the plug cannot be handed on.
+        """
+        with tempfile.TemporaryDirectory() as directory:
+            write_plug(self.models, self.plug, Path(directory))
+            return upload(Path(directory), repository)
 
     def soft_prompt(self, input: str, history: History = ()) -> np.ndarray:
         """Return the soft tokens [I ; P] for this input, (k + 1, D) float32.
@@ -225,9 +289,8 @@ class Personalizer:
     def _features(
         self, texts: Sequence[str], item_features: dict[str, np.ndarray], vectors: np.ndarray
     ) -> dict[str, np.ndarray]:
-        store = self.models.store
-
         def means() -> np.ndarray:
+            store = self.models.store
             known = store.rows([text for text in texts if text in store])
             return self.peers.means_of(vectors, known)
 
