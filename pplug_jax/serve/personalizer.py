@@ -14,6 +14,7 @@ from pplug_jax.data.lamp import check_history, check_input
 from pplug_jax.errors import InputError
 from pplug_jax.feed.batches import round_up
 from pplug_jax.feed.features import compare_with_peers, of_history, of_items
+from pplug_jax.llm import LLM
 from pplug_jax.methods.shown import layout_of
 from pplug_jax.plugs.forward import continuation
 from pplug_jax.plugs.persona import UserEmbedder
@@ -38,6 +39,11 @@ History = Sequence[str | dict[str, Any]]
 @jax.jit
 def _soft_prompts(plug: UserEmbedder, *arrays: Any) -> jax.Array:
     return plug(*arrays)
+
+
+@jax.jit
+def _embed(llm: LLM, tokens: jax.Array) -> jax.Array:
+    return llm.embed(tokens)
 
 
 _answers = jax.jit(
@@ -178,6 +184,24 @@ class Personalizer:
         soft = [np.asarray(x, np.float32)[:count] for x, count in batches]
         none = 0, soft_tokens(self.models.config.plug), self.llm.config.hidden_size
         return np.concatenate([np.zeros(none, np.float32), *soft])
+
+    def inputs_embeds(self, input: str, soft: np.ndarray) -> np.ndarray:
+        """Return all that the LLM reads, the soft tokens in their place, (L, D) float32.
+
+        Any server that takes a prompt as embeddings can go on from there.
+
+        Args:
+            input: as in `soft_prompt`.
+            soft: (k + 1, D), what `soft_prompt` returns for it.
+        """
+        tokenizer, behind = self.models.tokenizer, self.layout.behind
+        check_input(input)
+        ids = tokenizer.prompt(input, self.models.config.data.max_input_length, behind)
+        before = len(ids) if behind else len(tokenizer.prefix)
+        ids = [*ids, *(tokenizer.suffix if behind else [])]
+        padded, _ = row(ids, padded_length(len(ids)))
+        text = np.asarray(_embed(self.llm, padded), np.float32)[0, : len(ids)]
+        return np.concatenate([text[:before], soft, text[before:]])
 
     def generate(self, input: str, history: History = ()) -> str:
         """Return the LLM's answer to `input` for the user of `history`, decoded as in evaluation.
