@@ -1,6 +1,5 @@
 """The command: `python -m pplug_jax.main --config=configs/lamp5.py`."""
 
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -13,6 +12,7 @@ from ml_collections import config_flags
 
 from pplug_jax.errors import InputError
 from pplug_jax.run import run
+from pplug_jax.runtime.compiled import keep_compiled
 from pplug_jax.runtime.distributed import start
 from pplug_jax.runtime.slips import parse_flags
 
@@ -72,14 +72,6 @@ def default_workdir(config_file: str) -> Path:
     return Path("runs") / "-".join([Path(path).stem, *filter(None, argument.split(":"))])
 
 
-def _keep_compiled() -> None:
-    """Let JAX keep what it compiles, so that later starts need not compile it again."""
-    # JAX_COMPILATION_CACHE_DIR; mypy does not see what JAX defines at run time.
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(caches / "pplug_jax"))
-
-
 def _quiet() -> None:
     """Leave it to the exception that reaches `main` to say what failed, once.
 
@@ -106,7 +98,7 @@ def main(argv: list[str]) -> None:
     if _MODE.value == "export" and (_CONFIG.value or not _WORKDIR.value):
         sys.exit("error: --mode=export reads the run in --workdir=RUN, and takes no --config")
     _quiet()
-    _keep_compiled()
+    keep_compiled()
     config = _CONFIG.value
     try:
         workdir = (

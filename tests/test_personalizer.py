@@ -236,12 +236,14 @@ def test_a_workdir_that_cannot_be_written_is_served(
     monkeypatch.setattr(Path, "touch", refused)
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     history = [item("a", 1), item("z", 1)]
-    served = Personalizer.from_checkpoint(tmp_path).soft_prompt(INPUT, history)
+    personalizer = Personalizer.from_checkpoint(tmp_path)
+    assert len(personalizer.models.store) == len(models.store)
+    served = personalizer.soft_prompt(INPUT, history)
     expected = Personalizer(models, plug).soft_prompt(INPUT, history)
     np.testing.assert_allclose(served, expected, rtol=1e-5, atol=1e-5)
     monkeypatch.setattr(os, "access", lambda path, mode: True)
     with pytest.raises(PermissionError):
-        Personalizer.from_checkpoint(tmp_path)
+        len(Personalizer.from_checkpoint(tmp_path).models.store)
 
 
 @pytest.mark.parametrize("content", ["", '{"data": {', "\ufffe", "[]"])

@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from pplug_jax.data.lamp import check_history, check_input
+from pplug_jax.data.lamp import Item, check_history, check_input
 from pplug_jax.errors import InputError
 from pplug_jax.feed.batches import round_up
 from pplug_jax.feed.features import compare_with_peers, of_history, of_items
@@ -39,6 +39,11 @@ History = Sequence[str | dict[str, Any]]
 @jax.jit
 def _soft_prompts(plug: UserEmbedder, *arrays: Any) -> jax.Array:
     return plug(*arrays)
+
+
+@jax.jit
+def _weights(plug: UserEmbedder, *arrays: Any) -> jax.Array:
+    return plug.attention(*arrays)
 
 
 @jax.jit
@@ -154,6 +159,14 @@ class Personalizer:
             write_plug(self.models, self.plug, Path(directory))
             return upload(Path(directory), repository)
 
+    @property
+    def longest_prompt(self) -> int:
+        """The most tokens that the LLM reads of a prompt, soft ones included."""
+        tokenizer, config = self.models.tokenizer, self.models.config
+        around = len(tokenizer.prefix) + len(tokenizer.suffix) + soft_tokens(config.plug)
+        joint = len(tokenizer.ids(tokenizer.joint)) if self.layout.behind else 0
+        return around + config.data.max_input_length + joint
+
     def soft_prompt(self, input: str, history: History = ()) -> np.ndarray:
         """Return the soft tokens [I ; P] for this input, (k + 1, D) float32.
 
@@ -264,6 +277,39 @@ class Personalizer:
         """
         return self.models.encoder.encode(texts, **settings).astype(np.float16).astype(np.float32)
 
+    def persona_of(
+        self, input: str, history: Sequence[Item], vectors: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the soft tokens for one user whose vectors are known, and the items' weights.
+
+        Args:
+            input: as in `soft_prompt`.
+            history: the user's newest items, in order.
+            vectors: (n, E), the items' vectors, as `encode_items` makes them.
+
+        Returns:
+            (k + 1, D) float32 and (n,) float32, which add up to 1.
+
+        Raises:
+            InputError: as `soft_prompt`.
+        """
+        check_input(input)
+        texts, item_features = self._read(history)
+        vectors = vectors.astype(np.float32)
+        users = [(vectors, self._features(texts, item_features, vectors))]
+        arrays = *self._query(input), *self._stacked(users)
+        soft, weights = _soft_prompts(self.plug, *arrays), _weights(self.plug, *arrays)
+        return np.asarray(soft, np.float32)[0], np.asarray(weights)[0, : len(vectors)]
+
+    def encode_items(self, history: Sequence[Item]) -> np.ndarray:
+        """Return the vectors of items, (n, E) float16, in their order.
+
+        Raises:
+            InputError: as `soft_prompt`.
+        """
+        items = check_history(self.models.task, history, sort_by_date=False)
+        return self._encode([self.models.item_text(item) for item in items]).astype(np.float16)
+
     def _soft_prompts(
         self, query: tuple[np.ndarray, np.ndarray], histories: Sequence[History]
     ) -> tuple[jax.Array, int]:
@@ -278,6 +324,12 @@ class Personalizer:
                 read, np.split(vectors, ends), strict=True
             )
         ]
+        return _soft_prompts(self.plug, *query, *self._stacked(users)), len(users)
+
+    def _stacked(
+        self, users: Sequence[tuple[np.ndarray, dict[str, np.ndarray]]]
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Return the users' vectors, their masks and their features, as padded batches."""
         rows = 1 << (len(users) - 1).bit_length()
         items = padded_length(max(len(user_vectors) for user_vectors, _ in users))
 
@@ -289,7 +341,7 @@ class Personalizer:
             name: batch([features[name] for _, features in users]) for name in self.features
         }
         history = batch([user_vectors for user_vectors, _ in users])
-        return _soft_prompts(self.plug, *query, history, batch(masks), features), len(users)
+        return history, batch(masks), features
 
     def _query(self, input: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the input as the plug reads it: `Batch.query` and its mask, of one row."""

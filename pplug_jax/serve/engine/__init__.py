@@ -3,6 +3,7 @@
 from pplug_jax.serve.engine.base import (
     Busy,
     Engine,
+    Event,
     Finished,
     Request,
     Sampling,
@@ -11,4 +12,14 @@ from pplug_jax.serve.engine.base import (
     tokens_of,
 )
 
-__all__ = ["Busy", "Engine", "Finished", "Request", "Sampling", "Token", "Unwell", "tokens_of"]
+__all__ = [
+    "Busy",
+    "Engine",
+    "Event",
+    "Finished",
+    "Request",
+    "Sampling",
+    "Token",
+    "Unwell",
+    "tokens_of",
+]

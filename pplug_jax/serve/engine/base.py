@@ -80,7 +80,15 @@ class Request:
 
 
 class Engine(Protocol):
-    """A thing that goes on from prompts. Any number of threads may use it."""
+    """A thing that goes on from prompts. Any number of threads may use it.
+
+    Attributes:
+        longest_prompt: the most rows of a prompt.
+        max_new_tokens: the most new tokens.
+    """
+
+    longest_prompt: int
+    max_new_tokens: int
 
     def submit(self, rows: np.ndarray, sampling: Sampling, emit: Emit) -> Request:
         """Begin to answer.
