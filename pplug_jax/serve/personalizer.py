@@ -42,8 +42,8 @@ def _soft_prompts(plug: UserEmbedder, *arrays: Any) -> jax.Array:
 
 
 @jax.jit
-def _weights(plug: UserEmbedder, *arrays: Any) -> jax.Array:
-    return plug.attention(*arrays)
+def _soft_and_weights(plug: UserEmbedder, *arrays: Any) -> tuple[jax.Array, jax.Array]:
+    return plug(*arrays), plug.attention(*arrays)  # XLA encodes the query once for both
 
 
 @jax.jit
@@ -298,7 +298,7 @@ class Personalizer:
         vectors = vectors.astype(np.float32)
         users = [(vectors, self._features(texts, item_features, vectors))]
         arrays = *self._query(input), *self._stacked(users)
-        soft, weights = _soft_prompts(self.plug, *arrays), _weights(self.plug, *arrays)
+        soft, weights = _soft_and_weights(self.plug, *arrays)
         return np.asarray(soft, np.float32)[0], np.asarray(weights)[0, : len(vectors)]
 
     def encode_items(self, history: Sequence[Item]) -> np.ndarray:
