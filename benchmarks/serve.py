@@ -151,7 +151,7 @@ def main(_: list[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         write_untrained(Path(scratch) / "plug")
         store = Store(f"sqlite:///{scratch}/store.sqlite")
-        service = make_service(f"{scratch}/plug", store, slots=FLAGS.slots)
+        service = make_service(f"{scratch}/plug", store, llm=FLAGS.llm_path, slots=FLAGS.slots)
         service.engine._stops = frozenset()  # so that all answers are as long
         people = service.people
         people.personalizer.llm.config = _endless(people.personalizer.llm.config)

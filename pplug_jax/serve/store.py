@@ -573,8 +573,8 @@ class Store:
                 .limit(count)
             ).all()
         return [
-            StoredItem(*row, made and np.frombuffer(made, np.float16), not undated)
-            for *row, made in reversed(rows)
+            StoredItem(of, at, body, made and np.frombuffer(made, np.float16), not undated)
+            for of, at, body, made in reversed(rows)
         ]
 
     # Vectors
