@@ -1,6 +1,5 @@
 """The command: `python -m pplug_jax.main --config=configs/lamp5.py`."""
 
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -13,6 +12,7 @@ from ml_collections import config_flags
 
 from pplug_jax.errors import InputError
 from pplug_jax.run import run
+from pplug_jax.runtime.compiled import keep_compiled
 from pplug_jax.runtime.distributed import start
 from pplug_jax.runtime.slips import parse_flags
 
@@ -37,12 +37,14 @@ _MODE = flags.DEFINE_enum(
         "download",
         "check_data",
         "plan",
+        "export",
     ],
     "What to do; `compare` trains and evaluates over several seeds, on users never seen; `encode` "
     "only fills the history store, `convert` only writes the loaded LLM as an Orbax checkpoint, "
     "from which later starts restore it; `download` fetches LaMP's public files, `check_data` "
     "reads all files of the task and says what is in them; `plan` compiles for a TPU slice, "
-    "without one, and says whether it fits and how fast it can be.",
+    "without one, and says whether it fits and how fast it can be; `export` writes the trained "
+    "plug alone, to hand it on, and needs no --config.",
 )
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Of --mode=plan: a TPU slice such as v5e:4x4 or v5p:2x2x2, or all."
@@ -50,8 +52,15 @@ _TOPOLOGY = flags.DEFINE_string(
 _SUGGEST = flags.DEFINE_bool(
     "suggest", False, "Of --mode=plan: find the slice's best mesh and batch size."
 )
-flags.mark_flag_as_required("config")
-ALONE = ("download", "check_data", "plan")  # the modes in which each process works for itself
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Of --mode=export: the directory that the plug of --workdir is written to."
+)
+ALONE = (
+    "download",
+    "check_data",
+    "plan",
+    "export",
+)  # the modes in which each process works for itself
 
 
 def default_workdir(config_file: str) -> Path:
@@ -61,14 +70,6 @@ def default_workdir(config_file: str) -> Path:
     """
     path, _, argument = config_file.partition("@")[0].partition(":")
     return Path("runs") / "-".join([Path(path).stem, *filter(None, argument.split(":"))])
-
-
-def _keep_compiled() -> None:
-    """Let JAX keep what it compiles, so that later starts need not compile it again."""
-    # JAX_COMPILATION_CACHE_DIR; mypy does not see what JAX defines at run time.
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(caches / "pplug_jax"))
 
 
 def _quiet() -> None:
@@ -92,8 +93,12 @@ def main(argv: list[str]) -> None:
     topology = _TOPOLOGY.value or ""
     if (_MODE.value == "plan") != bool(topology):
         sys.exit("error: --mode=plan and --topology belong together")
+    if (_MODE.value == "export") != bool(_OUTPUT.value):
+        sys.exit("error: --mode=export and --output belong together")
+    if _MODE.value == "export" and (_CONFIG.value or not _WORKDIR.value):
+        sys.exit("error: --mode=export reads the run in --workdir=RUN, and takes no --config")
     _quiet()
-    _keep_compiled()
+    keep_compiled()
     config = _CONFIG.value
     try:
         workdir = (
@@ -113,6 +118,10 @@ def main(argv: list[str]) -> None:
             from pplug_jax.plan import plan  # a fifth of the package, which no other mode needs
 
             plan(config, topology, bool(_SUGGEST.value))
+        elif _MODE.value == "export":
+            from pplug_jax.serve.personalizer import export
+
+            export(workdir, Path(str(_OUTPUT.value)))
         else:
             run(config, workdir, _MODE.value)
     except (InputError, OSError, FloatingPointError) as error:

@@ -24,6 +24,8 @@ from tests.support.once import once as made_once
 if TYPE_CHECKING:
     import transformers
 
+    from tests.support.postgres import Postgres
+
 # What a shell starts in the background ignores Ctrl-C, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -98,6 +100,17 @@ def finished(once: Once) -> Path:
     from tests.support.runs import finish
 
     return once("finished", finish)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> "Iterator[Postgres]":
+    """A PostgreSQL on loopback; whoever stops it starts it again."""
+    from tests.support.postgres import programs, running
+
+    if (bin := programs()) is None:
+        pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
+    with running(bin) as server:
+        yield server
 
 
 def outside(variable: str, what: str) -> Path:

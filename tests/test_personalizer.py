@@ -118,7 +118,8 @@ def test_users_of_one_input_get_what_each_gets_alone(
     models: Models, place: str, num_beams: int
 ) -> None:
     personalizer = serving(models, place=place, encoder_rate=0.0)
-    personalizer.models.config.eval.update(max_new_tokens=12, num_beams=num_beams, batch_size=2)
+    decoding = {"eval.max_new_tokens": 12, "eval.num_beams": num_beams, "eval.batch_size": 2}
+    personalizer.models.config = personalizer.models.config.changed(decoding)
     histories = [[item(user, i) for i in range(count)] for user, count in zip("xyz", (3, 0, 7))]
     for input in INPUTS:
         together = personalizer.generate_many(input, histories)
@@ -239,12 +240,14 @@ def test_a_workdir_that_cannot_be_written_is_served(
     monkeypatch.setattr(Path, "touch", refused)
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     history = [item("a", 1), item("z", 1)]
-    served = Personalizer.from_checkpoint(tmp_path).soft_prompt(INPUT, history)
+    personalizer = Personalizer.from_checkpoint(tmp_path)
+    assert len(personalizer.models.store) == len(models.store)
+    served = personalizer.soft_prompt(INPUT, history)
     expected = Personalizer(models, plug).soft_prompt(INPUT, history)
     np.testing.assert_allclose(served, expected, rtol=1e-5, atol=1e-5)
     monkeypatch.setattr(os, "access", lambda path, mode: True)
     with pytest.raises(PermissionError):
-        Personalizer.from_checkpoint(tmp_path)
+        len(Personalizer.from_checkpoint(tmp_path).models.store)
 
 
 @pytest.mark.parametrize("content", ["", '{"data": {', "\ufffe", "[]"])

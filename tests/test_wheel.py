@@ -39,11 +39,12 @@ print(personalizer.soft_prompt("Rain falls.", items).shape[0], Path(pplug_jax.__
 """
 
 
-def test_the_extra_dev_is_what_tests_need() -> None:
-    lines = (ROOT / "requirements-dev.txt").read_text().splitlines()
+@pytest.mark.parametrize("extra", ["dev", "serve"])
+def test_an_extra_is_what_its_file_asks_for(extra: str) -> None:
+    lines = (ROOT / f"requirements-{extra}.txt").read_text().splitlines()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    needed = [line.partition("#")[0].strip() for line in lines if not line.startswith("-r")]
-    assert project["optional-dependencies"]["dev"] == needed
+    needed = [line.partition("#")[0].strip() for line in lines if line[:2] not in ("-r", "# ")]
+    assert project["optional-dependencies"][extra] == needed
 
 
 def test_a_wheel_trains_and_serves_a_plug(tmp_path: Path) -> None:

@@ -201,6 +201,7 @@ class T5Cache(NamedTuple):
     Attributes:
         keys: (layers, B, S, heads, head_dim), of which every step fills K slots, one a beam.
         values: (layers, B, S, heads, head_dim), likewise.
+        positions: (1 or B, S) float32, the slots' places in the answer.
         seen: (B, K, S) bool, as in `KVCache`.
         length: () int32, as in `KVCache`.
         cross_keys: (layers, B, L, heads, head_dim), the prompt's.
@@ -210,6 +211,7 @@ class T5Cache(NamedTuple):
 
     keys: jax.Array
     values: jax.Array
+    positions: jax.Array
     seen: jax.Array
     length: jax.Array
     cross_keys: jax.Array
@@ -365,16 +367,17 @@ class T5(nnx.Module):
         empty = jnp.zeros(room, self.embedding.dtype)
         seen = jnp.zeros((B, num_beams, slots), bool)
         start = jnp.full((B, num_beams), config.start_id, jnp.int32)
-        cache = T5Cache(empty, empty, seen, jnp.int32(0), keys, values, mask)
+        at = jnp.arange(slots, dtype=jnp.float32)[None] // num_beams
+        cache = T5Cache(empty, empty, at, seen, jnp.int32(0), keys, values, mask)
         hidden, cache = self.step(start, cache)
         return hidden[:, 0], cache
 
     def step(self, tokens: jax.Array, cache: T5Cache) -> tuple[jax.Array, T5Cache]:
         """Read one new token of every beam, as `Decoder.step` does."""
-        K, S = cache.seen.shape[1:]
+        K = tokens.shape[1]
         seen = see_own(cache.seen, cache.length)
-        at, slots = cache.length[None, None] // K, jnp.arange(S)[None] // K
-        bias = self._bias(self.decoder_bias, at, slots, bidirectional=False)
+        at = jax.lax.dynamic_slice_in_dim(cache.positions, cache.length, 1, axis=1)
+        bias = self._bias(self.decoder_bias, at, cache.positions, bidirectional=False)
 
         # The own tokens' cache is carried, so that XLA writes the new slots in place.
         def layer(carry: tuple, scanned: tuple) -> tuple[tuple, None]:

@@ -10,13 +10,17 @@ from typing import Any
 import ml_collections
 from absl import flags
 
+WITHOUT_CONFIG = ("export",)  # the modes that read the config of a run
+
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parse flags as absl does, and return the other arguments; a mistake ends the process."""
     try:
         rest = flags.FLAGS(argv)
+        config = flags.FLAGS["config"].value
+        without = config is None and flags.FLAGS["mode"].value in WITHOUT_CONFIG
         # What could not be loaded is something that raises its error where it is first used.
-        if not isinstance(flags.FLAGS["config"].value, ml_collections.ConfigDict):
+        if not (without or isinstance(config, ml_collections.ConfigDict)):
             sys.exit(f"error: {_mistake(argv)}")
         if rest[1:]:
             sys.exit(f"error: {rest[1]!r} is no flag; write flags as --config=configs/lamp5.py")

@@ -1,34 +1,55 @@
 """Serve a trained plug: from a history and an input to a personal answer of the frozen LLM."""
 
+import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from pplug_jax.data.lamp import check_history, check_input
+from pplug_jax.data.lamp import Item, check_history, check_input
 from pplug_jax.errors import InputError
 from pplug_jax.feed.batches import round_up
 from pplug_jax.feed.features import compare_with_peers, of_history, of_items
+from pplug_jax.llm import LLM
 from pplug_jax.methods.shown import layout_of
-from pplug_jax.methods.table import METHODS
 from pplug_jax.plugs.forward import continuation
 from pplug_jax.plugs.persona import UserEmbedder
 from pplug_jax.plugs.reading import features_of, soft_tokens
+from pplug_jax.runtime.console import say
+from pplug_jax.serve.handover import (
+    CARD,
+    METHOD,
+    PLUG_CONFIG,
+    WEIGHTS,
+    read_plug,
+    upload,
+    write_plug,
+)
 from pplug_jax.session import Models
 from pplug_jax.session.weights import restore_weights
 from pplug_jax.settings import Settings, upgraded
 from pplug_jax.storage.files import read_object
 from pplug_jax.storage.workdir import CONFIG
 
-METHOD = METHODS["pplug"]
 History = Sequence[str | dict[str, Any]]
 
 
 @jax.jit
 def _soft_prompts(plug: UserEmbedder, *arrays: Any) -> jax.Array:
     return plug(*arrays)
+
+
+@jax.jit
+def _soft_and_weights(plug: UserEmbedder, *arrays: Any) -> tuple[jax.Array, jax.Array]:
+    return plug(*arrays), plug.attention(*arrays)  # XLA encodes the query once for both
+
+
+@jax.jit
+def _embed(llm: LLM, tokens: jax.Array) -> jax.Array:
+    return llm.embed(tokens)
 
 
 _answers = jax.jit(
@@ -50,6 +71,29 @@ def pad(array: np.ndarray, *lengths: int) -> np.ndarray:
 def row(ids: Sequence[int] | np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Return tokens as a batch of one padded row, (1, length) int32, and its mask."""
     return pad(np.asarray(ids, np.int32), length)[None], (np.arange(length) < len(ids))[None]
+
+
+def _read_run(workdir: epath.PathLike) -> tuple[Models, UserEmbedder]:
+    """Load a run's models and its trained plug."""
+    workdir = epath.Path(workdir)
+    path = workdir / CONFIG
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; {workdir} is not the workdir of a run")
+    config = Settings.of(upgraded(read_object(path)))
+    models = Models(config, workdir)
+    return models, restore_weights(models, METHOD, config, workdir)
+
+
+def export(workdir: epath.PathLike, output: Path) -> None:
+    """Write the plug of the run in `workdir` to `output`, for `Personalizer.from_pretrained`.
+
+    Raises:
+        InputError: `workdir` has no trained plug, or `output` cannot be written.
+    """
+    write_plug(*_read_run(workdir), output)
+    size = (output / WEIGHTS).stat().st_size
+    say(f"{output}: the plug ({WEIGHTS}, {size / 1e6:.1f} MB), {PLUG_CONFIG} and a model card")
+    say(f"look at {output / CARD}; `hf upload ORG/NAME {output}` puts it on the hub")
 
 
 class Personalizer:
@@ -77,13 +121,52 @@ class Personalizer:
         Raises:
             InputError: `workdir` has no run or no trained plug yet, or its models are gone.
         """
-        workdir = epath.Path(workdir)
-        path = workdir / CONFIG
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; {workdir} is not the workdir of a run")
-        config = Settings.of(upgraded(read_object(path)))
-        models = Models(config, workdir)
-        return cls(models, restore_weights(models, METHOD, config, workdir))
+        return cls(*_read_run(workdir))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        llm: str | Path | None = None,
+        encoder: str | Path | None = None,
+    ) -> "Personalizer":
+        """Load a plug that `--mode=export` or `push_to_hub` handed on.
+
+        Args:
+            path: its directory, or a hub id or URL.
+            llm: the LLM that it was trained with; None is the name that the plug knows it by.
+            encoder: the encoder that it was trained with; None likewise.
+
+        Raises:
+            InputError: a file is missing or bad, or the plug was trained with another LLM or
+                encoder; the message names both.
+        """
+        return cls(*read_plug(path, llm, encoder))
+
+    def push_to_hub(self, repository: str) -> str:
+        """Put the plug and its model card, without LLM and encoder, into a repository of the hub.
+
+        Args:
+            repository: its id, org/name; it is made if it is not there.
+
+        Returns:
+            its address.
+
+        Raises:
+            InputError: the hub refuses it, or the plug cannot be handed on.
+        """
+        with tempfile.TemporaryDirectory() as directory:
+            write_plug(self.models, self.plug, Path(directory))
+            return upload(Path(directory), repository)
+
+    @property
+    def longest_prompt(self) -> int:
+        """The most tokens that the LLM reads of a prompt, soft ones included."""
+        tokenizer, config = self.models.tokenizer, self.models.config
+        around = len(tokenizer.prefix) + len(tokenizer.suffix) + soft_tokens(config.plug)
+        joint = len(tokenizer.ids(tokenizer.joint)) if self.layout.behind else 0
+        return around + config.data.max_input_length + joint
 
     def soft_prompt(self, input: str, history: History = ()) -> np.ndarray:
         """Return the soft tokens [I ; P] for this input, (k + 1, D) float32.
@@ -115,6 +198,24 @@ class Personalizer:
         soft = [np.asarray(x, np.float32)[:count] for x, count in batches]
         none = 0, soft_tokens(self.models.config.plug), self.llm.config.hidden_size
         return np.concatenate([np.zeros(none, np.float32), *soft])
+
+    def inputs_embeds(self, input: str, soft: np.ndarray) -> np.ndarray:
+        """Return all that the LLM reads, the soft tokens in their place, (L, D) float32.
+
+        Any server that takes a prompt as embeddings can go on from there.
+
+        Args:
+            input: as in `soft_prompt`.
+            soft: (k + 1, D), what `soft_prompt` returns for it.
+        """
+        tokenizer, behind = self.models.tokenizer, self.layout.behind
+        check_input(input)
+        ids = tokenizer.prompt(input, self.models.config.data.max_input_length, behind)
+        before = len(ids) if behind else len(tokenizer.prefix)
+        ids = [*ids, *(tokenizer.suffix if behind else [])]
+        padded, _ = row(ids, padded_length(len(ids)))
+        text = np.asarray(_embed(self.llm, padded), np.float32)[0, : len(ids)]
+        return np.concatenate([text[:before], soft, text[before:]])
 
     def generate(self, input: str, history: History = ()) -> str:
         """Return the LLM's answer to `input` for the user of `history`, decoded as in evaluation.
@@ -175,6 +276,39 @@ class Personalizer:
         """
         return self.models.encoder.encode(texts, **settings).astype(np.float16).astype(np.float32)
 
+    def persona_of(
+        self, input: str, history: Sequence[Item], vectors: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the soft tokens for one user whose vectors are known, and the items' weights.
+
+        Args:
+            input: as in `soft_prompt`.
+            history: the user's newest items, in order.
+            vectors: (n, E), the items' vectors, as `encode_items` makes them.
+
+        Returns:
+            (k + 1, D) float32 and (n,) float32, which add up to 1.
+
+        Raises:
+            InputError: as `soft_prompt`.
+        """
+        check_input(input)
+        texts, item_features = self._read(history)
+        vectors = vectors.astype(np.float32)
+        users = [(vectors, self._features(texts, item_features, vectors))]
+        arrays = *self._query(input), *self._stacked(users)
+        soft, weights = _soft_and_weights(self.plug, *arrays)
+        return np.asarray(soft, np.float32)[0], np.asarray(weights)[0, : len(vectors)]
+
+    def encode_items(self, history: Sequence[Item]) -> np.ndarray:
+        """Return the vectors of items, (n, E) float16, in their order.
+
+        Raises:
+            InputError: as `soft_prompt`.
+        """
+        items = check_history(self.models.task, history, sort_by_date=False)
+        return self._encode([self.models.item_text(item) for item in items]).astype(np.float16)
+
     def _soft_prompts(
         self, query: tuple[np.ndarray, np.ndarray], histories: Sequence[History]
     ) -> tuple[jax.Array, int]:
@@ -189,6 +323,12 @@ class Personalizer:
                 read, np.split(vectors, ends), strict=True
             )
         ]
+        return _soft_prompts(self.plug, *query, *self._stacked(users)), len(users)
+
+    def _stacked(
+        self, users: Sequence[tuple[np.ndarray, dict[str, np.ndarray]]]
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Return the users' vectors, their masks and their features, as padded batches."""
         rows = 1 << (len(users) - 1).bit_length()
         items = padded_length(max(len(user_vectors) for user_vectors, _ in users))
 
@@ -200,7 +340,7 @@ class Personalizer:
             name: batch([features[name] for _, features in users]) for name in self.features
         }
         history = batch([user_vectors for user_vectors, _ in users])
-        return _soft_prompts(self.plug, *query, history, batch(masks), features), len(users)
+        return history, batch(masks), features
 
     def _query(self, input: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the input as the plug reads it: `Batch.query` and its mask, of one row."""
@@ -224,9 +364,8 @@ class Personalizer:
     def _features(
         self, texts: Sequence[str], item_features: dict[str, np.ndarray], vectors: np.ndarray
     ) -> dict[str, np.ndarray]:
-        store = self.models.store
-
         def means() -> np.ndarray:
+            store = self.models.store
             known = store.rows([text for text in texts if text in store])
             return self.peers.means_of(vectors, known)
 

@@ -98,7 +98,6 @@ class Models:
         )
         local = HISTORY if is_remote(workdir) else workdir / HISTORY
         self._history_path = config.data.history_store or local
-        self.store = HistoryStore(self._history_path, self.encoder)
 
     def _llm_loader(self, path: Path) -> Callable[[], LLM]:
         if is_saved(self.converted):
@@ -135,6 +134,11 @@ class Models:
     def item_text(self, item: Item) -> str:
         """Return a history item as the encoder reads it."""
         return self.task.item_text(item, self.config.data.history_labels)
+
+    @functools.cached_property
+    def store(self) -> HistoryStore:
+        """The store of the histories' vectors; most plugs are served without it."""
+        return HistoryStore(self._history_path, self.encoder)
 
     @functools.cached_property
     def queries(self) -> HistoryStore:

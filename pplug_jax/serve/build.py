@@ -1,0 +1,59 @@
+"""Put a server together."""
+
+from pathlib import Path
+
+from pplug_jax.serve.app import Service
+from pplug_jax.serve.engine.jax_engine import JaxEngine
+from pplug_jax.serve.handover import PLUG_CONFIG
+from pplug_jax.serve.metrics import Metrics
+from pplug_jax.serve.people import People
+from pplug_jax.serve.personalizer import Personalizer
+from pplug_jax.serve.store import Store
+from pplug_jax.storage.workdir import CONFIG
+
+
+def load_plug(plug: str, llm: str | None = None, encoder: str | None = None) -> Personalizer:
+    """Load a run's workdir, or a plug that was handed on.
+
+    Raises:
+        InputError: it is neither, or its models are not there.
+    """
+    directory = Path(plug)
+    if (directory / CONFIG).is_file() and not (directory / PLUG_CONFIG).is_file():
+        return Personalizer.from_checkpoint(directory)
+    return Personalizer.from_pretrained(plug, llm=llm, encoder=encoder)
+
+
+def make_service(
+    plug: str,
+    store: Store,
+    *,
+    llm: str | None = None,
+    encoder: str | None = None,
+    slots: int = 32,
+) -> Service:
+    """Load a plug and its models, and compile what answers.
+
+    Args:
+        plug: a run's workdir, or what was handed on.
+        store: the histories.
+        llm: the LLM of a plug that was handed on; None is the name that the plug knows.
+        encoder: its encoder; None likewise.
+        slots: how many are answered at a time.
+
+    Raises:
+        InputError: the plug or a model cannot be loaded.
+    """
+    personalizer = load_plug(plug, llm, encoder)
+    metrics = Metrics()
+    engine = JaxEngine(
+        personalizer.llm,
+        personalizer.models.mesh,
+        longest_prompt=personalizer.longest_prompt,
+        max_new_tokens=personalizer.models.config.eval.max_new_tokens,
+        slots=slots,
+    )
+    metrics.watch("num_requests_running", "Answers under way.", lambda: engine.running)
+    metrics.watch("num_requests_waiting", "Answers that wait.", lambda: engine.waiting)
+    people = People(personalizer, store, metrics)
+    return Service(Path(plug).name, people, engine, metrics)

@@ -1,0 +1,203 @@
+"""Continuous batching by our own LLMs: people come and go between the steps of all the others."""
+
+import collections
+import threading
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from pplug_jax.errors import InputError
+from pplug_jax.feed.batches import ROUND
+from pplug_jax.llm import LLM
+from pplug_jax.serve.engine.base import Busy, Emit, Finished, Request, Sampling, Token, Unwell
+from pplug_jax.serve.engine.slots import programs
+
+
+class _Running(NamedTuple):
+    """A request in its slot, and how many tokens it may still have."""
+
+    request: Request
+    left: int
+
+
+class JaxEngine:
+    """An engine for every LLM that this package has, on CPUs, GPUs and TPUs.
+
+    All programs are compiled when it is made. One thread admits requests to free slots, and then
+    takes a step for all of them.
+
+    Args:
+        llm: the LLM.
+        mesh: the mesh that it lies on.
+        longest_prompt: the most rows of a prompt.
+        max_new_tokens: the most new tokens.
+        slots: how many are answered at a time.
+        waiting: how many may wait besides.
+    """
+
+    def __init__(
+        self,
+        llm: LLM,
+        mesh: Mesh,
+        *,
+        longest_prompt: int,
+        max_new_tokens: int,
+        slots: int = 32,
+        waiting: int = 256,
+    ):
+        self.llm, self.mesh = llm, mesh
+        self.longest_prompt, self.max_new_tokens = longest_prompt, max_new_tokens
+        self.max_waiting = waiting
+        self._programs = programs(llm, mesh, slots, longest_prompt, max_new_tokens)
+        self._stops = frozenset(llm.config.eos_ids)
+        self._waiting: collections.deque[Request] = collections.deque()
+        self._running: list[_Running | None] = [None] * slots
+        self._news = threading.Condition()  # guards _waiting, _ending and _failure
+        self._ending = False
+        self._failure: BaseException | None = None
+        self._time = 0
+        with jax.set_mesh(mesh):
+            self._slots = self._programs.empty()
+            for length in self._lengths():
+                nothing = np.zeros((length, llm.config.hidden_size))
+                self._admit(0, Request(nothing, Sampling(1), _ignore))
+            self._step()
+        self._running[0] = None
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    def _lengths(self) -> list[int]:
+        """Return the padded lengths of prompts: 16, 32, 64, .. and the longest."""
+        count = max(0, (self.longest_prompt - 1) // ROUND).bit_length()
+        return [*(ROUND << i for i in range(count)), self.longest_prompt]
+
+    @property
+    def running(self) -> int:
+        """How many are answered now."""
+        return sum(entry is not None for entry in self._running)
+
+    @property
+    def waiting(self) -> int:
+        """How many wait."""
+        return len(self._waiting)
+
+    def submit(self, rows: np.ndarray, sampling: Sampling, emit: Emit) -> Request:
+        if len(rows) > self.longest_prompt:
+            raise InputError(
+                f"the prompt has {len(rows)} tokens, and this server takes {self.longest_prompt}"
+            )
+        if not 1 <= sampling.max_tokens <= self.max_new_tokens:
+            raise InputError(
+                f"max_tokens must be from 1 to {self.max_new_tokens}, not {sampling.max_tokens}"
+            )
+        request = Request(rows, sampling, emit)
+        with self._news:
+            self._check()
+            if self._ending:
+                raise Busy("the server ends")
+            if len(self._waiting) >= self.max_waiting:
+                raise Busy(f"{self.max_waiting} requests wait already; try again later")
+            self._waiting.append(request)
+            self._news.notify()
+        return request
+
+    def check(self) -> None:
+        with self._news:
+            self._check()
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise Unwell(f"the engine failed: {self._failure}") from self._failure
+
+    def close(self) -> None:
+        with self._news:
+            self._ending = True
+            self._news.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            with jax.set_mesh(self.mesh):
+                while self._is_asked():
+                    self._fill()
+                    if any(self._running):
+                        self._tell(*self._step())
+        except BaseException as error:  # noqa: BLE001  of any kind: nobody else may wait for it
+            with self._news:
+                self._failure = error
+            for request in [entry.request for entry in self._running if entry] + [*self._waiting]:
+                request.emit(Finished("error"))
+            self._running = [None] * len(self._running)
+            self._waiting.clear()
+
+    def _is_asked(self) -> bool:
+        """Wait for work; return False once there will be none."""
+        with self._news:
+            self._news.wait_for(lambda: self._waiting or self._ending or any(self._running))
+            return bool(self._waiting) or any(self._running)
+
+    def _fill(self) -> None:
+        """Evict who has gone, and admit who waits to the free slots."""
+        for slot, entry in enumerate(self._running):
+            if entry and entry.request.cancelled:
+                self._finish(slot, "cancelled")
+            while self._running[slot] is None and self._waiting:
+                request = self._waiting.popleft()
+                if request.cancelled:
+                    request.emit(Finished("cancelled"))
+                else:
+                    self._tell_one(slot, *self._admit(slot, request))
+
+    def _admit(self, slot: int, request: Request) -> tuple[int, float]:
+        rows, sampling = request.rows, request.sampling
+        length = next(length for length in self._lengths() if length >= len(rows))
+        padded = np.zeros((1, length, rows.shape[1]), np.float32)
+        padded[0, : len(rows)] = rows
+        self._running[slot] = _Running(request, sampling.max_tokens)
+        self._slots, token, log_probability = self._programs.admit(
+            self.llm,
+            self._slots,
+            padded,
+            (np.arange(length) < len(rows))[None],
+            np.int32(slot),
+            np.float32(sampling.temperature),
+            np.float32(sampling.top_p),
+            np.int32(sampling.seed),
+        )
+        return int(token), float(log_probability)
+
+    def _step(self) -> tuple[np.ndarray, np.ndarray]:
+        self._slots, tokens, log_probabilities = self._programs.step(
+            self.llm, self._slots, np.int32(self._time), ring=self.max_new_tokens
+        )
+        self._time = (self._time + 1) % self.max_new_tokens
+        return np.asarray(tokens), np.asarray(log_probabilities)
+
+    def _tell(self, tokens: np.ndarray, log_probabilities: np.ndarray) -> None:
+        for slot, entry in enumerate(self._running):
+            if entry:
+                self._tell_one(slot, int(tokens[slot]), float(log_probabilities[slot]))
+
+    def _tell_one(self, slot: int, token: int, log_probability: float) -> None:
+        """Hand a token on, and free the slot if it is the last."""
+        entry = self._running[slot]
+        assert entry is not None
+        if token in self._stops:
+            self._finish(slot, "stop")
+            return
+        entry.request.emit(Token(token, log_probability))
+        self._running[slot] = entry._replace(left=entry.left - 1)
+        if entry.left == 1:
+            self._finish(slot, "length")
+
+    def _finish(self, slot: int, reason: str) -> None:
+        entry = self._running[slot]
+        assert entry is not None
+        self._running[slot] = None
+        entry.request.emit(Finished(reason))
+
+
+def _ignore(event: object) -> None:
+    """Tell nobody of what is computed only to compile it."""

@@ -1,0 +1,506 @@
+"""The server, as clients meet it: OpenAI's own, and plain HTTP."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import safetensors.numpy
+import uvicorn
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pplug_jax.serve.__main__ import main
+from pplug_jax.serve.app import LARGEST_BODY, Service, make_app
+from pplug_jax.serve.build import make_service
+from pplug_jax.serve.store import Store, StoreUnavailable
+from pplug_jax.serve.text import TextStream
+from tests.support.environment import AS_USERS
+
+INPUT = "Generate a title for the following abstract of a paper: Rivers are measured."
+ITEMS = [
+    {"id": str(i), "title": f"On rivers {i}", "abstract": f"River {i} is long.", "date": f"200{i}"}
+    for i in range(6)
+]
+
+
+class Running:
+    """A server on loopback."""
+
+    def __init__(self, service: Service):
+        self.service = service
+        config = uvicorn.Config(make_app(service), port=0, log_level="warning", access_log=False)
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.keys = [service.store.create_key(tenant) for tenant in ("one", "two")]
+
+    def openai(self, key: int = 0, **settings: Any) -> openai.OpenAI:
+        settings = {"max_retries": 0, "timeout": 60} | settings
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.keys[key], **settings)
+
+    def ask(self, method: str, path: str, key: int = 0, **request: Any) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {self.keys[key]}"} | request.pop("headers", {})
+        return self.http.request(method, path, headers=headers, **request)
+
+    def stop(self) -> None:
+        self.server.should_exit = True  # as SIGTERM does
+        self.thread.join()
+        self.http.close()
+
+
+@pytest.fixture(scope="module")
+def server(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    store = Store(f"sqlite:///{tmp_path_factory.mktemp('served') / 'store.sqlite'}")
+    running = Running(make_service(str(finished), store, slots=8))
+    models = running.service.people.personalizer.models
+    models.config = models.config.changed({"eval.num_beams": 1})
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def ann(server: Running) -> Iterator[str]:
+    """A persona with a history."""
+    assert server.ask("POST", "/v1/personas/ann/items", json={"items": ITEMS}).status_code == 200
+    yield "ann"
+    server.ask("DELETE", "/v1/personas/ann")
+
+
+def chat(client: openai.OpenAI, **more: Any) -> Any:
+    messages = [{"role": "user", "content": INPUT}]
+    return client.chat.completions.create(model="any", messages=messages, **more)
+
+
+def alone(server: Running, history: list[dict[str, Any]]) -> str:
+    return server.service.people.personalizer.generate(INPUT, history)
+
+
+pytestmark = pytest.mark.slow
+
+
+def test_openais_client_gets_what_a_personalizer_answers(server: Running, ann: str) -> None:
+    client = server.openai()
+    expected = alone(server, ITEMS)
+    assert expected != alone(server, [])
+    answer = chat(client, user=ann)
+    assert answer.choices[0].message.content == expected
+    assert answer.choices[0].finish_reason in ("stop", "length")
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert chat(client, metadata={"persona": ann}).choices[0].message.content == expected
+    whole = client.completions.create(model="any", prompt=INPUT, user=ann)
+    assert whole.choices[0].text == expected
+
+    stream = list(chat(client, user=ann, stream=True, stream_options={"include_usage": True}))
+    parts = [choice.delta.content or "" for chunk in stream for choice in chunk.choices]
+    assert "".join(parts) == expected
+    assert sum(part != "" for part in parts) > 1
+    assert stream[-2].choices[0].finish_reason == answer.choices[0].finish_reason
+    assert stream[-1].usage == answer.usage
+    stream = client.completions.create(model="any", prompt=INPUT, user=ann, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == expected
+    assert [model.id for model in client.models.list()] == [server.service.name]
+
+
+def test_an_unknown_person_gets_the_null_persona_and_a_header(server: Running, ann: str) -> None:
+    ask = server.openai().chat.completions.with_raw_response.create
+    messages = [{"role": "user", "content": [{"type": "text", "text": INPUT}]}]
+    for name, known, items in ((None, "none", 0), ("nobody", "unknown", 0), (ann, "known", 6)):
+        told = ask(model="any", messages=messages, user=name or openai.NOT_GIVEN)
+        assert told.headers["x-pplug-persona"] == known
+        assert told.headers["x-pplug-items"] == str(items)
+        expected = alone(server, ITEMS if items else [])
+        assert told.parse().choices[0].message.content == expected
+
+
+def test_the_weights_of_the_items_are_told(server: Running, ann: str) -> None:
+    answer = chat(server.openai(), user=ann, extra_body={"persona": {"explain": True}})
+    told = answer.model_extra["persona"]["items"]
+    assert [each["id"] for each in told] == [item["id"] for item in ITEMS]
+    assert sum(each["weight"] for each in told) == pytest.approx(1, abs=1e-5)
+    assert len({each["weight"] for each in told}) > 1
+
+
+def test_choices_seeds_and_log_probabilities(server: Running, ann: str) -> None:
+    client = server.openai()
+
+    def drawn(**more: Any) -> list[str]:
+        answer = chat(client, user=ann, temperature=2.0, n=4, **more)
+        return [choice.message.content for choice in answer.choices]
+
+    first = drawn(seed=5)
+    assert drawn(seed=5) == first
+    assert len(set(first)) > 1
+    assert drawn(seed=6)[:3] == first[1:]
+    answer = chat(client, user=ann, logprobs=True)
+    values = [each.logprob for each in answer.choices[0].logprobs.content]
+    assert len(values) == answer.usage.completion_tokens
+    assert all(value <= 0 for value in values)
+    few = chat(client, user=ann, max_tokens=2)
+    assert (few.usage.completion_tokens, few.choices[0].finish_reason) == (2, "length")
+    assert alone(server, ITEMS).startswith(few.choices[0].message.content)
+    stop = alone(server, ITEMS)[3:5]
+    stopped = chat(client, user=ann, stop=[stop])
+    assert stopped.choices[0].message.content == alone(server, ITEMS).partition(stop)[0].strip()
+    assert stopped.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"tools": [{"type": "function"}]}, "the field 'tools' is not supported; leave it out"),
+        ({"presence_penalty": 0.5}, "'presence_penalty' is not supported"),
+        ({"response_format": {"type": "json_object"}}, "'response_format' is not supported"),
+        ({"top_logprobs": 3}, "'top_logprobs' is not supported"),
+        ({"max_tokens": 9999}, "max_tokens must be from 1 to 8, not 9999"),
+        ({"temperature": 3}, "temperature: Input should be less than or equal to 2"),
+        ({"n": 99}, "n: Input should be less than or equal to 16"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "must be one message of the user"),
+        ({"messages": []}, "messages: List should have at least 1 item"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "of type 'text'"),
+        ({"metadata": {"persona": 7}}, "'metadata.persona' must be a text"),
+        ({"persona": {"explian": True}}, "persona.explian: Extra inputs are not permitted"),
+        ({"user": "\n"}, "a persona's name must be a text of 1 to 256 printable characters"),
+    ],
+)
+def test_what_is_not_supported_is_said(server: Running, more: dict, message: str) -> None:
+    body = {"model": "any", "messages": [{"role": "user", "content": INPUT}]} | more
+    answer = server.ask("POST", "/v1/chat/completions", json=body)
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]["message"]
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_openais_client_knows_the_errors(server: Running) -> None:
+    with pytest.raises(openai.BadRequestError, match="'tools' is not supported"):
+        chat(server.openai(), tools=[{"type": "function", "function": {"name": "f"}}])
+    wrong = openai.OpenAI(base_url=f"{server.url}/v1", api_key="pplug-1-no", max_retries=0)
+    with pytest.raises(openai.AuthenticationError, match="no API key of this server's is given"):
+        chat(wrong)
+    with pytest.raises(openai.NotFoundError):
+        server.openai().models.retrieve("x/y")
+
+
+def test_items_are_added_listed_corrected_and_erased(server: Running, ann: str) -> None:
+    path = f"/v1/personas/{ann}"
+    assert server.ask("GET", path).json() == {"id": ann, "items": 6}
+    again = server.ask("POST", f"{path}/items", json={"items": ITEMS[:2]}).json()
+    assert again == {"added": [], "known": 2}
+    page = server.ask("GET", f"{path}/items", params={"limit": 4}).json()
+    assert page["items"] == ITEMS[:4]
+    rest = server.ask("GET", f"{path}/items", params={"after": page["next"]}).json()
+    assert rest == {"items": ITEMS[4:], "next": None}
+    other = {"title": "Other", "abstract": "Other."}
+    assert server.ask("PUT", f"{path}/items/3", json=other).json() == other | {"id": "3"}
+    assert server.ask("GET", f"{path}/items/3").json() == other | {"id": "3"}
+    assert server.ask("DELETE", f"{path}/items/2").json() == {"id": "2", "erased": 1}
+    exported = server.ask("GET", f"{path}/export").text
+    lines = {"content-type": "application/x-ndjson"}
+    copied = server.ask("POST", "/v1/personas/copy/items", content=exported, headers=lines)
+    assert copied.json() == {"added": ["0", "1", "3", "4", "5"], "known": 0}
+    assert server.ask("GET", "/v1/personas/copy/export").text == exported
+    assert server.ask("GET", "/v1/personas").json() == {"personas": [ann, "copy"], "next": None}
+    assert server.ask("PUT", "/v1/personas/new").status_code == 201
+    assert server.ask("PUT", "/v1/personas/new").status_code == 200
+    for name, count in (("copy", 5), ("new", 0), ("new", 0)):
+        gone = server.ask("DELETE", f"/v1/personas/{name}")
+        assert gone.json() == {"id": name, "erased": count}
+    assert server.ask("GET", "/v1/personas/copy").status_code == 404
+
+
+def test_what_is_no_item(server: Running, ann: str) -> None:
+    path = f"/v1/personas/{ann}/items"
+
+    def refused(status: int, message: str, **request: Any) -> None:
+        answer = server.ask("POST", path, **request)
+        assert answer.status_code == status, answer.text
+        assert message in answer.json()["error"]["message"]
+
+    refused(
+        400,
+        "history item 1: the field 'abstract' is missing",
+        json={"items": [ITEMS[0], {"title": "t"}]},
+    )
+    refused(409, "'1' is there with other content", json={"items": [ITEMS[1] | {"title": "t"}]})
+    refused(400, "the body must be {'items': [..]}", json=[ITEMS[0]])
+    refused(400, "the body must be {'items': [..]}", json={"items": [ITEMS[0]] * 1001})
+    refused(400, "line 2: not JSON", content='{"a": 1}\n{')
+    refused(400, "the body is not UTF-8", content=b"\xff")
+    refused(413, "the body is larger than", content=b" " * (LARGEST_BODY + 1))
+    assert server.ask("PUT", f"{path}/0", json={"title": 7}).status_code == 400
+    assert server.ask("GET", f"{path}/77").status_code == 404
+
+
+def test_no_request_reaches_another_tenants(server: Running, ann: str) -> None:
+    for method, path, body in (
+        ("GET", "", None),
+        ("GET", "/items", None),
+        ("GET", "/items/1", None),
+        ("PUT", "/items/1", ITEMS[1]),
+        ("DELETE", "/items/1", None),
+        ("GET", "/export", None),
+        ("POST", "/soft_prompt", {"input": INPUT}),
+    ):
+        answer = server.ask(method, f"/v1/personas/{ann}{path}", key=1, json=body)
+        assert answer.status_code == 404, (method, path)
+        assert answer.json()["error"]["message"].startswith("there is no persona 'ann'")
+    assert server.ask("GET", "/v1/personas", key=1).json()["personas"] == []
+    assert server.ask("DELETE", f"/v1/personas/{ann}", key=1).json()["erased"] == 0
+    assert chat(server.openai(1), user=ann).choices[0].message.content == alone(server, [])
+    for path in ("/v1/personas", "/v1/models", f"/v1/personas/{ann}/export"):
+        assert server.http.get(path).status_code == 401
+
+
+def test_a_soft_prompt_can_be_taken_elsewhere(server: Running, ann: str) -> None:
+    personalizer = server.service.people.personalizer
+    expected = personalizer.soft_prompt(INPUT, ITEMS)
+    path = f"/v1/personas/{ann}/soft_prompt"
+    answer = server.ask("POST", path, json={"input": INPUT})
+    soft = safetensors.numpy.load(answer.content)["inputs_embeds"]
+    np.testing.assert_allclose(soft, expected, rtol=1e-5, atol=1e-5)
+    assert answer.headers["x-pplug-place"] == "front"
+    assert answer.headers["x-pplug-dtype"] == "float32"
+    whole = server.ask("POST", path, json={"input": INPUT, "rows": "all"})
+    rows = safetensors.numpy.load(whole.content)["inputs_embeds"]
+    np.testing.assert_array_equal(rows, personalizer.inputs_embeds(INPUT, soft))
+    start = int(whole.headers["x-pplug-prefix-tokens"])
+    np.testing.assert_array_equal(rows[start : start + len(soft)], soft)
+
+
+def test_one_input_for_many_people(server: Running, ann: str) -> None:
+    users = [ann, *(f"nobody {i}" for i in range(20))]
+    answer = server.ask("POST", "/v1/personalize", json={"input": INPUT, "users": users})
+    lines = [json.loads(line) for line in answer.text.splitlines()]
+    assert {line["user"] for line in lines} == set(users)
+    for line in lines:
+        known = line["user"] == ann
+        assert (line["known"], line["items"]) == (known, 6 if known else 0)
+        assert line["answer"] == alone(server, ITEMS if known else [])
+
+
+def test_many_at_once_are_answered_as_alone(server: Running) -> None:
+    people = {f"person {i}": ITEMS[: i % 5] for i in range(12)}
+    for name, items in people.items():
+        assert server.ask("POST", f"/v1/personas/{name}/items", json={"items": items}).is_success
+    client = server.openai()
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda name: chat(client, user=name), people))
+    for answer, (name, items) in zip(answers, people.items(), strict=True):
+        assert answer.choices[0].message.content == alone(server, items)
+        server.ask("DELETE", f"/v1/personas/{name}")
+
+
+def test_new_items_are_encoded_in_the_background(server: Running, ann: str) -> None:
+    people = server.service.people
+    deadline = time.monotonic() + 30
+    while server.service.store.lacking(people.encoder, 1) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert server.service.store.lacking(people.encoder, 1) == []
+
+
+def test_health_and_metrics(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert server.http.get("/health").status_code == 200
+    chat(server.openai())
+    text = server.http.get("/metrics").text
+    for name in (
+        "num_requests_running",
+        "prompt_tokens_total",
+        "generation_tokens_total",
+        "time_to_first_token_seconds_bucket",
+        "persona_seconds_count",
+        "history_items_sum",
+        "store_seconds_count",
+        "encode_items_total",
+    ):
+        assert f"\npplug:{name}" in text, name
+    assert 'pplug:request_success_total{finished_reason="' in text
+
+    def gone() -> bool:
+        raise StoreUnavailable("the store is not available; try again")
+
+    monkeypatch.setattr(server.service.store, "has_keys", gone)
+    answer = server.http.get("/health")
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+
+
+def test_a_full_queue_is_429_and_openais_client_tries_again(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = server.service.engine
+    monkeypatch.setattr(engine, "max_waiting", 0)
+    with pytest.raises(openai.RateLimitError, match="wait already; try again later") as caught:
+        chat(server.openai())
+    assert caught.value.response.headers["retry-after"] == "1"
+    threading.Timer(0.2, lambda: monkeypatch.setattr(engine, "max_waiting", 99)).start()
+    assert chat(server.openai(max_retries=5)).choices[0].message.content == alone(server, [])
+
+
+def test_a_client_that_goes_away_frees_its_place(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = server.service.engine
+    step = engine._step
+
+    def slow() -> Any:
+        time.sleep(0.3)
+        return step()
+
+    monkeypatch.setattr(engine, "_step", slow)
+    began = time.monotonic()
+    with chat(server.openai(), stream=True) as stream:
+        next(iter(stream))
+    with pytest.raises(openai.APITimeoutError):
+        chat(server.openai(timeout=0.4))
+    while engine.running and time.monotonic() < began + 30:
+        time.sleep(0.01)
+    text = server.http.get("/metrics").text
+    cancelled = text.partition('request_success_total{finished_reason="cancelled"} ')[2]
+    assert float(cancelled.partition("\n")[0]) >= 2
+
+
+def test_a_fault_tells_no_text(
+    server: Running, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fault(*arguments: Any) -> None:
+        raise RuntimeError("the secret Zanzibar")
+
+    monkeypatch.setattr(server.service.people, "persona", fault)
+    answer = server.ask("POST", "/v1/completions", json={"prompt": "Zanzibar"})
+    assert answer.status_code == 500
+    assert answer.json()["error"]["message"] == "the server has a fault; its log says where"
+    told = "".join(capfd.readouterr())
+    assert "error: RuntimeError in" in told
+    assert "Zanzibar" not in answer.text + told
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+FIELDS = st.sampled_from(
+    ["messages", "prompt", "user", "metadata", "persona", "stream", "max_tokens", "temperature"]
+    + ["top_p", "seed", "stop", "n", "logprobs", "items", "input", "users", "rows", "title", "id"]
+)
+PATHS = [
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/personalize",
+    "/v1/personas",
+    "/v1/personas/x",
+    "/v1/personas/x/items",
+    "/v1/personas/x/items/1",
+    "/v1/personas/x/soft_prompt",
+    "/v1/personas/%00/items",
+    "/v1/personas/x/items?after=-1&limit=9999999999999999999999",
+    "/v1/personas/x/export",
+    "/v1/models",
+]
+GOOD = {
+    "messages": [{"role": "user", "content": "x"}],
+    "prompt": "x",
+    "input": "x",
+    "users": ["x"],
+    "items": [ITEMS[0]],
+    "max_tokens": 1,
+}
+
+
+@given(
+    st.sampled_from(["GET", "POST", "PUT", "DELETE", "PATCH"]),
+    st.sampled_from(PATHS),
+    st.dictionaries(FIELDS, JSON, max_size=4),
+    st.booleans(),
+)
+def test_no_request_finds_a_fault(
+    server: Running, method: str, path: str, body: dict[str, Any], mutated: bool
+) -> None:
+    content = json.dumps((GOOD if mutated else {}) | body)
+    headers = {"content-type": "application/json"}
+    answer = server.ask(method, path, content=content, headers=headers)
+    assert answer.status_code < 500, answer.text
+    assert "Traceback" not in answer.text
+
+
+def test_an_ending_server_finishes_what_runs(finished: Path, tmp_path: Path) -> None:
+    running = Running(make_service(str(finished), Store(f"sqlite:///{tmp_path / 's'}"), slots=2))
+    engine = running.service.engine
+    step = engine._step
+
+    def slow() -> Any:
+        time.sleep(0.1)
+        return step()
+
+    engine._step = slow
+    with ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(chat, running.openai()) for _ in range(2)]
+        while engine.running < 2:
+            time.sleep(0.01)
+        running.stop()
+        assert len({answer.result().choices[0].message.content for answer in answers}) == 1
+    with pytest.raises(openai.APIConnectionError):
+        chat(running.openai())
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+def test_the_command(finished: Path, tmp_path: Path, ending: signal.Signals) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "pplug_jax.serve", f"--plug={finished}", f"--port={port}"]
+    command += [f"--store=sqlite:///{tmp_path / 'store'}", "--slots=2"]
+    environment = os.environ | {"PYTHONPATH": AS_USERS}
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    lines = [server.stdout.readline() for _ in range(2)]
+    assert lines[0].startswith("no API key is in use: whoever is on this machine may ask")
+    assert lines[1] == f"serving {finished.name} at http://127.0.0.1:{port}/v1\n"
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=9)
+    assert chat(client).choices[0].message.content
+    server.send_signal(ending)
+    assert server.wait(30) in (0, -ending)
+    assert server.stdout.read() == ""
+
+
+def test_a_command_that_cannot_be(tmp_path: Path) -> None:
+    store = f"--store=sqlite:///{tmp_path / 'store'}"
+    with pytest.raises(SystemExit, match=r"--host=0\.0\.0\.0: without any API key the server list"):
+        main(["--plug=x", "--host=0.0.0.0", store])
+    with pytest.raises(SystemExit, match=r"plug_config\.json: no such file; a plug to load is"):
+        main([f"--plug={tmp_path}", store])
+
+
+@given(
+    st.lists(st.sampled_from(["a", "b", " ", "ab", "\n", "xy", "x"])),
+    st.sampled_from([(), ("ab",), ("x y", "b ")]),
+)
+def test_text_as_it_comes_is_text_at_the_end(pieces: list[str], stops: tuple[str, ...]) -> None:
+    stream = TextStream(lambda ids: "".join(pieces[i] for i in ids), stops)
+    told = []
+    for i in range(len(pieces)):
+        told.append(stream.push(i))
+        if stream.stopped:
+            break
+    told.append(stream.end())
+    text = "".join(pieces).lstrip()
+    at = min([text.find(stop) for stop in stops if stop in text], default=len(text))
+    assert "".join(told) == text[:at].rstrip()
+    assert stream.stopped == (at < len(text))
