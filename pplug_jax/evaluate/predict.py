@@ -17,6 +17,7 @@ import numpy as np
 from pplug_jax.data import submission
 from pplug_jax.data.lamp import Example
 from pplug_jax.feed.batches import Batch, Tokenized, place_batch, plan_batches, with_queries
+from pplug_jax.llm import LLM
 from pplug_jax.methods.shown import Layout, layout_of, shown
 from pplug_jax.methods.table import Method, methods_of
 from pplug_jax.methods.users import own_items
@@ -37,7 +38,7 @@ from pplug_jax.settings import Settings
 from pplug_jax.storage.checkpoint import Checkpoints
 from pplug_jax.storage.files import read_text, write_json
 from pplug_jax.storage.workdir import checkpoints_path, personas_path, predictions_path
-from pplug_jax.train.user_lora import fit_user_loras
+from pplug_jax.train.user_lora import UserLoras
 
 
 class Answers(NamedTuple):
@@ -58,6 +59,28 @@ class Answers(NamedTuple):
     trainable: int
     bytes_per_user: float
     milliseconds: float
+
+
+class Shared:
+    """The same weights for every user, as `UserLoras` are one's own.
+
+    Attributes:
+        shapes: the LLM's shapes, to compile for.
+        llm: the LLM.
+        order: the order in which the examples are answered.
+    """
+
+    def __init__(self, models: Models, weights: Weights | None, examples: int):
+        self.weights, self.models = weights, models
+        self.shapes, self.order = models.abstract_llm, np.arange(examples)
+
+    @property
+    def llm(self) -> LLM:
+        return self.models.llm
+
+    def of(self, indices: Sequence[int]) -> Weights | None:
+        """Return the weights for a batch of these examples."""
+        return self.weights
 
 
 def predict(
@@ -84,16 +107,12 @@ def predict(
     tokenizer, size = models.tokenizer, config.eval.batch_size
     assemble = assembler(models, method, config, tokenized, size)
     answers, losses, times = [""] * len(tokenized), np.zeros((len(tokenized), 2)), []
-    llm, order = models.abstract_llm, np.arange(len(tokenized))
-    if method.user_lora:
-        llm = weights.on(models.llm)
-        items = [item for part in user_items for item in part]
-        ends = np.cumsum([len(part) for part in user_items])
-        users = [range(end - len(part), end) for part, end in zip(user_items, ends, strict=True)]
-        weights = fit_user_loras(models, llm, config, items, [range(0)] * size)  # untrained yet
-        # Users of as many items together: a batch's training is as long as its longest user's.
-        order = np.argsort([len(part) for part in user_items], kind="stable")
-    users_of_one = 1
+    trained = (
+        UserLoras(models, config, weights, user_items)
+        if method.user_lora
+        else Shared(models, weights, len(tokenized))
+    )
+    order, users_of_one = trained.order, 1
     if layout_of(method, config).behind:
         order, users_of_one = by_prompt(tokenized, size // parts(models.mesh, "batch"))
     groups = order.reshape(-1, users_of_one)
@@ -103,14 +122,14 @@ def predict(
     batches = [(bucket, groups[rows].ravel()) for bucket, rows in planned]
     reading = {"place": place_of(models, method, config), "reading": method.reading}
     static = {answer_tokens: reading | config.eval.decoding, gold_losses: reading}
-    arguments = weights, llm
+    untrained = trained.of([]), trained.shapes
 
     def lower(program: tuple[Any, int]) -> jax.stages.Lowered:
         function, bucket = program
         empty = assemble((0, bucket, np.zeros(0, int))).with_prompts_of(users_of_one)
         with jax.set_mesh(models.mesh):
             batch = place_batch(empty, models.mesh)
-            return function.lower(*arguments, batch, **static[function])
+            return function.lower(*untrained, batch, **static[function])
 
     buckets = dict.fromkeys(bucket for bucket, _ in batches)
     programs = [(function, bucket) for bucket in buckets for function in static]
@@ -118,20 +137,18 @@ def predict(
         compiled_ahead(lower, programs) as compiled,
         Progress(f"answering with {method.name}", len(tokenized), "examples") as progress,
     ):
-        llm = llm if method.user_lora else models.llm
+        llm = trained.llm  # loaded while the programs compile
         for bucket, indices in batches:
             answer_with = compiled((answer_tokens, bucket))
             start = time.monotonic()
-            if method.user_lora:
-                places = [users[i] for i in indices] + [range(0)] * (size - len(indices))
-                weights = fit_user_loras(models, llm, config, items, places)
+            arguments = trained.of(indices), llm
             batch = assemble((0, bucket, indices)).with_prompts_of(users_of_one)
             batch = place_batch(batch, models.mesh)
-            tokens = answer_with(weights, llm, batch)
+            tokens = answer_with(*arguments, batch)
             for index, row in zip(indices, fetch(tokens), strict=False):
                 answers[index] = tokenizer.decode(row)
             times.append(1000 * (time.monotonic() - start) / len(indices))
-            sums = compiled((gold_losses, bucket))(weights, llm, batch)
+            sums = compiled((gold_losses, bucket))(*arguments, batch)
             losses[indices] = fetch(sums)[: len(indices)]
             progress.advance(len(indices))
     return answers, losses, float(np.median(times))

@@ -91,3 +91,42 @@ def fit_user_loras(
                 place=models.tokenizer.place(behind=False),
             )
     return place(lora, models.mesh)  # the compiler may have put some elsewhere
+
+
+class UserLoras:
+    """Each user's own LoRA, trained when a batch of users is answered.
+
+    Args:
+        models: the run's models.
+        config: the method's config (`table.configured`).
+        task_lora: what all users share.
+        user_items: each user's history items as examples.
+
+    Attributes:
+        llm: the LLM with the task's LoRA.
+        shapes: the same, to compile for.
+        order: the users, those of as many items together: the training of a batch is as long as its
+            longest user's.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        config: Settings,
+        task_lora: Lora,
+        user_items: Sequence[Sequence[Tokenized]],
+    ):
+        self.models, self.config = models, config
+        self.llm = self.shapes = task_lora.on(models.llm)
+        self.items = [item for items in user_items for item in items]
+        counts = [len(items) for items in user_items]
+        self.users = [
+            range(end - count, end) for count, end in zip(counts, np.cumsum(counts), strict=True)
+        ]
+        self.order = np.argsort(counts, kind="stable")
+
+    def of(self, indices: Sequence[int]) -> Lora:
+        """Train the LoRAs of these users, a row of the evaluation's batch each."""
+        nobody = [range(0)] * (self.config.eval.batch_size - len(indices))
+        users = [self.users[i] for i in indices] + nobody
+        return fit_user_loras(self.models, self.llm, self.config, self.items, users)
