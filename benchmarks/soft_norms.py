@@ -117,7 +117,9 @@ def show(models: Models, config: Any, plug: UserEmbedder, assemble: Any, place: 
     state, k = optimizer.init(plug), config.plug.num_persona_tokens
     order = np.random.default_rng(config.seed).permutation(len(assemble.tokenized))
     print(f"{config.llm.path}, {WAY.value}, {config.plug.place}, learning rate {rate}")
-    print(f"{'step':>4}{'loss':>8}{'LLM':>8}{'grad':>8}{'I':>8}{'P':>8}{'F':>8}")
+    print(
+        f"{'step':>4}" + "".join(f"{name:>10}" for name in ("loss", "LLM", "grad", "I", "P", "F"))
+    )
     for i, rows in enumerate(order[: ROWS.value * STEPS.value].reshape(-1, ROWS.value), 1):
         bucket = int(assemble.buckets.of[rows].max())
         with jax.set_mesh(models.mesh):
@@ -125,7 +127,7 @@ def show(models: Models, config: Any, plug: UserEmbedder, assemble: Any, place: 
             own = llm_loss(models.llm, batch, place=place, accumulation=1)
             plug, state, (loss, grad, norms) = step(plug, state, models.llm, batch)
         means = [float(part.mean()) for part in jnp.split(norms, [1, 1 + k]) if part.size]
-        figures = "".join(f"{x:8.3g}" for x in (loss, own, grad, *means))
+        figures = "".join(f"{x:10.3g}" for x in (loss, own, grad, *means))
         print(f"{i:4}{figures}", flush=True)
 
 
