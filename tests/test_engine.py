@@ -268,7 +268,7 @@ def test_an_engine_that_fails_says_so(
         LLAMA, 1
     )
 
-    def fail() -> None:
+    def fail(count: int) -> None:
         raise MemoryError("no room")
 
     monkeypatch.setattr(engine, "_step", fail)

@@ -358,9 +358,9 @@ def test_a_client_that_goes_away_frees_its_place(
     engine = server.service.engine
     step = engine._step
 
-    def slow() -> Any:
+    def slow(count: int) -> Any:
         time.sleep(0.3)
-        return step()
+        return step(count)
 
     monkeypatch.setattr(engine, "_step", slow)
     began = time.monotonic()
@@ -446,9 +446,9 @@ def test_an_ending_server_finishes_what_runs(finished: Path, tmp_path: Path) -> 
     engine = running.service.engine
     step = engine._step
 
-    def slow() -> Any:
+    def slow(count: int) -> Any:
         time.sleep(0.1)
-        return step()
+        return step(count)
 
     engine._step = slow
     with ThreadPoolExecutor(2) as pool:

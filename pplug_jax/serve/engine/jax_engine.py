@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from pplug_jax.errors import InputError
 from pplug_jax.feed.batches import ROUND
 from pplug_jax.llm import LLM
+from pplug_jax.runtime.mesh import parts
 from pplug_jax.serve.engine.base import Busy, Emit, Finished, Request, Sampling, Token, Unwell
 from pplug_jax.serve.engine.slots import programs
 
@@ -58,12 +59,16 @@ class JaxEngine:
         self._ending = False
         self._failure: BaseException | None = None
         self._time = 0
+        # Alone, one need not wait for all slots' sums. Several devices share the slots as they lie.
+        whole = parts(mesh, "batch") > 1
+        self._counts = [slots] if whole else [*_fours(slots), slots]
         with jax.set_mesh(mesh):
             self._slots = self._programs.empty()
             for length in self._lengths():
                 nothing = np.zeros((length, llm.config.hidden_size))
                 self._admit(0, Request(nothing, Sampling(1), _ignore))
-            self._step()
+            for count in self._counts:
+                self._step(count)
         self._running[0] = None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
@@ -123,7 +128,7 @@ class JaxEngine:
                 while self._is_asked():
                     self._fill()
                     if any(self._running):
-                        self._tell(*self._step())
+                        self._tell(*self._step(self._count()))
         except BaseException as error:  # noqa: BLE001  of any kind: nobody else may wait for it
             with self._news:
                 self._failure = error
@@ -168,9 +173,14 @@ class JaxEngine:
         )
         return int(token), float(log_probability)
 
-    def _step(self) -> tuple[np.ndarray, np.ndarray]:
+    def _count(self) -> int:
+        """Return how many slots a step must be taken for, of the numbers that are compiled."""
+        used = max(slot for slot, entry in enumerate(self._running) if entry) + 1
+        return next(count for count in self._counts if count >= used)
+
+    def _step(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         self._slots, tokens, log_probabilities = self._programs.step(
-            self.llm, self._slots, np.int32(self._time), ring=self.max_new_tokens
+            self.llm, self._slots, np.int32(self._time), ring=self.max_new_tokens, count=count
         )
         self._time = (self._time + 1) % self.max_new_tokens
         return np.asarray(tokens), np.asarray(log_probabilities)
@@ -197,6 +207,11 @@ class JaxEngine:
         assert entry is not None
         self._running[slot] = None
         entry.request.emit(Finished(reason))
+
+
+def _fours(limit: int) -> list[int]:
+    """Return 1, 4, 16, .. below a limit."""
+    return [4**i for i in range(limit) if 4**i < limit]
 
 
 def _ignore(event: object) -> None:

@@ -135,18 +135,35 @@ def admit(
     return Slots(values.cache, *updated), token[0], log_probability[0]
 
 
-def step(llm: LLM, slots: Slots, time: jax.Array, ring: int) -> tuple[Slots, jax.Array, jax.Array]:
-    """Read every slot's newest token and choose the next.
+def step(
+    llm: LLM, slots: Slots, time: jax.Array, ring: int, count: int
+) -> tuple[Slots, jax.Array, jax.Array]:
+    """Read the newest token of the first slots and choose the next.
 
     Args:
         llm: the LLM.
         slots: the slots.
         time: () int32, the number of steps so far.
         ring: R.
+        count: n, how many slots; the others wait, and nothing is computed for them.
 
     Returns:
-        the slots, the tokens, (S,) int32, and their log probabilities, (S,) float32.
+        the slots, the tokens, (n,) int32, and their log probabilities, (n,) float32.
     """
+    if count == len(slots.token):
+        return _step(llm, slots, time, ring)
+
+    def first(x: jax.Array) -> jax.Array:
+        return x[:, :count] if x.ndim == 5 else x[:count] if x.ndim else x
+
+    def back(whole: jax.Array, part: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(whole, part, [0] * whole.ndim)
+
+    few, token, log_probability = _step(llm, jax.tree.map(first, slots), time, ring)
+    return jax.tree.map(back, slots, few), token, log_probability
+
+
+def _step(llm: LLM, slots: Slots, time: jax.Array, ring: int) -> tuple[Slots, jax.Array, jax.Array]:
     cache = slots.cache
     column = cache.keys.shape[2] - ring + time % ring
     at = jax.lax.dynamic_update_slice(cache.positions, slots.position[:, None], (0, column))
@@ -224,5 +241,7 @@ def programs(llm: LLM, mesh: Mesh, count: int, longest_prompt: int, ring: int) -
     return Programs(
         jax.jit(make, out_shardings=where),
         jax.jit(admit, donate_argnames="slots", out_shardings=out),
-        jax.jit(step, donate_argnames="slots", static_argnames="ring", out_shardings=out),
+        jax.jit(
+            step, donate_argnames="slots", static_argnames=("ring", "count"), out_shardings=out
+        ),
     )
