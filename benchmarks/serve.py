@@ -147,7 +147,8 @@ def one_by_one(service: Service, items: list[list[dict[str, Any]]]) -> float:
 
 def main(_: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
+    for client in ("httpx", "httpx2"):  # they tell of every request
+        logging.getLogger(client).setLevel(logging.WARNING)
     items = make_items(FLAGS.requests)
     with tempfile.TemporaryDirectory() as scratch:
         write_untrained(Path(scratch) / "plug")
