@@ -47,7 +47,8 @@ def item_ages(task: Task, profile: Sequence[Item]) -> np.ndarray:
 def item_forms(task: Task, profile: Sequence[Item]) -> np.ndarray:
     """Return the form of each item's answer, or else of its text, (n, F) float32; 0 for none."""
     texts = [str(item.get(task.answer or task.cut, "")) for item in profile]
-    return forms(texts) * np.array([[bool(text.strip())] for text in texts]).reshape(-1, 1)
+    written = np.array([bool(text.strip()) for text in texts], np.float32)
+    return forms(texts) * written[:, None]
 
 
 FEATURES = {
