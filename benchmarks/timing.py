@@ -15,7 +15,7 @@ from absl import flags
 from pplug_jax.scoring.tables import Rows, show_table
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("output", None, "The JSON file; by default runs/benchmarks/NAME.json.")
+flags.DEFINE_string("record", None, "The JSON file; by default runs/benchmarks/NAME.json.")
 flags.DEFINE_integer("repeats", 5, "Timed calls of each, of which the median is taken.")
 
 
@@ -57,7 +57,7 @@ def report(
 ) -> None:
     """Prints the table, and writes the same figures unrounded, with the machine's facts."""
     show_table(title, header, rows)
-    path = Path(FLAGS.output or f"runs/benchmarks/{name}.json")
+    path = Path(FLAGS.record or f"runs/benchmarks/{name}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     found = {"benchmark": name, "machine": machine(), "records": list(records)}
     path.write_text(json.dumps(found, indent=1))

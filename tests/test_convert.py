@@ -12,10 +12,9 @@ import pytest
 from etils import epath
 
 from configs import lamp5
-from pplug_jax import session as models
 from pplug_jax.errors import CheckpointError
 from pplug_jax.run import run
-from pplug_jax.session import Models
+from pplug_jax.session import Models, models
 from pplug_jax.settings import Settings
 from pplug_jax.storage.checkpoint import is_saved
 

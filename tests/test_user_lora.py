@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from pplug_jax.feed.batches import Buckets, Tokenized
+from pplug_jax.feed.batches import Tokenized
 from pplug_jax.llm.prompts import Front
 from pplug_jax.plugs.lora import Lora
 from pplug_jax.settings import LoraSettings, Settings
@@ -17,7 +17,8 @@ pytestmark = pytest.mark.slow
 
 MODELS = SimpleNamespace(
     mesh=ONE_DEVICE,
-    buckets=lambda examples, count: Buckets(examples, count, 64, target_cost=0),
+    abstract_llm=SimpleNamespace(decoder_only=True),
+    encoder=SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(max_length=64))),
     store=SimpleNamespace(encoder=SimpleNamespace(size=4), vectors=lambda rows: np.zeros((0, 4))),
     tokenizer=SimpleNamespace(place=lambda behind: Front(1)),
 )
