@@ -15,9 +15,9 @@ from pplug_jax.errors import InputError
 from pplug_jax.scoring.metrics import (
     METRICS,
     check_metrics,
-    compare,
     example_statistics,
     interval,
+    paired_difference,
     score,
     value_of,
 )
@@ -258,7 +258,7 @@ def test_a_rating_too_large_to_square_is_an_infinite_error_not_an_exception():
     each = example_statistics("LaMP_3", ["9" * 200, "4", "5"], ["5", "5", "5"])
     other = example_statistics("LaMP_3", ["5", "4", "5"], ["5", "5", "5"])
     assert interval("rmse", each["rmse"]) == (np.inf, np.inf)
-    assert compare("rmse", each["rmse"], other["rmse"]) == (np.inf, np.inf, np.inf, 1)
+    assert paired_difference("rmse", each["rmse"], other["rmse"]) == (np.inf, np.inf, np.inf, 1)
 
 
 # What is refused, and any text
@@ -367,7 +367,9 @@ def test_who_has_no_style_is_not_drawn():
     few = np.array([[3.0, 1], [0, 0], [1, 1], [0, 0]])
     assert value_of("style", few) == 2
     assert interval("style", few) == interval("style", few[::2]) == (1, 3)
-    assert compare("style", few, few * [2, 1]) == compare("style", few[::2], few[::2] * [2, 1])
+    assert paired_difference("style", few, few * [2, 1]) == paired_difference(
+        "style", few[::2], few[::2] * [2, 1]
+    )
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # one draw has no standard error
@@ -384,7 +386,7 @@ def test_a_comparison_counted_by_hand():
     # Of the 8 ways to swap the differences 1, 1, 0 only those with both 1 on one side, swapped
     # or not, and either 0, are as far apart as 2/3: 4.
     a, b = column(1, 1, 1), column(0, 0, 1)
-    difference, low, high, p_value = compare("accuracy", a, b)
+    difference, low, high, p_value = paired_difference("accuracy", a, b)
     assert difference == pytest.approx(2 / 3)
     assert p_value == 4 / 8
     # The three are drawn with replacement: all zeros once in 27 times, all ones 8 times.
@@ -394,16 +396,16 @@ def test_a_comparison_counted_by_hand():
 def test_a_user_is_swapped_as_a_whole():
     # 1, 1 and 0 apart: the first two add up to 2/3 or -2/3 when they are swapped together.
     a, b = column(1, 1, 1), column(0, 0, 1)
-    assert compare("accuracy", a, b, users=["u", "u", "v"]).p_value == 1
-    assert compare("accuracy", a, b, users=["u", "v", "v"]).p_value == 2 / 4
-    assert compare("accuracy", a, b, users=["u"] * 3).p_value == 1
+    assert paired_difference("accuracy", a, b, users=["u", "u", "v"]).p_value == 1
+    assert paired_difference("accuracy", a, b, users=["u", "v", "v"]).p_value == 2 / 4
+    assert paired_difference("accuracy", a, b, users=["u"] * 3).p_value == 1
 
 
 def test_a_comparison_of_errors_counted_by_hand():
     # Root mean squares 3 and 0 as seen and all swapped; else root 6 and root 3, less far apart.
     a, b = column(9, 9, 9), column(0, 0, 0)
-    assert compare("rmse", a, b) == (3, 3, 3, 2 / 8)
-    assert compare("rmse", b, a) == (-3, -3, -3, 2 / 8)
+    assert paired_difference("rmse", a, b) == (3, 3, 3, 2 / 8)
+    assert paired_difference("rmse", b, a) == (-3, -3, -3, 2 / 8)
 
 
 def test_swaps_that_tie_count_though_their_sums_are_rounded():
@@ -411,17 +413,17 @@ def test_swaps_that_tie_count_though_their_sums_are_rounded():
     a, b = np.random.default_rng(457).integers(0, 50, (2, 9))
     swaps = [abs(np.dot(signs, a - b)) for signs in itertools.product([1, -1], repeat=9)]
     exact = np.mean(swaps >= abs(np.sum(a - b)))
-    assert compare("rouge1", column(*a / 49), column(*b / 49)).p_value == exact
+    assert paired_difference("rouge1", column(*a / 49), column(*b / 49)).p_value == exact
 
 
 def test_a_clear_difference_is_found_and_chance_is_not():
     rng = np.random.default_rng(0)
     a, b = rng.random((2, 200, 1))
-    clear = compare("rouge1", a + 0.3, b)
+    clear = paired_difference("rouge1", a + 0.3, b)
     assert clear.low > 0
     # None of the random swaps comes near: only the one seen counts.
     assert clear.p_value == 1 / 2001
-    chance = compare("rouge1", a, b)
+    chance = paired_difference("rouge1", a, b)
     assert chance.low < 0 < chance.high
     assert chance.p_value > 0.05
 
@@ -431,8 +433,11 @@ def test_a_comparison_is_symmetric_and_the_same_each_time(metric: str):
     a, b = np.random.default_rng(0).integers(0, 2, (2, 40, 45)).astype(np.float64)
     if metric != "macro_f1":
         a, b = a[:, :1], b[:, :1]
-    there, back = compare(metric, a, b, samples=300), compare(metric, b, a, samples=300)
-    assert there == compare(metric, a, b, samples=300)
+    there, back = (
+        paired_difference(metric, a, b, samples=300),
+        paired_difference(metric, b, a, samples=300),
+    )
+    assert there == paired_difference(metric, a, b, samples=300)
     assert there.p_value == back.p_value
     np.testing.assert_allclose(
         there[:3], np.negative([back.difference, back.high, back.low]), atol=1e-12
@@ -441,7 +446,7 @@ def test_a_comparison_is_symmetric_and_the_same_each_time(metric: str):
 
 def test_for_means_the_interval_is_that_of_the_differences():
     a, b = np.random.default_rng(0).random((2, 60, 1))
-    compared = compare("rouge1", a, b)
+    compared = paired_difference("rouge1", a, b)
     np.testing.assert_allclose(compared[1:3], interval("rouge1", a - b), atol=1e-12)
     assert compared.difference == pytest.approx((a - b).mean())
 
@@ -449,13 +454,13 @@ def test_for_means_the_interval_is_that_of_the_differences():
 @pytest.mark.parametrize("n", [1, 2, 50])
 def test_equal_methods_do_not_differ(n: int):
     a = np.random.default_rng(0).random((n, 1))
-    assert compare("rmse", a, a.copy()) == (0, 0, 0, 1)
+    assert paired_difference("rmse", a, a.copy()) == (0, 0, 0, 1)
 
 
 def test_one_example_says_nothing_about_a_difference():
-    assert compare("mae", column(2), column(0.5)) == (1.5, 1.5, 1.5, 1)
+    assert paired_difference("mae", column(2), column(0.5)) == (1.5, 1.5, 1.5, 1)
 
 
 def test_statistics_of_other_examples_are_refused():
     with pytest.raises(ValueError, match=r"shapes \(2, 1\) and \(3, 1\) are not of the same"):
-        compare("mae", column(1, 2), column(1, 2, 3))
+        paired_difference("mae", column(1, 2), column(1, 2, 3))

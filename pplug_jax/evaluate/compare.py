@@ -22,7 +22,7 @@ from pplug_jax.methods.shown import Layout
 from pplug_jax.methods.table import Method, asked_for, configured, methods_of
 from pplug_jax.methods.users import unseen
 from pplug_jax.runtime.console import say
-from pplug_jax.scoring.metrics import compare, value_of
+from pplug_jax.scoring.metrics import paired_difference, value_of
 from pplug_jax.scoring.plots import plot_losses, plot_results
 from pplug_jax.scoring.summary import mean_statistics, metric_columns, scores, title_of
 from pplug_jax.scoring.tables import markdown, show_table
@@ -140,7 +140,9 @@ def summary(
     for name, entry in results["methods"].items():
         entry["versus"] = {
             other: {
-                metric: compare(metric, pooled[name][metric], rows, samples, users=users)._asdict()
+                metric: paired_difference(
+                    metric, pooled[name][metric], rows, samples, users=users
+                )._asdict()
                 for metric, rows in pooled[other].items()
             }
             for other in REFERENCES

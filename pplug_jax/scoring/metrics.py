@@ -310,7 +310,7 @@ def interval(
     )
 
 
-def compare(
+def paired_difference(
     metric: str,
     a: np.ndarray,
     b: np.ndarray,

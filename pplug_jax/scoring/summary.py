@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from pplug_jax.data.tasks import TASKS
-from pplug_jax.scoring.metrics import METRICS, compare, interval, value_of
+from pplug_jax.scoring.metrics import METRICS, interval, paired_difference, value_of
 
 
 def scores(
@@ -70,7 +70,9 @@ def verdicts(
         if name == "pplug":
             continue
         comparisons = [
-            compare(each, statistics["pplug"][each], statistics[name][each], samples, users=users)
+            paired_difference(
+                each, statistics["pplug"][each], statistics[name][each], samples, users=users
+            )
             for each in judged
         ]
         found: dict[str, list[str]] = {"better": [], "worse": [], "not significantly different": []}
