@@ -1,6 +1,5 @@
 """Whoever comes and goes, each is answered as if alone."""
 
-import functools
 import queue
 import threading
 import time
@@ -10,102 +9,16 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from jax.sharding import Mesh
 
 from pplug_jax import Personalizer
 from pplug_jax.errors import InputError
-from pplug_jax.llm import LLM
-from pplug_jax.llm.generate import generate
-from pplug_jax.llm.load import FAMILIES
-from pplug_jax.runtime.mesh import make_mesh, place
+from pplug_jax.runtime.mesh import make_mesh
 from pplug_jax.serve.engine import Busy, Finished, Sampling, Token, Unwell, tokens_of
 from pplug_jax.serve.engine.jax_engine import JaxEngine
-from scripts.pretrain.initialise import initialise
-from tests.support.families import ALTERNATING, GEMMA3_ROPES, SHAPE
-from tests.support.models import T5
+from tests.support.engines import CASES, LLAMA, LONGEST, Reader, T, alone, engine_of, llm_of, prompt
 from tests.support.tiny import ONE_DEVICE
-
-LONGEST, T, SLOTS = 20, 9, 8
-LLAMA = "llama"
-CASES: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] = {
-    "llama": (transformers.LlamaConfig, SHAPE),
-    "gemma2": (transformers.Gemma2Config, SHAPE | {"sliding_window": 5}),
-    "gemma3_text": (
-        transformers.Gemma3TextConfig,
-        SHAPE | {"sliding_window": 5, "layer_types": ALTERNATING, "rope_parameters": GEMMA3_ROPES},
-    ),
-    "qwen3": (transformers.Qwen3Config, SHAPE),
-    "t5": (transformers.T5Config, T5),
-}
-
-
-@functools.cache
-def llm_of(family: str) -> LLM:
-    kind, shape = CASES[family]
-    made = FAMILIES[family]
-    module = made.module(made.config_from_hf(kind(**shape), (1,)), "float32")
-    # Larger than usual, so that answers differ.
-    return jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, initialise(module, jax.random.key(0)))
-
-
-@functools.cache
-def engine_of(family: str, mesh: Mesh = ONE_DEVICE, waiting: int = 99) -> JaxEngine:
-    """One for all tests: what an earlier one left in it must not matter."""
-    limits = {"longest_prompt": LONGEST, "max_new_tokens": T, "slots": SLOTS}
-    return JaxEngine(place(llm_of(family), mesh), mesh, **limits, waiting=waiting)
-
-
-def prompt(llm: LLM, seed: int) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    size = llm.config.hidden_size
-    return rng.normal(size=(rng.integers(1, LONGEST + 1), size)).astype(np.float32)
-
-
-@functools.cache
-def alone(family: str, seed: int) -> list[int]:
-    """The answer of `generate`, up to the token that ends it."""
-    llm = llm_of(family)
-    rows = prompt(llm, seed)
-    padded = np.zeros((1, LONGEST, rows.shape[1]), np.float32)
-    padded[0, : len(rows)] = rows
-    mask = (np.arange(LONGEST) < len(rows))[None]
-    (tokens,) = np.asarray(generate(llm, padded, mask, max_new_tokens=T))
-    ends = np.flatnonzero(np.isin(tokens, llm.config.eos_ids))
-    return tokens[: ends[0] if len(ends) else T].tolist()
-
-
-class Reader:
-    """Somebody who asks, and perhaps leaves early."""
-
-    def __init__(self, engine: JaxEngine, which: int, leaves_after: int = T + 1, **sampling: Any):
-        self.tokens: list[int] = []
-        self.log_probabilities: list[float] = []
-        self.reason = ""
-        self.done = threading.Event()
-        self.leaves_after = leaves_after
-        chosen = Sampling(**{"max_tokens": T} | sampling)
-        self.request = engine.submit(prompt(engine.llm, which), chosen, self.read)
-        if not leaves_after:
-            self.request.cancel()
-
-    def read(self, event: Token | Finished) -> None:
-        assert not self.done.is_set()
-        if isinstance(event, Finished):
-            self.reason = event.reason
-            self.done.set()
-            return
-        self.tokens.append(event.id)
-        self.log_probabilities.append(event.log_probability)
-        if len(self.tokens) == self.leaves_after:
-            self.request.cancel()
-
-    def wait(self) -> "Reader":
-        assert self.done.wait(60)
-        return self
-
 
 ARRIVALS = st.lists(
     st.tuples(
@@ -130,7 +43,7 @@ def test_any_interleaving_answers_as_alone(family: str, arrivals: list[tuple]) -
     for seed, max_tokens, leaves_after, pause, temperature in arrivals:
         time.sleep(pause)
         sampling = {"max_tokens": max_tokens, "temperature": temperature}
-        readers.append(Reader(engine, seed, leaves_after, **sampling))
+        readers.append(Reader(engine, prompt(engine.llm, seed), leaves_after, **sampling))
     for reader, (seed, max_tokens, leaves_after, _, temperature) in zip(
         readers, arrivals, strict=True
     ):
@@ -159,7 +72,7 @@ def test_the_prompts_differ_and_some_answers_end(family: str) -> None:
 @pytest.mark.parametrize("axes", [(8, 1, 1), (2, 2, 2)])
 def test_several_devices_answer_as_one(axes: tuple[int, int, int]) -> None:
     engine = engine_of(LLAMA, make_mesh(*axes))
-    readers = [Reader(engine, seed) for seed in range(12)]
+    readers = [Reader(engine, prompt(engine.llm, seed)) for seed in range(12)]
     for seed, reader in enumerate(readers):
         assert reader.wait().tokens == alone(LLAMA, seed)
 
@@ -169,18 +82,24 @@ def test_draws_depend_on_the_seed_alone() -> None:
     engine = engine_of(LLAMA)
 
     def draw(seed: int, **sampling: Any) -> list[int]:
-        return Reader(engine, 3, temperature=1.5, seed=seed, **sampling).wait().tokens
+        return (
+            Reader(engine, prompt(engine.llm, 3), temperature=1.5, seed=seed, **sampling)
+            .wait()
+            .tokens
+        )
 
     drawn = [draw(seed) for seed in range(6)]
     assert len(set(map(tuple, drawn))) > 3
-    beside = [Reader(engine, seed, temperature=1.0, seed=seed) for seed in range(20)]
-    again = [Reader(engine, 3, temperature=1.5, seed=seed) for seed in range(6)]
+    beside = [
+        Reader(engine, prompt(engine.llm, seed), temperature=1.0, seed=seed) for seed in range(20)
+    ]
+    again = [Reader(engine, prompt(engine.llm, 3), temperature=1.5, seed=seed) for seed in range(6)]
     assert [reader.wait().tokens for reader in again] == drawn
     for reader in beside:
         reader.wait()
     greedy = alone(LLAMA, 3)
     assert draw(0, top_p=1e-6) == greedy
-    assert Reader(engine, 3, temperature=1e-3).wait().tokens == greedy
+    assert Reader(engine, prompt(engine.llm, 3), temperature=1e-3).wait().tokens == greedy
 
 
 def test_draws_have_the_probabilities_that_the_llm_gives() -> None:
@@ -243,16 +162,16 @@ def test_too_many_are_refused_and_an_ending_engine_finishes(own: Callable[..., J
 
     engine.submit(prompt(engine.llm, 0), Sampling(2), hold)
     assert held.wait(60)  # the engine's thread stands still
-    waiting = [Reader(engine, seed) for seed in range(3)]
+    waiting = [Reader(engine, prompt(engine.llm, seed)) for seed in range(3)]
     assert engine.waiting == 3
     with pytest.raises(Busy, match="3 requests wait already; try again later"):
-        Reader(engine, 4)
+        Reader(engine, prompt(engine.llm, 4))
     ending = threading.Thread(target=engine.close)
     ending.start()
     while not engine._ending:
         time.sleep(0.001)
     with pytest.raises(Busy, match="the server ends"):
-        Reader(engine, 4)
+        Reader(engine, prompt(engine.llm, 4))
     go_on.set()
     ending.join(60)
     for seed, reader in enumerate(waiting):
@@ -275,7 +194,7 @@ def test_an_engine_that_fails_says_so(
     with pytest.raises(Unwell, match="the engine failed: no room"):
         list(tokens_of(engine, prompt(engine.llm, 1), Sampling(T)))
     with pytest.raises(Unwell):
-        Reader(engine, 1)
+        Reader(engine, prompt(engine.llm, 1))
     with pytest.raises(Unwell):
         engine.check()
 

@@ -56,6 +56,14 @@ def server_parser() -> argparse.ArgumentParser:
     server.add_argument(
         "--slots", type=int, default=32, help="how many are answered at a time (%(default)s)"
     )
+    server.add_argument(
+        "--engine", choices=("jax", "vllm"), default="jax", help="what answers (%(default)s)"
+    )
+    server.add_argument(
+        "--engine_url",
+        metavar="http://HOST:8000/v1",
+        help="of --engine=vllm: the server, started with --enable-prompt-embeds",
+    )
     return server
 
 
@@ -67,6 +75,8 @@ def serve(arguments: argparse.Namespace) -> None:
     from pplug_jax.serve.app import make_app
     from pplug_jax.serve.build import make_service
 
+    if (arguments.engine == "vllm") != (arguments.engine_url is not None):
+        raise InputError("--engine=vllm and --engine_url belong together")
     store = Store(arguments.store)
     has_keys, is_local = store.has_keys(), arguments.host in LOOPBACK
     if not has_keys and not is_local:
@@ -76,7 +86,12 @@ def serve(arguments: argparse.Namespace) -> None:
         )
     keep_compiled()
     service = make_service(
-        arguments.plug, store, llm=arguments.llm, encoder=arguments.encoder, slots=arguments.slots
+        arguments.plug,
+        store,
+        llm=arguments.llm,
+        encoder=arguments.encoder,
+        slots=arguments.slots,
+        engine_url=arguments.engine_url,
     )
     if not has_keys:
         say("no API key is in use: whoever is on this machine may ask (`keys create` changes that)")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pplug_jax.serve.app import Service
 from pplug_jax.serve.engine.jax_engine import JaxEngine
+from pplug_jax.serve.engine.vllm_engine import VllmEngine
 from pplug_jax.serve.handover import PLUG_CONFIG
 from pplug_jax.serve.metrics import Metrics
 from pplug_jax.serve.people import People
@@ -31,6 +32,7 @@ def make_service(
     llm: str | None = None,
     encoder: str | None = None,
     slots: int = 32,
+    engine_url: str | None = None,
 ) -> Service:
     """Load a plug and its models, and compile what answers.
 
@@ -40,19 +42,23 @@ def make_service(
         llm: the LLM of a plug that was handed on; None is the name that the plug knows.
         encoder: its encoder; None likewise.
         slots: how many are answered at a time.
+        engine_url: of a vLLM server that has the LLM and answers; None is to answer here.
 
     Raises:
-        InputError: the plug or a model cannot be loaded.
+        InputError: the plug or a model cannot be loaded, or the server does not do.
     """
     personalizer = load_plug(plug, llm, encoder)
     metrics = Metrics()
-    engine = JaxEngine(
-        personalizer.llm,
-        personalizer.models.mesh,
-        longest_prompt=personalizer.longest_prompt,
-        max_new_tokens=personalizer.models.config.eval.max_new_tokens,
-        slots=slots,
-    )
+    limits = {
+        "longest_prompt": personalizer.longest_prompt,
+        "max_new_tokens": personalizer.models.config.eval.max_new_tokens,
+        "slots": slots,
+    }
+    engine: JaxEngine | VllmEngine
+    if engine_url is None:
+        engine = JaxEngine(personalizer.llm, personalizer.models.mesh, **limits)
+    else:
+        engine = VllmEngine(engine_url, personalizer.llm, **limits)
     metrics.watch("num_requests_running", "Answers under way.", lambda: engine.running)
     metrics.watch("num_requests_waiting", "Answers that wait.", lambda: engine.waiting)
     people = People(personalizer, store, metrics)
