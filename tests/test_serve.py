@@ -13,57 +13,26 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import openai
 import pytest
 import safetensors.numpy
-import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pplug_jax.serve.__main__ import main
-from pplug_jax.serve.app import LARGEST_BODY, Service, make_app
+from pplug_jax.serve.app import LARGEST_BODY
 from pplug_jax.serve.build import make_service
 from pplug_jax.serve.store import Store, StoreUnavailable
 from pplug_jax.serve.text import TextStream
 from tests.support.environment import AS_USERS
+from tests.support.server import Running
 
 INPUT = "Generate a title for the following abstract of a paper: Rivers are measured."
 ITEMS = [
     {"id": str(i), "title": f"On rivers {i}", "abstract": f"River {i} is long.", "date": f"200{i}"}
     for i in range(6)
 ]
-
-
-class Running:
-    """A server on loopback."""
-
-    def __init__(self, service: Service):
-        self.service = service
-        config = uvicorn.Config(make_app(service), port=0, log_level="warning", access_log=False)
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run)
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-        port = self.server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self.http = httpx.Client(base_url=self.url, timeout=60)
-        self.keys = [service.store.create_key(tenant) for tenant in ("one", "two")]
-
-    def openai(self, key: int = 0, **settings: Any) -> openai.OpenAI:
-        settings = {"max_retries": 0, "timeout": 60} | settings
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.keys[key], **settings)
-
-    def ask(self, method: str, path: str, key: int = 0, **request: Any) -> httpx.Response:
-        headers = {"Authorization": f"Bearer {self.keys[key]}"} | request.pop("headers", {})
-        return self.http.request(method, path, headers=headers, **request)
-
-    def stop(self) -> None:
-        self.server.should_exit = True  # as SIGTERM does
-        self.thread.join()
-        self.http.close()
 
 
 @pytest.fixture(scope="module")

@@ -64,6 +64,7 @@ def server_parser() -> argparse.ArgumentParser:
         metavar="http://HOST:8000/v1",
         help="of --engine=vllm: the server, started with --enable-prompt-embeds",
     )
+    server.add_argument("--no-ui", action="store_true", help="leave the page at / out")
     return server
 
 
@@ -97,7 +98,7 @@ def serve(arguments: argparse.Namespace) -> None:
         say("no API key is in use: whoever is on this machine may ask (`keys create` changes that)")
     say(f"serving {service.name} at http://{arguments.host}:{arguments.port}/v1")
     uvicorn.run(  # its log of requests would name people
-        make_app(service),
+        make_app(service, ui=not arguments.no_ui),
         host=arguments.host,
         port=arguments.port,
         access_log=False,

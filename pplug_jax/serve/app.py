@@ -20,13 +20,14 @@ import safetensors.numpy
 from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pplug_jax.errors import InputError
 from pplug_jax.serve.engine import Busy, Engine, Event, Finished, Sampling, Token, Unwell
 from pplug_jax.serve.metrics import Metrics
+from pplug_jax.serve.page import page
 from pplug_jax.serve.people import People, Persona
 from pplug_jax.serve.protocol import Chat, Completion, Items, Personalize, SoftPrompt
 from pplug_jax.serve.store import (
@@ -232,8 +233,8 @@ class Answer:
         return self.stream.text
 
 
-def make_app(service: Service) -> FastAPI:
-    """Return the server's application."""
+def make_app(service: Service, *, ui: bool = True) -> FastAPI:
+    """Return the server's application, with the page at `/` or without."""
     people, store, engine, metrics = (
         service.people,
         service.store,
@@ -486,9 +487,9 @@ def make_app(service: Service) -> FastAPI:
         after: Annotated[int, Query(ge=0, lt=2**62)] = 0,
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     ) -> Any:
-        page = store.page(who.tenant, name, after, limit)
-        following = page[-1].place if len(page) == limit else None
-        return {"items": [stored.item for stored in page], "next": following}
+        rows = store.page(who.tenant, name, after, limit)
+        following = rows[-1].place if len(rows) == limit else None
+        return {"items": [stored.item for stored in rows], "next": following}
 
     @app.get("/v1/personas/{name}/items/{id}")
     def get_item(name: str, id: str, who: Who) -> Any:
@@ -542,5 +543,15 @@ def make_app(service: Service) -> FastAPI:
     @app.get("/metrics")
     def counted() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    if ui:
+        task = people.personalizer.models.task
+        fields = list(dict.fromkeys([*task.fields, *task.optional, "date"]))
+        about = {"model": service.name, "task": task.name, "fields": fields}
+        html, safety = page(about | {"required": list(task.fields)})
+
+        @app.get("/", include_in_schema=False)
+        def shown() -> Response:
+            return HTMLResponse(html, headers=safety)
 
     return app

@@ -1,0 +1,114 @@
+"""The server's page, in a real browser."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+
+from pplug_jax.serve.app import make_app
+from pplug_jax.serve.build import make_service
+from pplug_jax.serve.store import Store
+from tests.support.server import Running
+
+playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+INPUT = "Generate a title for the following abstract of a paper: Rivers are measured."
+NAME = "O'Hara <b>?#ü"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def server(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    store = Store(f"sqlite:///{tmp_path_factory.mktemp('page') / 'store.sqlite'}")
+    running = Running(make_service(str(finished), store, slots=4))
+    models = running.service.people.personalizer.models
+    models.config = models.config.changed({"eval.num_beams": 1})
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def browser() -> Iterator[playwright.Page]:
+    """An empty page, which no error of a script or of its policy may meet."""
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
+    with playwright.sync_playwright() as programs:
+        chromium = programs.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = chromium.new_page(viewport={"width": 1200, "height": 860})
+        page.set_default_timeout(30_000)
+        errors: list[str] = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)
+        page.on("dialog", lambda dialog: dialog.accept())
+        yield page
+        chromium.close()
+    # A request that needs a key is an error of the console, too.
+    assert [error for error in errors if "401" not in error] == []
+
+
+def test_somebody_is_made_asked_for_and_erased(server: Running, browser: playwright.Page) -> None:
+    expect = playwright.expect
+    browser.goto(server.url)
+    browser.get_by_label("API key").fill(server.keys[0])
+    assert browser.title() == server.service.name
+
+    browser.get_by_label("Person", exact=True).fill(NAME)
+    browser.get_by_role("button", name="Open").click()
+    expect(browser.get_by_role("heading", name=f"With {NAME}")).to_be_visible()
+    expect(browser.locator("#trouble")).to_be_hidden()
+    expect(browser.locator("#count")).to_have_text("nothing yet")
+    items = [{"title": f"Title <i>{i}</i>", "abstract": f"River {i} is long."} for i in range(3)]
+    for count, item in enumerate(items, 1):
+        for field, text in item.items():
+            browser.get_by_label(field).fill(text)
+        browser.get_by_role("button", name="Add").click()
+        expect(browser.locator("#items li")).to_have_count(count)
+    expect(browser.locator("#items li").first).to_contain_text("Title <i>2</i>")
+
+    browser.get_by_label("input").fill(INPUT)
+    browser.get_by_role("button", name="Answer").click()
+    expect(browser.locator("#with-note")).to_have_text("3 items were read")
+    expect(browser.get_by_role("button", name="Answer")).to_be_enabled()
+    personalizer = server.service.people.personalizer
+    assert browser.locator("#with").text_content() == personalizer.generate(INPUT, items)
+    assert browser.locator("#without").text_content() == personalizer.generate(INPUT)
+    weights = [float(text[:-1]) for text in browser.locator(".weight").all_text_contents()]
+    assert weights == sorted(weights, reverse=True)
+    assert sum(weights) == pytest.approx(100, abs=2)
+    if folder := os.environ.get("PPLUG_TEST_SCREENSHOTS"):
+        browser.screenshot(path=f"{folder}/wide.png", full_page=True)
+        browser.emulate_media(color_scheme="dark")
+        browser.set_viewport_size({"width": 420, "height": 860})
+        browser.screenshot(path=f"{folder}/narrow.png", full_page=True)
+
+    browser.get_by_role("button", name="Erase this item").first.click()
+    expect(browser.locator("#items li")).to_have_count(2)
+    browser.get_by_role("button", name="Erase this person").click()
+    expect(browser.locator("#person")).to_be_hidden()
+    assert server.ask("GET", "/v1/personas").json()["personas"] == []
+
+
+def test_what_goes_wrong_is_told(server: Running, browser: playwright.Page) -> None:
+    expect = playwright.expect
+    browser.goto(server.url)
+    expect(browser.get_by_role("alert")).to_have_text("no API key of this server's is given")
+    browser.get_by_label("API key").fill("nonsense")
+    browser.get_by_label("input").fill(INPUT)
+    browser.get_by_role("button", name="Answer").click()
+    expect(browser.get_by_role("button", name="Answer")).to_be_enabled()
+    expect(browser.get_by_role("alert")).to_have_text("no API key of this server's is given")
+
+
+def test_the_page_asks_nobody_else_and_can_be_left_out(server: Running) -> None:
+    response = server.http.get("/")
+    assert response.status_code == 200
+    assert "default-src 'none'" in response.headers["Content-Security-Policy"]
+    assert re.findall(r"(?:https?:)?//[\w.-]+\.\w+", response.text) == []
+    assert "/" not in server.http.get("/openapi.json").json()["paths"]
+    without = TestClient(make_app(server.service, ui=False))
+    assert without.get("/").status_code == 404
