@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
+from pplug_jax.serve.__main__ import server_parser
+
 pytestmark = pytest.mark.slow
 
 LAUNCH = Path(__file__).parents[1] / "launch"
@@ -905,3 +907,29 @@ def test_delete_of_jobset_asks(cloud: Cloud, answer: str) -> None:
     deleted = [["kubectl", "delete", "jobset", "plug"]] if answer == "y\n" else []
     assert cloud.calls == deleted
     assert done.returncode == (0 if deleted else 1)
+
+
+def test_the_servers_manifest() -> None:
+    """Its parts fit each other, the server's command line and its routes."""
+    manifest = (LAUNCH / "serve.yaml").read_text()
+    deployment, service = yaml.safe_load_all(manifest)
+    assert (deployment["apiVersion"], deployment["kind"]) == ("apps/v1", "Deployment")
+    assert (service["apiVersion"], service["kind"]) == ("v1", "Service")
+    pods = deployment["spec"]["template"]
+    labels = pods["metadata"]["labels"]
+    assert labels == deployment["spec"]["selector"]["matchLabels"] == service["spec"]["selector"]
+    (container,) = pods["spec"]["containers"]
+    assert container["command"] == ["python", "-m", "pplug_jax.serve"]
+    arguments = server_parser().parse_args(container["args"])
+    assert arguments.store == "$(STORE)"  # which Kubernetes puts in, from a secret
+    assert "valueFrom" in next(env for env in container["env"] if env["name"] == "STORE")
+    assert "postgres" not in manifest.lower().replace("one postgresql", "")
+    assert arguments.host == "0.0.0.0"
+    (port,), (outer,) = container["ports"], service["spec"]["ports"]
+    assert (port["containerPort"], port["name"]) == (arguments.port, outer["targetPort"])
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"] == {"path": "/health", "port": port["name"]}
+    resources = container["resources"]
+    assert resources["requests"] == resources["limits"] == {"google.com/tpu": 1}
+    dockerfile = (LAUNCH / "Dockerfile").read_text()
+    assert "--requirement=requirements-serve.txt" in dockerfile
