@@ -32,6 +32,21 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 hypothesis.settings.register_profile("untimed", deadline=None)  # a slow machine is no failure
 hypothesis.settings.load_profile("untimed")
 
+# Of the 65,530 memory maps that Linux gives a process, beyond which it crashes. A compiled program
+# of a CPU takes dozens.
+MOST_MAPS = 30_000
+
+
+@pytest.fixture(autouse=True)
+def few_maps() -> Iterator[None]:
+    """Forgets compiled programs before there are too many."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        import jax
+
+        jax.clear_caches()
+
 
 @pytest.fixture(scope="session")
 def make_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
