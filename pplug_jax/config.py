@@ -1,7 +1,6 @@
 """Check a config: that it can work, and that a workdir belongs to it."""
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 
@@ -215,10 +214,9 @@ def claim_workdir(workdir: Path, config: Settings) -> None:
         ConfigError: the workdir belongs to another config; the message names the fields.
     """
     path = workdir / CONFIG
-    ours = json.loads(json.dumps(dataclasses.asdict(config)))
     if not path.is_file():
         wait_for_all("all have looked for config.json")
-        write_json(path, ours)
+        write_json(path, dataclasses.asdict(config))
         wait_for_all("config.json is there")
         return
     saved = Settings.of(upgraded(read_object(path))).flat()

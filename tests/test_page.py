@@ -10,9 +10,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from pplug_jax.serve.app import make_app
-from pplug_jax.serve.build import make_service
 from pplug_jax.serve.store import Store
-from tests.support.server import Running
+from tests.support.server import Running, serving
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 
@@ -25,11 +24,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def server(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     store = Store(f"sqlite:///{tmp_path_factory.mktemp('page') / 'store.sqlite'}")
-    running = Running(make_service(str(finished), store, slots=4))
-    models = running.service.people.personalizer.models
-    models.config = models.config.changed({"eval.num_beams": 1})
-    yield running
-    running.stop()
+    with serving(finished, store, slots=4) as running:
+        yield running
 
 
 @pytest.fixture

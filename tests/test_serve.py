@@ -26,7 +26,7 @@ from pplug_jax.serve.build import make_service
 from pplug_jax.serve.store import Store, StoreUnavailable
 from pplug_jax.serve.text import TextStream
 from tests.support.environment import AS_USERS
-from tests.support.server import Running
+from tests.support.server import Running, serving
 
 INPUT = "Generate a title for the following abstract of a paper: Rivers are measured."
 ITEMS = [
@@ -38,11 +38,8 @@ ITEMS = [
 @pytest.fixture(scope="module")
 def server(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     store = Store(f"sqlite:///{tmp_path_factory.mktemp('served') / 'store.sqlite'}")
-    running = Running(make_service(str(finished), store, slots=8))
-    models = running.service.people.personalizer.models
-    models.config = models.config.changed({"eval.num_beams": 1})
-    yield running
-    running.stop()
+    with serving(finished, store, slots=8) as running:
+        yield running
 
 
 @pytest.fixture

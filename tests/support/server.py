@@ -1,7 +1,10 @@
 """A server on loopback, and those who ask it."""
 
+import contextlib
 import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -9,6 +12,8 @@ import openai
 import uvicorn
 
 from pplug_jax.serve.app import Service, make_app
+from pplug_jax.serve.build import make_service
+from pplug_jax.serve.store import Store
 
 
 class Running:
@@ -39,3 +44,13 @@ class Running:
         self.server.should_exit = True  # as SIGTERM does
         self.thread.join()
         self.http.close()
+
+
+@contextlib.contextmanager
+def serving(finished: Path, store: Store, slots: int) -> Iterator[Running]:
+    """A finished run's plug, which a `Personalizer` of the same models answers for greedily."""
+    running = Running(make_service(str(finished), store, slots=slots))
+    models = running.service.people.personalizer.models
+    models.config = models.config.changed({"eval.num_beams": 1})
+    yield running
+    running.stop()

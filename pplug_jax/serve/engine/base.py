@@ -106,6 +106,22 @@ class Engine(Protocol):
         """Refuse what is new, and return when all that runs has finished."""
 
 
+def check_lengths(engine: Engine, rows: np.ndarray, sampling: Sampling) -> None:
+    """Check that an engine takes a prompt and an answer of these lengths.
+
+    Raises:
+        InputError: one is too long; the message names both lengths.
+    """
+    if len(rows) > engine.longest_prompt:
+        raise InputError(
+            f"the prompt has {len(rows)} tokens, and this server takes {engine.longest_prompt}"
+        )
+    if not 1 <= sampling.max_tokens <= engine.max_new_tokens:
+        raise InputError(
+            f"max_tokens must be from 1 to {engine.max_new_tokens}, not {sampling.max_tokens}"
+        )
+
+
 def tokens_of(engine: Engine, rows: np.ndarray, sampling: Sampling) -> Iterator[Token]:
     """Yield the tokens of a continuation as they come; whoever stops asking cancels it.
 

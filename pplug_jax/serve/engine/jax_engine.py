@@ -8,11 +8,19 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from pplug_jax.errors import InputError
 from pplug_jax.feed.batches import ROUND
 from pplug_jax.llm import LLM
 from pplug_jax.runtime.mesh import parts
-from pplug_jax.serve.engine.base import Busy, Emit, Finished, Request, Sampling, Token, Unwell
+from pplug_jax.serve.engine.base import (
+    Busy,
+    Emit,
+    Finished,
+    Request,
+    Sampling,
+    Token,
+    Unwell,
+    check_lengths,
+)
 from pplug_jax.serve.engine.slots import programs
 
 
@@ -89,14 +97,7 @@ class JaxEngine:
         return len(self._waiting)
 
     def submit(self, rows: np.ndarray, sampling: Sampling, emit: Emit) -> Request:
-        if len(rows) > self.longest_prompt:
-            raise InputError(
-                f"the prompt has {len(rows)} tokens, and this server takes {self.longest_prompt}"
-            )
-        if not 1 <= sampling.max_tokens <= self.max_new_tokens:
-            raise InputError(
-                f"max_tokens must be from 1 to {self.max_new_tokens}, not {sampling.max_tokens}"
-            )
+        check_lengths(self, rows, sampling)
         request = Request(rows, sampling, emit)
         with self._news:
             self._check()

@@ -15,7 +15,16 @@ import numpy as np
 
 from pplug_jax.errors import InputError
 from pplug_jax.llm import LLM
-from pplug_jax.serve.engine.base import Busy, Emit, Finished, Request, Sampling, Token, Unwell
+from pplug_jax.serve.engine.base import (
+    Busy,
+    Emit,
+    Finished,
+    Request,
+    Sampling,
+    Token,
+    Unwell,
+    check_lengths,
+)
 from pplug_jax.serve.engine.torch_file import torch_file
 
 PAUSE = 1.0  # seconds between two looks whether the server is well
@@ -101,14 +110,7 @@ class VllmEngine:
         return len(self._requests) - self.running
 
     def submit(self, rows: np.ndarray, sampling: Sampling, emit: Emit) -> Request:
-        if len(rows) > self.longest_prompt:
-            raise InputError(
-                f"the prompt has {len(rows)} tokens, and this server takes {self.longest_prompt}"
-            )
-        if not 1 <= sampling.max_tokens <= self.max_new_tokens:
-            raise InputError(
-                f"max_tokens must be from 1 to {self.max_new_tokens}, not {sampling.max_tokens}"
-            )
+        check_lengths(self, rows, sampling)
         request = _Asked(self, rows, sampling, emit)
         with self._news:
             self._check()
