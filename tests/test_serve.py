@@ -191,6 +191,17 @@ def test_items_are_added_listed_corrected_and_erased(server: Running, ann: str) 
     assert server.ask("GET", "/v1/personas/copy").status_code == 404
 
 
+def test_names_and_ids_may_have_slashes(server: Running) -> None:
+    path, item = "/v1/personas/acme%2Fann/x", ITEMS[0] | {"id": "doc/1"}
+    assert server.ask("PUT", path).json() == {"id": "acme/ann/x", "items": 0}
+    assert server.ask("POST", f"{path}/items", json={"items": [item]}).json()["added"] == ["doc/1"]
+    assert server.ask("GET", f"{path}/items").json()["items"] == [item]
+    assert server.ask("GET", f"{path}/items/doc%2F1").json() == item
+    assert server.ask("DELETE", f"{path}/items/doc/1").json()["erased"] == 1
+    assert server.ask("GET", f"{path}/export").text == ""
+    assert server.ask("DELETE", path).json() == {"id": "acme/ann/x", "erased": 0}
+
+
 def test_what_is_no_item(server: Running, ann: str) -> None:
     path = f"/v1/personas/{ann}/items"
 

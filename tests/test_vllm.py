@@ -20,7 +20,7 @@ from pplug_jax.llm.generate import generate
 from pplug_jax.serve.__main__ import main
 from pplug_jax.serve.app import make_app
 from pplug_jax.serve.build import make_service
-from pplug_jax.serve.engine import Busy, Finished, Sampling, Unwell, tokens_of
+from pplug_jax.serve.engine import Busy, Sampling, Unwell, tokens_of
 from pplug_jax.serve.engine.jax_engine import JaxEngine
 from pplug_jax.serve.engine.torch_file import torch_file
 from pplug_jax.serve.engine.vllm_engine import VllmEngine
@@ -195,7 +195,9 @@ def test_what_cannot_be_asked(serve: Serve) -> None:
         engine.submit(np.zeros((1, size)), Sampling(T + 1), print)
     told: list[Any] = []
     engine.submit(np.zeros((1, size + 1)), Sampling(1), told.append)
-    until(lambda: told == [Finished("error")])
+    until(lambda: len(told) == 1)
+    with pytest.raises(Unwell, match="it answers 400: the embeddings have 33 numbers"):
+        told[0].check()
     engine.check()  # another request may do
 
 

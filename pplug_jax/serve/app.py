@@ -186,6 +186,7 @@ class Answer:
             while not self.reason:
                 event = await self._events.get()
                 if isinstance(event, Finished):
+                    event.check()
                     self.reason = event.reason
                     new = self.stream.end()
                 else:
@@ -198,9 +199,9 @@ class Answer:
                 if new:
                     yield new, self.tokens[told:]
                     told = len(self.tokens)
-            if self.reason == "error":
-                self.service.engine.check()
-                raise Unwell("the engine failed")
+        except Unwell:
+            self.reason = "error"
+            raise
         finally:
             self._request.cancel()
             metrics.generation_tokens.inc(len(self.tokens))
@@ -426,20 +427,7 @@ def make_app(service: Service, *, ui: bool = True) -> FastAPI:
         names = store.personas(who.tenant, after, limit)
         return {"personas": names, "next": names[-1] if len(names) == limit else None}
 
-    @app.put("/v1/personas/{name}")
-    def put_persona(name: str, who: Who, response: Response) -> Any:
-        response.status_code = 201 if store.put_persona(who.tenant, name) else 200
-        return {"id": name, "items": store.count(who.tenant, name)}
-
-    @app.get("/v1/personas/{name}")
-    def get_persona(name: str, who: Who) -> Any:
-        return {"id": name, "items": store.count(who.tenant, name)}
-
-    @app.delete("/v1/personas/{name}")
-    def erase_persona(name: str, who: Who) -> Any:
-        return {"id": name, "erased": store.erase(who, name)}
-
-    @app.get("/v1/personas/{name}/export")
+    @app.get("/v1/personas/{name:path}/export")
     def export(name: str, who: Who) -> Response:
         store.count(who.tenant, name)  # an unknown one is an error, not an empty file
         lines = store.export(who.tenant, name)
@@ -453,7 +441,7 @@ def make_app(service: Service, *, ui: bool = True) -> FastAPI:
         return {"added": added.new, "known": added.known}
 
     @app.post(
-        "/v1/personas/{name}/items",
+        "/v1/personas/{name:path}/items",
         openapi_extra={
             "requestBody": {
                 "content": {
@@ -480,7 +468,7 @@ def make_app(service: Service, *, ui: bool = True) -> FastAPI:
             items = list(read_lines(text))
         return await run_in_threadpool(add, who, name, items)
 
-    @app.get("/v1/personas/{name}/items")
+    @app.get("/v1/personas/{name:path}/items")
     def list_items(
         name: str,
         who: Who,
@@ -491,23 +479,23 @@ def make_app(service: Service, *, ui: bool = True) -> FastAPI:
         following = rows[-1].place if len(rows) == limit else None
         return {"items": [stored.item for stored in rows], "next": following}
 
-    @app.get("/v1/personas/{name}/items/{id}")
+    @app.get("/v1/personas/{name:path}/items/{id:path}")
     def get_item(name: str, id: str, who: Who) -> Any:
         return store.item(who.tenant, name, id)
 
-    @app.put("/v1/personas/{name}/items/{id}")
+    @app.put("/v1/personas/{name:path}/items/{id:path}")
     def put_item(name: str, id: str, item: dict[str, Any], who: Who) -> Any:
         people.check([item])
         store.replace(who.tenant, name, id, item)
         people.added()
         return store.item(who.tenant, name, id)
 
-    @app.delete("/v1/personas/{name}/items/{id}")
+    @app.delete("/v1/personas/{name:path}/items/{id:path}")
     def remove_item(name: str, id: str, who: Who) -> Any:
         store.remove(who.tenant, name, id)
         return {"id": id, "erased": 1}
 
-    @app.post("/v1/personas/{name}/soft_prompt")
+    @app.post("/v1/personas/{name:path}/soft_prompt")
     def soft_prompt(name: str, ask: SoftPrompt, who: Who) -> Response:
         store.count(who.tenant, name)  # an unknown one is an error here
         personalizer = people.personalizer
@@ -525,6 +513,21 @@ def make_app(service: Service, *, ui: bool = True) -> FastAPI:
         content = safetensors.numpy.save({"inputs_embeds": rows}, metadata=about)
         headers = {f"x-pplug-{key.replace('_', '-')}": value for key, value in about.items()}
         return Response(content, media_type="application/octet-stream", headers=headers)
+
+    # Last, for a name may have slashes, and the first route that fits is taken.
+
+    @app.put("/v1/personas/{name:path}")
+    def put_persona(name: str, who: Who, response: Response) -> Any:
+        response.status_code = 201 if store.put_persona(who.tenant, name) else 200
+        return {"id": name, "items": store.count(who.tenant, name)}
+
+    @app.get("/v1/personas/{name:path}")
+    def get_persona(name: str, who: Who) -> Any:
+        return {"id": name, "items": store.count(who.tenant, name)}
+
+    @app.delete("/v1/personas/{name:path}")
+    def erase_persona(name: str, who: Who) -> Any:
+        return {"id": name, "erased": store.erase(who, name)}
 
     # About the server
 

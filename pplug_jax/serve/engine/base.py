@@ -51,9 +51,16 @@ class Finished(NamedTuple):
     Attributes:
         reason: `stop` at a token that ends answers, which is not told; `length`; `cancelled`; or
             `error`.
+        problem: what the error is.
     """
 
     reason: str
+    problem: str = ""
+
+    def check(self) -> None:
+        """Raise `Unwell` if an error ended it."""
+        if self.reason == "error":
+            raise Unwell(self.problem)
 
 
 Event = Token | Finished
@@ -133,7 +140,6 @@ def tokens_of(engine: Engine, rows: np.ndarray, sampling: Sampling) -> Iterator[
     try:
         while isinstance(event := events.get(), Token):
             yield event
-        if event.reason == "error":
-            engine.check()
+        event.check()
     finally:
         request.cancel()

@@ -133,8 +133,9 @@ class JaxEngine:
         except BaseException as error:  # noqa: BLE001  of any kind: nobody else may wait for it
             with self._news:
                 self._failure = error
+            ended = Finished("error", f"the engine failed: {error}")
             for request in [entry.request for entry in self._running if entry] + [*self._waiting]:
-                request.emit(Finished("error"))
+                request.emit(ended)
             self._running = [None] * len(self._running)
             self._waiting.clear()
 

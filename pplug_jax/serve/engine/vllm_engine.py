@@ -45,7 +45,7 @@ class _Refused(Exception):
 class _Asked(Request):
     """A request, and the task that reads its answer once there is one."""
 
-    task: asyncio.Task[str]
+    task: asyncio.Task[Finished]
 
     def __init__(self, engine: "VllmEngine", rows: np.ndarray, sampling: Sampling, emit: Emit):
         super().__init__(rows, sampling, emit)
@@ -128,7 +128,10 @@ class VllmEngine:
 
     def _check(self) -> None:
         if self._failure is not None:
-            raise Unwell(f"{self.url} failed: {_said(self._failure)}") from self._failure
+            raise Unwell(self._told(self._failure)) from self._failure
+
+    def _told(self, failure: Exception) -> str:
+        return f"{self.url} failed: {_said(failure)}"
 
     def close(self) -> None:
         with self._news:
@@ -216,12 +219,12 @@ class VllmEngine:
 
     def _finish(self, request: _Asked) -> None:
         cancelled = request.task.cancelled()
-        request.emit(Finished("cancelled" if cancelled else request.task.result()))
+        request.emit(Finished("cancelled") if cancelled else request.task.result())
         with self._news:
             self._requests.remove(request)
             self._news.notify_all()
 
-    async def _answer(self, request: _Asked) -> str:
+    async def _answer(self, request: _Asked) -> Finished:
         """Hand the tokens on as they come, and return why there are no more."""
         body = await asyncio.to_thread(self._body, request.rows, request.sampling)
         async with self._places:
@@ -229,14 +232,13 @@ class VllmEngine:
             try:
                 while True:
                     try:
-                        return await self._read(body, request.emit)
+                        return Finished(await self._read(body, request.emit))
                     except _Full:  # who waits here is told `Busy` before there are too many
                         await asyncio.sleep(PAUSE)
-            except _Refused:
-                return "error"
             except Exception as error:  # noqa: BLE001  of any kind: nobody may wait for it
-                self._note(error)
-                return "error"
+                if not isinstance(error, _Refused):
+                    self._note(error)
+                return Finished("error", self._told(error))
             finally:
                 self.running -= 1
 
