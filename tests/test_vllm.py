@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -267,7 +268,7 @@ def test_real_vllm_answers_as_we_do() -> None:
     if not url:
         pytest.skip(f"{VLLM} names no server of vLLM's (http://HOST:8000/v1)")
     llm = load_llm(httpx.get(f"{url}/models").json()["data"][0]["root"], dtype="float32")
-    engine = VllmEngine(url, llm, **LIMITS)
+    engine = VllmEngine(url, llm, **LIMITS | {"longest_prompt": 300})
     rng, table = np.random.default_rng(0), np.asarray(llm.embedding[...])
     prompts = [table[rng.integers(0, len(table), n)] for n in (3, 9, LONGEST)]
     prompts = [llm.config.embedding_scale * rows for rows in prompts]
@@ -279,4 +280,16 @@ def test_real_vllm_answers_as_we_do() -> None:
         tokens = reader.wait().tokens
         assert tokens == expected[: len(tokens)].tolist()
         assert len(tokens) == T or expected[len(tokens)] in llm.config.eos_ids
+
+    def cached() -> float:
+        told = httpx.get(f"{url.removesuffix('/v1')}/metrics").text
+        (hits,) = re.findall(r"\nvllm:prefix_cache_hits_total\S* (\S+)", told)
+        return float(hits)
+
+    # Embeddings that begin alike are read once, so soft tokens behind an input share it.
+    rows = llm.config.embedding_scale * table[rng.integers(0, len(table), 300)]
+    Reader(engine, rows[:290]).wait()
+    before = cached()
+    Reader(engine, rows).wait()
+    assert cached() - before >= 256
     engine.close()
