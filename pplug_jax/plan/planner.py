@@ -51,21 +51,24 @@ def show_plan(config: Settings, where: Slice) -> None:
     held = programs.held(training=False)
     if held > where.chip.hbm_gib * GIB:
         return
-    say("compiling the evaluation of the gold outputs ...")
-    losses = compile_program(programs.losses(), held)
-    say("compiling the generation of answers ...")
-    answer = compile_program(programs.answer(), held)
-
     lengths, rows = programs.lengths, config.eval.batch_size
-    row, columns = programs.row_tokens, {}
+    row, columns = programs.row_tokens, dict[str, _Program]()
     if training.cost:
         tokens = config.train.batch_size * row
         columns["training"] = _Program(tokens, training.memory, training.cost, training.useful)
-    if losses.memory.fits:
-        cost = losses.cost()
-        columns["gold losses"] = _Program(rows * row, losses.memory, cost, cost.flops)
-    else:
-        say(f"the evaluation of the gold outputs {fitting(losses.memory, where)}")
+
+    def add(name: str, tokens: int, traced: jax.stages.Traced) -> None:
+        say(f"compiling {name} ...")
+        compiled = compile_program(traced, held)
+        if compiled.memory.fits:
+            cost = compiled.cost()
+            columns[name] = _Program(tokens, compiled.memory, cost, cost.flops)
+        else:
+            say(f"{name} {fitting(compiled.memory, where)}")
+
+    add("gold losses", rows * row, programs.losses())
+    say("compiling answers ...")
+    answer = compile_program(programs.answer(), held)
     if answer.memory.fits:
         prefill = answer.cost(while_trips=0)
         decoding = answer.cost(while_trips=1) - prefill
@@ -74,11 +77,22 @@ def show_plan(config: Settings, where: Slice) -> None:
         # A step makes one token of each row: of its beams, one is kept.
         columns["decoding"] = _Program(rows, answer.memory, decoding, decoding.flops)
     else:
-        say(f"the generation of answers {fitting(answer.memory, where)}")
+        say(f"answers {fitting(answer.memory, where)}")
+    add("serving: a prompt", programs.longest_prompt, programs.admit())
+    add("serving: a step", rows, programs.step())
     if columns:
         _show_programs(columns, where)
     if training.cost:
         say(hours(config, training.cost.seconds(where)))
+    if "serving: a prompt" in columns and "serving: a step" in columns:
+        reading, step = (
+            columns[f"serving: a {part}"].cost.seconds(where) for part in ("prompt", "step")
+        )
+        rate = 1 / (reading + lengths.new * step / rows)
+        say(
+            f"the server answers at most {rate:.3g} people a second, if each gets {lengths.new} "
+            f"tokens and {rows} are answered at a time"
+        )
 
 
 def _flags(fields: dict[str, int], part: str) -> str:

@@ -1,5 +1,6 @@
 """The programs of a run, traced for a mesh without any weights: what the planner compiles."""
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,8 @@ from pplug_jax.methods.shown import layout_of
 from pplug_jax.methods.table import Method, asked_for, configured
 from pplug_jax.plugs.forward import answer_tokens, gold_losses
 from pplug_jax.plugs.registry import PLUGS
-from pplug_jax.runtime.mesh import parts, place_abstract, sharding
+from pplug_jax.runtime.mesh import parts, place_abstract, replicated, sharding
+from pplug_jax.serve.engine import slots
 from pplug_jax.session.models import Models, model_path
 from pplug_jax.session.weights import abstract_weights
 from pplug_jax.settings import Settings
@@ -198,6 +200,54 @@ class Programs:
             place=self.place,
             **settings.decoding,
         )
+
+    def admit(self) -> jax.stages.Traced:
+        """Trace how the serving engine reads a prompt into one of its slots."""
+        held, programs = self._slots
+        llm = self.models.abstract_llm
+        rows = self.longest_prompt, llm.config.hidden_size
+
+        def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self.mesh))
+
+        prompt = array(jnp.float32, 1, *rows), array(bool, 1, rows[0])
+        slot, seed = array(jnp.int32), array(jnp.int32)
+        temperature, top_p = array(jnp.float32), array(jnp.float32)
+        return self._trace(programs.admit.trace, llm, held, *prompt, slot, temperature, top_p, seed)
+
+    def step(self) -> jax.stages.Traced:
+        """Trace a step of the serving engine, which makes a token of each slot."""
+        held, programs = self._slots
+        time = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(self.mesh))
+        return self._trace(
+            programs.step.trace,
+            self.models.abstract_llm,
+            held,
+            time,
+            ring=self.lengths.new,
+            count=self.config.eval.batch_size,
+        )
+
+    @property
+    def longest_prompt(self) -> int:
+        """The most rows of a prompt that is served."""
+        suffix = len(self.place.suffix) if isinstance(self.place, Behind) else 0
+        return self.lengths.prompt + self.lengths.soft + suffix
+
+    @functools.cached_property
+    def _slots(self) -> tuple[slots.Slots, slots.Programs]:
+        """The engine's slots, `eval.batch_size` of them, and its programs."""
+        llm, sizes = (
+            self.models.abstract_llm,
+            (self.config.eval.batch_size, self.longest_prompt, self.lengths.new),
+        )
+        shapes = jax.eval_shape(functools.partial(slots.empty, llm, *sizes))
+        abstract = jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            shapes,
+            slots.places(shapes, self.mesh),
+        )
+        return abstract, slots.programs(llm, self.mesh, *sizes)
 
     def _trace(self, trace: Callable[..., jax.stages.Traced], *args: Any, **kwargs: Any) -> Any:
         with jax.set_mesh(self.mesh):
