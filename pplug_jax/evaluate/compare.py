@@ -33,7 +33,8 @@ from pplug_jax.settings import Settings
 from pplug_jax.storage.files import write_json, write_text
 from pplug_jax.storage.workdir import METRICS, RESULTS, plot_path, predictions_path, seed_path
 from pplug_jax.train.inputs import TrainingInputs
-from pplug_jax.train.loop import fit, training_seconds
+from pplug_jax.train.loop import Trainer
+from pplug_jax.train.meter import training_seconds
 from pplug_jax.train.tune import tune
 
 REFERENCES = ("none", "instruction_only", "shuffled_user", "pplug")  # what differences are from
@@ -104,7 +105,7 @@ def run_method(
     path = predictions_path(directory, settings.data.eval_split, method.name)
     if method.trained and not path.is_file():
         examples, validation = training(method, settings), training.validation(method, settings)
-        fit(models, method, settings, examples, directory, validation)
+        Trainer(models, method, settings, examples, directory, validation).fit()
         plot_losses(directory / METRICS, plot_path(directory, "loss"))
     weights = functools.partial(restore_weights, models, method, settings, directory)
     answers = answer_examples(models, method, settings, held_out, tokenized, directory, weights)
