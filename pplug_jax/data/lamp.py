@@ -269,7 +269,7 @@ class Examples(Sequence[Example]):
 
 
 def _outputs(path: Path, task: Task, on_bad: Callable[[DataError], None]) -> dict[str, str]:
-    """Return the outputs by id, from a submission's form or, as in LongLaMP's e-mails, a list."""
+    """Return the outputs by id, from a submission or, as in LongLaMP's e-mails, a list."""
     golds = document(path)
     if not isinstance(golds, list):
         try:

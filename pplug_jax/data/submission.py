@@ -11,7 +11,7 @@ from pplug_jax.storage.files import write_json, write_json_lines
 
 
 def write(path: Path, task: Task, answers: Mapping[str, str]) -> None:
-    """Write {id: answer} in LaMP's form, which LongLaMP shares, or in LaMP-QA's."""
+    """Write {id: answer} in LaMP's format, which LongLaMP shares, or in LaMP-QA's."""
     if task.judged:
         content: Any = {id: [{"output": answer}] for id, answer in answers.items()}
     else:

@@ -80,7 +80,7 @@ class Tokenized(NamedTuple):
         target: the gold output's tokens, int32.
         query: the input encoder's tokens, int32.
         rows: (n,) int64, the history's rows in the store.
-        told: {name: (n, width)}, the features that need nothing but the history
+        item_features: {name: (n, width)}, the features that need nothing but the history
             (`features.of_items`).
         query_row: the query's row in the store of queries; -1 without such a store.
     """
@@ -89,15 +89,15 @@ class Tokenized(NamedTuple):
     target: np.ndarray
     query: np.ndarray
     rows: np.ndarray
-    told: dict[str, np.ndarray]
+    item_features: dict[str, np.ndarray]
     query_row: int = -1
 
     def with_history_of(self, other: "Tokenized | None") -> "Tokenized":
         """Return the example with the history of `other`, or with an empty one if that is None."""
         if other is not None:
-            return self._replace(rows=other.rows, told=other.told)
-        none = {name: values[:0] for name, values in self.told.items()}
-        return self._replace(rows=self.rows[:0], told=none)
+            return self._replace(rows=other.rows, item_features=other.item_features)
+        none = {name: values[:0] for name, values in self.item_features.items()}
+        return self._replace(rows=self.rows[:0], item_features=none)
 
 
 def history_rows(
@@ -430,7 +430,7 @@ class Assemble:
             return {}
         vectors = self.store.vectors(example.rows)
         means = lambda: self.peers.means(example.rows)
-        return of_history(self.features, example.told, vectors, means)
+        return of_history(self.features, example.item_features, vectors, means)
 
 
 def place_batch(batch: Batch, mesh: Mesh) -> Batch:

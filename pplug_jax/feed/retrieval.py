@@ -1,4 +1,4 @@
-"""Choose the profile items that a prompt shows, and show them in LaMP's demonstration form."""
+"""Choose the profile items that a prompt shows, and show them as LaMP's demonstrations."""
 
 import dataclasses
 import logging
@@ -85,7 +85,7 @@ def demonstration_prompt(
     tokenizer: transformers.PreTrainedTokenizerBase,
     max_length: int,
 ) -> str:
-    """Return the input behind `items` as demonstrations, in LaMP's form and by its token budget.
+    """Return the input behind `items` as demonstrations, in LaMP's format and by its token budget.
 
     The input may take up to 60% of `max_length` tokens. Each demonstration gets an equal share of
     the rest; the next one may use what it leaves. If a demonstration does not fit although its text
