@@ -155,13 +155,14 @@ class HistoryStore:
         if not new:
             return 0
         what = "inputs" if self.queries else "histories"
-        settings = {"queries": True} if self.queries else {}
         try:
             with Progress(f"encoding {what}", count, "texts") as progress:
                 # Like lengths together, so that little is padded; chunk by chunk, so that a killed
                 # run keeps what it had.
                 for chunk in _chunks(texts, new):
-                    vectors = self.encoder.encode(chunk, batch_size, progress.advance, **settings)
+                    vectors = self.encoder.encode(
+                        chunk, batch_size, progress.advance, queries=self.queries
+                    )
                     if self._writes:
                         self._append(list(map(text_key, chunk)), vectors)
             wait_for_all(f"the {what} are encoded")

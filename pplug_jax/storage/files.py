@@ -1,6 +1,8 @@
 """Write files whole or not at all, and once however many processes run."""
 
+import contextlib
 import json
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,23 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected an object, found {type(content).__name__}")
     return content
+
+
+@contextlib.contextmanager
+def whole(target: Path) -> Iterator[Path]:
+    """Yield where to write a file or a directory that becomes `target` as a whole or not at all.
+
+    It stays whole if a process is killed, or if two do this at once.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        made = Path(scratch) / target.name
+        yield made
+        try:
+            made.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process was first
+                raise
 
 
 def write_text(path: Path, parts: Iterable[str]) -> None:

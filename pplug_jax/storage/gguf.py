@@ -8,7 +8,6 @@ import functools
 import hashlib
 import json
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 import transformers
 
 from pplug_jax.errors import InputError
+from pplug_jax.storage.files import whole
 
 PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 
@@ -96,20 +96,12 @@ def directory_of(file: Path) -> Path:
     if target.is_dir():
         return target
     config, tokenizer = read_config(file), _tokenizer(file, _reader(file))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Whole or not at all, also if killed or if two processes do it at once.
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        made = Path(scratch) / "made"
+    with whole(target) as made:
         made.mkdir()
         (made / "config.json").write_text(json.dumps(config, indent=1))
         tokenizer.save_pretrained(made)
         for part in parts(file):
             (made / part.name).symlink_to(part)
-        try:
-            made.rename(target)
-        except OSError:
-            if not target.is_dir():  # else another process was first
-                raise
     return target
 
 
