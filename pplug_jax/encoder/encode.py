@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -31,7 +32,7 @@ CPU_TOKENS = 2048  # of a batch on a CPU, whose caches shall hold a layer's atte
 @functools.partial(jax.jit, static_argnames="dtype")
 def _forward(model: bert.Bert, tokens: jax.Array, lengths: jax.Array, dtype: str) -> jax.Array:
     del dtype  # part of the cache key: the module's static attributes carry it
-    return model(tokens, np.arange(tokens.shape[1]) < lengths[:, None])
+    return model(tokens, jnp.arange(tokens.shape[1]) < lengths[:, None])
 
 
 class Usage(NamedTuple):

@@ -33,8 +33,8 @@ def statistics_of(
     They are empty if the outputs are withheld or only a judge can score.
     """
     task = models.task
-    golds = [example.target for example in examples]
-    if not task.metrics or None in golds:
+    golds = [example.target for example in examples if example.target is not None]
+    if not task.metrics or len(golds) < len(examples):
         return {}
     texts = list(answers.texts.values())
     statistics = example_statistics(task.name, texts, golds)

@@ -26,7 +26,7 @@ ROUND_TARGET = 8  # and those of targets that are read apart, which are short
 
 
 class Batch(NamedTuple):
-    """B padded rows; a row with `weight` 0 only fills up the batch.
+    """B padded rows, NumPy's until `place_batch`; a row with `weight` 0 only fills up the batch.
 
     Attributes:
         prompt: (B, L) int32, the LLM's input without the soft tokens; or fewer rows, each for
@@ -47,19 +47,19 @@ class Batch(NamedTuple):
         features: {name: (B, H, width) float32}, the items' features (`feed.features`).
     """
 
-    prompt: jax.Array | np.ndarray
-    prompt_mask: jax.Array | np.ndarray
-    target: jax.Array | np.ndarray
-    target_mask: jax.Array | np.ndarray
-    text: jax.Array | np.ndarray
-    text_mask: jax.Array | np.ndarray
-    query: jax.Array | np.ndarray
-    query_mask: jax.Array | np.ndarray
-    history: jax.Array | np.ndarray
-    history_mask: jax.Array | np.ndarray
-    index: jax.Array | np.ndarray
-    weight: jax.Array | np.ndarray
-    features: dict[str, jax.Array | np.ndarray]
+    prompt: jax.Array
+    prompt_mask: jax.Array
+    target: jax.Array
+    target_mask: jax.Array
+    text: jax.Array
+    text_mask: jax.Array
+    query: jax.Array
+    query_mask: jax.Array
+    history: jax.Array
+    history_mask: jax.Array
+    index: jax.Array  # type: ignore[assignment]  # hides a tuple's method
+    weight: jax.Array
+    features: dict[str, jax.Array]
 
     def with_prompts_of(self, users: int) -> "Batch":
         """Return the batch with one prompt for every `users` rows, which all have the same one."""
@@ -387,7 +387,7 @@ class Assemble:
         B = len(self.rows)
         if self.queries:
             del shape["query"]
-        batch = {name: np.zeros((B, width), np.int32) for name, width in shape.items()}
+        batch: dict[str, Any] = {n: np.zeros((B, w), np.int32) for n, w in shape.items()}
         batch |= {f"{name}_mask": np.zeros((B, width), bool) for name, width in shape.items()}
         for name in shape.keys() - {"target"}:
             batch[f"{name}_mask"][:, 0] = True  # rows that fill up have a token to attend to
@@ -396,7 +396,7 @@ class Assemble:
             batch["query_mask"] = np.ones((B, 1), bool)
         batch["history"] = np.zeros((B, H, E), np.float32)
         batch["history_mask"] = np.zeros((B, H), bool)
-        features = {
+        batch["features"] = {
             name: np.zeros((B, H, FEATURES[name].width(E)), np.float32) for name in self.features
         }
         batch["index"] = np.zeros(B, np.int32)
@@ -420,16 +420,16 @@ class Assemble:
             batch["history_mask"][i, : len(kept)] = True
             # Made of the whole history: a dropped item is older all the same, and never a peer.
             for name, values in self._features(example).items():
-                features[name][i, : len(kept)] = values[kept]
+                batch["features"][name][i, : len(kept)] = values[kept]
             batch["index"][i] = index
             batch["weight"][i] = 1
-        return Batch(**batch, features=features)
+        return Batch(**batch)
 
     def _features(self, example: Tokenized) -> dict[str, np.ndarray]:
         if not self.features:
             return {}
         vectors = self.store.vectors(example.rows)
-        means = lambda: self.peers.means(example.rows)
+        means = lambda: self.peers.means(example.rows)  # type: ignore[union-attr]  # if there are
         return of_history(self.features, example.item_features, vectors, means)
 
 

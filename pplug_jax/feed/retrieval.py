@@ -134,6 +134,6 @@ def demonstration_prompt(
     for item, text, length in zip(items, texts, lengths, strict=True):
         if length < len(text):
             # A character cut in two would be read as several tokens again.
-            item = item | {task.cut: tokenizer.decode(text[:length]).rstrip("\ufffd")}
+            item = item | {task.cut: str(tokenizer.decode(text[:length])).rstrip("\ufffd")}
         shown.append(task.demonstration(item))
     return task.demonstration_prompt(shown, input)

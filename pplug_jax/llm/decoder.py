@@ -155,7 +155,7 @@ class DecoderConfig:
     sliding_rope: Rope | None = None
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
@@ -328,7 +328,7 @@ class Layers(nnx.Module):
             mask,
             config.attention_scale,
             config.attention_cap,
-            before=None if context is None else (*context, context_mask),
+            before=None if context is None or context_mask is None else (*context, context_mask),
         )
         h = linear(h.reshape(*x.shape[:2], -1), self.output)
         x = x + norm(h, self.attention_post_norm)
@@ -385,13 +385,13 @@ class Decoder(nnx.Module):
             return at[..., None] * rope.frequencies(config.head_dim)
 
         full = angles(config.rope), *(keys and keys[1] for keys in seen)
-        if config.window is None:
+        if (window := config.window) is None:
             return lambda slides: full
 
         def near(slots: jax.Array, visible: jax.Array | OwnText) -> jax.Array | OwnText:
             if isinstance(visible, OwnText):
                 return dataclasses.replace(visible, slides=jnp.bool(True))
-            return visible & (at[:, :, None] - slots[:, None] < config.window)
+            return visible & (at[:, :, None] - slots[:, None] < window)
 
         local = angles(config.sliding_rope or config.rope), *(keys and near(*keys) for keys in seen)
         return lambda slides: jax.tree.map(functools.partial(jnp.where, slides), local, full)

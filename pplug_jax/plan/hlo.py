@@ -215,8 +215,8 @@ class _Program:
         """Note the collectives of a computation; return the HBM bytes it moves, `times` times."""
         computation, moved = self.computations[name], 0.0
         for instruction in computation.values():
-            if instruction.collective:
-                moved += times * self._collect(instruction, name, times, fused)
+            if kind := instruction.collective:
+                moved += times * self._collect(instruction, kind, name, times, fused)
             elif instruction.op == "while":
                 trips = times * self.trips(instruction)
                 for part in instruction.called("condition", "body"):
@@ -233,13 +233,15 @@ class _Program:
                     moved += times * self._moved(instruction, computation)
         return moved
 
-    def _collect(self, instruction: _Instruction, inside: str, times: float, fused: bool) -> float:
+    def _collect(
+        self, instruction: _Instruction, kind: str, inside: str, times: float, fused: bool
+    ) -> float:
         """Note a collective; return the HBM bytes that it reads and writes."""
         if fused and (channel := re.search(r"channel_id=(\d+)", instruction.rest)):
             if channel[1] in self.channels:
                 return 0.0
             self.channels.add(channel[1])
-        kind, arrays = instruction.collective, instruction.arrays
+        arrays = instruction.arrays
         if instruction.op == "all-gather-start":  # its result are the operands and the results
             arrays = arrays[len(arrays) // 2 :]
         elif instruction.op == "collective-permute-start":  # operand, result, flags

@@ -128,7 +128,7 @@ class Programs:
         items = round_up(self.config.data.max_history)
         width = self.encoder["hidden_size"]
 
-        def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        def array(dtype: Any, *shape: int) -> Any:
             shape = (rows, *shape)
             where = sharding(self.mesh, ("batch", *[None] * (len(shape) - 1)), shape)
             return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
@@ -158,7 +158,7 @@ class Programs:
         )
 
     def train(self, remat: bool | None = None) -> jax.stages.Traced:
-        """Trace the step of `train.fit`; `remat` is the config's by default."""
+        """Trace the step of `Trainer.fit`; `remat` is the config's by default."""
         train, optimizer = self.settings.train, optimizer_of(self.settings, steps=1)
         state = abstract_optimizer(optimizer, self.weights, self.mesh)
         return self._trace(

@@ -88,7 +88,7 @@ class Checkpoints:
         self._tell_of_unmarked()
         # The manager's own `restore` waits for all processes, also for one that failed.
         self.reader = ocp.CompositeCheckpointHandler(**_training_items())
-        self.last: dict[str, Any] | None = None  # the arguments of the newest `save`
+        self.last: dict[str, Any] = {}  # the arguments of the newest `save`
 
     def _tell_of_unmarked(self) -> None:
         """Report what Orbax takes for unfinished in a bucket, where no renaming shows what is
@@ -170,7 +170,7 @@ class Checkpoints:
         """Return whether writing goes on; several processes cannot, as they wait for one another in
         Orbax.
         """
-        return jax.process_count() == 1 and self.last is not None and may_pass(error)
+        return jax.process_count() == 1 and bool(self.last) and may_pass(error)
 
     def _begin(self, *, waiting: bool = False) -> None:
         """Write `last`, in the background, or with `waiting` until it is there."""

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,8 @@ TOKENIZERS = (
 )  # a directory holds one or more
 # Of a stack of layers, so many bytes are read at a time.
 PIECE_BYTES = 2**26
+
+Module = TypeVar("Module", bound=nnx.Module)
 
 
 class Source(NamedTuple):
@@ -147,7 +149,7 @@ def _with_blanks(directory: str | Path) -> transformers.PreTrainedTokenizerBase:
 
 
 def weights_loader(
-    module: nnx.Module,
+    module: Module,
     directory: str | Path,
     stored: Mapping[str, Stored],
     sources: Mapping[str, Source],
@@ -156,7 +158,7 @@ def weights_loader(
     ignore: str = "",
     prefix: str = "",
     store: Callable[[jax.Array], Any] = lambda array: array,
-) -> Callable[[], nnx.Module]:
+) -> Callable[[], Module]:
     """Check the checkpoint's tensors now, and return a function that fills `module` with them.
 
     Each device reads only its slice.
@@ -200,7 +202,7 @@ def weights_loader(
             f"{', '.join(unexpected[:5])}"
         )
 
-    def load() -> nnx.Module:
+    def load() -> Module:
         flat = [
             (path, variable.replace(filling()))
             for (path, variable), filling in zip(variables, fillings, strict=True)
@@ -269,7 +271,7 @@ class _Filling:
             jax.block_until_ready(stack)  # or the host would read ahead of the devices
         return stack
 
-    def _made(self, shape: tuple[int, ...], read: Callable[[Index], np.ndarray]) -> Any:
+    def _made(self, shape: tuple[int, ...], read: Callable[[Any], np.ndarray]) -> Any:
         return self.store(jax.make_array_from_callback(shape, self.where, read))
 
     def _stack(self, names: Sequence[str]) -> Any:

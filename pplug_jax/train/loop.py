@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
+from signal import Signals
 
 import jax
 import numpy as np
@@ -152,11 +153,11 @@ class Trainer:
                     self.writer.write(self.step, **means)
                     info = INFO.format(**means)
                 progress.advance(1, info)
-                stopped = stop.asked(self.step) and self.step < steps
-                if stopped or saving:
-                    self._save(validated=not stopped)
-                if stopped:
-                    self._end(stop)
+                signal = stop.asked(self.step) if self.step < steps else None
+                if signal or saving:
+                    self._save(validated=signal is None)
+                if signal:
+                    self._end(signal)
             self.checkpoints.wait()
             if means["loss"] > self.start.llm_loss:
                 self._compare_with_llm(loss)
@@ -227,13 +228,13 @@ class Trainer:
         self.checkpoints.save(self.step, self.weights, self.opt_state, loss)
         self.writer.flush()
 
-    def _end(self, stop: Stop) -> None:
+    def _end(self, signal: Signals) -> None:
         self.checkpoints.wait()
         say(
-            f"{stop.signal.name}: saved step {self.step} of {len(self.plan)}; "
+            f"{signal.name}: saved step {self.step} of {len(self.plan)}; "
             "run the same command again to go on from there"
         )
-        raise SystemExit(128 + stop.signal)
+        raise SystemExit(128 + signal)
 
     def _compare_with_llm(self, loss: float) -> None:
         """Warn if the last batch's loss is above the LLM's own."""

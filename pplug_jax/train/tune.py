@@ -60,6 +60,6 @@ def tune(models: Models, training: TrainingInputs) -> dict[str, float]:
         rate_losses = {float(rate): loss for rate, loss in trials.items() if loss is not None}
         if not rate_losses:
             raise ConfigError(f"config.tune.learning_rates: {name} diverges at all of them")
-        best[name] = rate = min(rate_losses, key=rate_losses.get)
+        best[name] = rate = min(rate_losses, key=rate_losses.__getitem__)
         say(f"learning rate of {name}: {rate:g}, validation loss {rate_losses[rate]:.4f}")
     return best
