@@ -103,12 +103,6 @@ class Task:
         question = self.question.format(labels=", ".join(self.labels), **item)
         return question, item[self.answer]
 
-    def own_item(self, input: str, output: str) -> dict[str, str]:
-        """Return an input and its output as an item, without fields that the question does not
-        show.
-        """
-        return {self.cut: self.query_text(input), self.answer: output}
-
     def demonstration(self, item: dict[str, Any]) -> str:
         """Return the item as it stands in a prompt."""
 

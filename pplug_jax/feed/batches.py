@@ -373,11 +373,8 @@ class Assemble:
         queries: HistoryStore | None = None,
     ):
         self.tokenized, self.buckets, self.store, self.rows = tokenized, buckets, store, rows
-        self.seed, self.history_dropout, self.persona_dropout = (
-            seed,
-            history_dropout,
-            persona_dropout,
-        )
+        self.history_dropout, self.persona_dropout = history_dropout, persona_dropout
+        self.seed = seed
         self.features, self.peers, self.queries = features, peers, queries
 
     def __call__(self, planned: tuple[int, int, np.ndarray]) -> Batch:

@@ -245,10 +245,7 @@ def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
 
     Halves are rotated as in `transformers`.
     """
-    cos, sin = (
-        jnp.cos(angles)[:, :, None].astype(x.dtype),
-        jnp.sin(angles)[:, :, None].astype(x.dtype),
-    )
+    cos, sin = (wave(angles)[:, :, None].astype(x.dtype) for wave in (jnp.cos, jnp.sin))
     a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 

@@ -251,10 +251,7 @@ class _Program:
         if inside.startswith("all-reduce-scatter"):  # a fusion that keeps only a slice of it
             kind, result = "reduce-scatter", result / group
         count, bytes_ = self.collectives[kind]
-        self.collectives[kind] = (
-            count + times,
-            bytes_ + times * received(kind, result, group),
-        )
+        self.collectives[kind] = count + times, bytes_ + times * received(kind, result, group)
         return 2 * sum(array.bytes for array in arrays if array.in_hbm)
 
     def _moved(self, instruction: _Instruction, computation: _Computation) -> float:
@@ -270,9 +267,7 @@ class _Program:
         )
 
     def _read_by(self, user: _Instruction, place: int, full: float) -> float:
-        """Return the HBM bytes that `user` reads of its operand at `place`, which has `full` of
-        them.
-        """
+        """Return the HBM bytes that `user` reads of its operand at `place`, which has `full`."""
         if not full or user.op == "tuple" or user.forwards:
             return 0.0  # a collective's bytes are noted with it
         if place == 0 and user.op == "dynamic-update-slice":
@@ -285,9 +280,7 @@ class _Program:
         return full
 
     def _read(self, inside: str, name: str) -> float:
-        """Return the HBM bytes read by all that use the value `name` in the fused computation
-        `inside`.
-        """
+        """Return the HBM bytes that all users of `name` read in the fused computation `inside`."""
         computation, total = self.computations[inside], 0.0
         full = computation[name].hbm
         for user in computation.values() if full else ():

@@ -1,6 +1,4 @@
-"""Print the tables of `--mode=plan`: one slice in full, the smallest slices that fit, the best
-mesh.
-"""
+"""Print the tables of `--mode=plan`: a slice in full, the smallest that fit, the best mesh."""
 
 import itertools
 import math

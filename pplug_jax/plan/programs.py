@@ -133,10 +133,7 @@ class Programs:
             where = sharding(self.mesh, ("batch", *[None] * (len(shape) - 1)), shape)
             return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
-        query = {
-            "query": array(jnp.int32, lengths.query),
-            "query_mask": array(bool, lengths.query),
-        }
+        query = {"query": array(jnp.int32, lengths.query), "query_mask": array(bool, lengths.query)}
         if self.layout.encoded:
             query = {"query": array(jnp.float32, width), "query_mask": array(bool, 1)}
         return Batch(
@@ -204,9 +201,7 @@ class Programs:
             return trace(*args, **kwargs)
 
     def held(self, training: bool) -> int:
-        """Return the bytes of a chip that the LLM and the weights take; with their moments in
-        training.
-        """
+        """Return a chip's bytes of the LLM and the weights, in training with their moments."""
 
         def held(tree: Any) -> int:
             return sum(

@@ -21,12 +21,7 @@ from pplug_jax.runtime.mesh import make_mesh, parts, place_abstract
 from pplug_jax.session.check import check_methods
 from pplug_jax.settings import Settings
 from pplug_jax.storage import hf
-from pplug_jax.storage.checkpoint import (
-    is_saved,
-    module_loader,
-    read_origin,
-    save_module,
-)
+from pplug_jax.storage.checkpoint import is_saved, module_loader, read_origin, save_module
 from pplug_jax.storage.files import absolute, is_remote
 from pplug_jax.storage.hub import local_directory
 from pplug_jax.storage.workdir import CONVERTED, HISTORY

@@ -21,9 +21,7 @@ def is_remote(path: PathLike) -> bool:
 
 
 def absolute(path: PathLike) -> epath.Path:
-    """Return the path from the root, as Orbax wants it; epath would take gs:// for a directory
-    here.
-    """
+    """Return the path from the root, as Orbax wants it; epath would do so with gs:// too."""
     return epath.Path(path) if is_remote(path) else epath.Path(path).absolute()
 
 

@@ -213,7 +213,7 @@ def _stops(reader: Any) -> list[int]:
 def _rope(file: Path, reader: Any, setting: Any) -> dict[str, Any]:
     theta, factor = setting("rope.freq_base"), setting("rope.scaling.factor")
     kind = setting("rope.scaling.type")
-    scaling = None
+    scaling: dict[str, Any] = {"rope_type": "default"}
     divisors = next((t for t in reader.tensors if t.name == ROPE_DIVISORS), None)
     if divisors is not None:
         scaling = {"rope_type": "llama3", "factor": float(divisors.data.max()), **LLAMA3}
@@ -233,11 +233,10 @@ def _rope(file: Path, reader: Any, setting: Any) -> dict[str, Any]:
         raise InputError(f"{file}: rope.scaling.type {kind!r} is not supported")
     if _value(reader, "general.architecture") == "gemma3":
         local = setting("rope.freq_base_swa") or setting("rope.local.freq_base") or 10000.0
-        full = {"rope_theta": theta, **(scaling or {"rope_type": "default"})}
+        full = {"rope_theta": theta, **scaling}
         near = {"rope_theta": local, "rope_type": "default"}
         return {"rope_parameters": {"full_attention": full, "sliding_attention": near}}
-    parameters = {"rope_theta": theta or 10000.0, **(scaling or {"rope_type": "default"})}
-    return {"rope_parameters": parameters}
+    return {"rope_parameters": {"rope_theta": theta or 10000.0, **scaling}}
 
 
 def _llama3_divisors(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> np.ndarray:

@@ -22,12 +22,8 @@ from pplug_jax.runtime.mesh import shardings
 from pplug_jax.storage.files import read_object
 from pplug_jax.storage.tensors import Index, Stored
 
-TOKENIZERS = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.txt",
-)  # a directory holds one or more
+# Of which a directory holds one or more.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt")
 # Of a stack of layers, so many bytes are read at a time.
 PIECE_BYTES = 2**26
 
