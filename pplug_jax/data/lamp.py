@@ -402,3 +402,7 @@ class Subset(Sequence[Example]):
 
     def __getitem__(self, i: int) -> Example:  # type: ignore[override]  # no slices
         return self.examples[self.indices[i]]
+
+    def record(self, i: int) -> Item:
+        """Return the record as the file has it, where the examples are of one."""
+        return self.examples.record(self.indices[i])  # type: ignore[attr-defined]
