@@ -135,25 +135,19 @@ def tokenize(
         behind: make prompts for soft tokens behind them (`Tokenizer.prompt`).
         queries: a store to which the queries' vectors are added; None keeps tokens alone.
     """
-    texts = []
-
-    def query_of(example: Example) -> str:
+    texts, tokenized = [], []
+    for example in examples:
         texts.append(task.query_text(example.input))
-        return texts[-1]
-
-    tokenized = [
-        Tokenized(
-            tokenizer.prompt(example.input, max_input_length, behind),
-            tokenizer.target(example.target or "", max_target_length),
-            np.array(store.encoder.queries([query_of(example)])[0], np.int32),
-            history_rows(task, example, store, max_history, history_labels),
-            {
-                name: values[-max_history:]
-                for name, values in of_items(task, example.profile).items()
-            },
+        item_features = of_items(task, example.profile)
+        tokenized.append(
+            Tokenized(
+                tokenizer.prompt(example.input, max_input_length, behind),
+                tokenizer.target(example.target or "", max_target_length),
+                np.array(store.encoder.queries(texts[-1:])[0], np.int32),
+                history_rows(task, example, store, max_history, history_labels),
+                {name: values[-max_history:] for name, values in item_features.items()},
+            )
         )
-        for example in examples
-    ]
     return tokenized if queries is None else with_queries(tokenized, texts, queries)
 
 
