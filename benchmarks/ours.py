@@ -19,7 +19,7 @@ forward = jax.jit(loss_fn, static_argnames="place")
 
 
 class Ours:
-    """Our step, as `train.fit` runs it."""
+    """Our step, as `Trainer.fit` runs it."""
 
     def __init__(self, models: Models, data: Assemble, weights: UserEmbedder, place: Place):
         self.models, self.data, self.weights = models, data, weights

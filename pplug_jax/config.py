@@ -94,12 +94,12 @@ def check_config(config: Settings) -> None:
             f"known: {', '.join(TASKS)}"
         )
     _check_ranges(config)
-    methods = methods_of(config)
+    methods, known = methods_of(config), config.flat()
     for name, settings in read_variants(config.variants).items():
-        for field in (field for field, _ in settings if field not in config.flat()):
+        for field in (field for field, _ in settings if field not in known):
             raise ConfigError(
                 f"config.variants: {name!r} changes {field!r}, and there is no such setting"
-                f"{near(field, config.flat())}"
+                f"{near(field, known)}"
             )
         try:
             configured(config, methods[name], 0)

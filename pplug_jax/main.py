@@ -55,12 +55,8 @@ _SUGGEST = flags.DEFINE_bool(
 _OUTPUT = flags.DEFINE_string(
     "output", None, "Of --mode=export: the directory that the plug of --workdir is written to."
 )
-ALONE = (
-    "download",
-    "check_data",
-    "plan",
-    "export",
-)  # the modes in which each process works for itself
+# The modes in which each process works for itself.
+ALONE = ("download", "check_data", "plan", "export")
 
 
 def default_workdir(config_file: str) -> Path:

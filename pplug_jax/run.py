@@ -38,7 +38,7 @@ from pplug_jax.settings import Settings
 from pplug_jax.storage.lock import locked
 from pplug_jax.storage.workdir import METRICS, plot_path
 from pplug_jax.train.inputs import TrainingInputs
-from pplug_jax.train.loop import fit
+from pplug_jax.train.loop import Trainer
 
 
 def describe(models: Models, train: Sequence[Example], held_out: Sequence[Example]) -> None:
@@ -192,8 +192,8 @@ def _work(
         training.save_peers()
         for method in (method for method in asked_for(config) if method.trained):
             settings = configured(config, method, config.seed)
-            tokenized = training(method, settings)
-            fit(models, method, settings, tokenized, workdir, training.validation(method, settings))
+            examples, validation = training(method, settings), training.validation(method, settings)
+            Trainer(models, method, settings, examples, workdir, validation).fit()
             plot_losses(workdir / METRICS, plot_path(workdir, "loss"))
     if mode in ("evaluate", "train_and_evaluate"):
         evaluate(models, held_out)

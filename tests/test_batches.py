@@ -54,6 +54,7 @@ class FakeEncoder:
         texts: Sequence[str],
         batch_size: int = 64,
         on_batch: Callable[[int], None] = lambda done: None,
+        queries: bool = False,
     ) -> np.ndarray:
         seeds = (hashlib.sha256(text.encode()).digest()[0] for text in texts)
         return np.stack([np.random.default_rng(seed).standard_normal(4) for seed in seeds])
@@ -110,15 +111,15 @@ def test_tokenize(llama_tokenizer: transformers.PreTrainedTokenizerBase, store: 
         first.rows.tolist() == store.rows([TASK.item_text(each) for each in profile[2:]]).tolist()
     )
     assert second.target.tolist() == [1]  # no gold: EOS alone
-    assert second.rows.tolist() == second.told["age"].tolist() == []
-    assert first.told["age"].tolist() == [[0], [0], [0]]
+    assert second.rows.tolist() == second.item_features["age"].tolist() == []
+    assert first.item_features["age"].tolist() == [[0], [0], [0]]
     expected = [form(each["title"]) for each in profile[2:]]
-    np.testing.assert_array_equal(first.told["form"], expected)
-    assert second.told["form"].shape == (0, SIZE)
+    np.testing.assert_array_equal(first.item_features["form"], expected)
+    assert second.item_features["form"].shape == (0, SIZE)
 
     dated = tuple(item(i) | {"date": f"2001-0{i + 1}"} for i in range(5))
     (third,) = tokenize(TASK, [Example("2", input, None, dated)], tokenizer, store, **lengths)
-    assert third.told["age"].tolist() == [[2], [1], [0]]
+    assert third.item_features["age"].tolist() == [[2], [1], [0]]
     assert third.rows.tolist() == first.rows.tolist()
 
 
@@ -382,7 +383,7 @@ def test_the_kept_items_stand_in_their_order_with_their_ages_and_differences(sto
     examples = [
         tokenized(rng, rows=12)._replace(
             rows=rng.permutation(40)[:12],
-            told={
+            item_features={
                 "age": rng.permutation(12)[:, None] + 1.0,
                 "form": rng.normal(size=(12, SIZE)).astype(np.float32),
             },
@@ -396,7 +397,7 @@ def test_the_kept_items_stand_in_their_order_with_their_ages_and_differences(sto
     assert counts.min() < counts.max() == 12
     for i, (example, n) in enumerate(zip(examples, counts, strict=True)):
         assert batch.history_mask[i, :n].all()
-        ages = example.told["age"].tolist()  # each item's own
+        ages = example.item_features["age"].tolist()  # each item's own
         kept = [ages.index(age) for age in batch.features["age"][i, :n].tolist()]
         assert kept == sorted(set(kept))
         vectors = store.vectors(example.rows)
@@ -404,7 +405,9 @@ def test_the_kept_items_stand_in_their_order_with_their_ages_and_differences(sto
         # Of the whole history: what was dropped is still no other user's.
         differences = vectors - peers.means(example.rows)
         np.testing.assert_array_equal(batch.features["difference"][i, :n], differences[kept])
-        np.testing.assert_array_equal(batch.features["form"][i, :n], example.told["form"][kept])
+        np.testing.assert_array_equal(
+            batch.features["form"][i, :n], example.item_features["form"][kept]
+        )
         for array in (batch.history, *batch.features.values()):
             assert not array[i, n:].any()
     without = full_batch(examples, store, 0, history_dropout=0.5)

@@ -21,7 +21,7 @@ from pplug_jax.session.inputs import tokenize
 from pplug_jax.session.weights import abstract_weights
 from pplug_jax.settings import Settings
 from pplug_jax.storage.checkpoint import Checkpoints
-from pplug_jax.train.loop import validation_loss
+from pplug_jax.train.validate import validation_loss
 from tests.support.lamp_files import write_split
 from tests.support.once import Once
 from tests.support.runs import results_of, small_config

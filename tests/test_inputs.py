@@ -44,7 +44,8 @@ def test_whose_history_is_shown(method: str, rows: list[list[int] | None]) -> No
     found = shown(TASK, None, None, METHODS[method], config, [], tokenized([0, 1], [2], []))
     for each, wanted in zip(found, rows, strict=True):
         assert wanted is None or each.rows.tolist() == wanted
-        assert each.told["age"].tolist() == each.rows.tolist()  # an item's age goes with it
+        # An item's age goes with it.
+        assert each.item_features["age"].tolist() == each.rows.tolist()
 
 
 def test_users_with_half_a_history_in_common_are_one() -> None:

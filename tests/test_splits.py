@@ -13,6 +13,7 @@ import pytest
 
 from pplug_jax import Personalizer
 from pplug_jax.config import checked
+from pplug_jax.data import submission
 from pplug_jax.data.check import check_data
 from pplug_jax.data.lamp import read, splits
 from pplug_jax.data.sources import data_directory, read_split
@@ -111,6 +112,18 @@ def test_a_part_of_a_split(tmp_path: Path, split: str, count: int):
     config.data.eval_split = "dev[:0]"
     with pytest.raises(DataError, match=r"the split dev\[:0\] has no questions"):
         read_split(config, "eval")
+
+
+def test_a_judge_gets_the_records_of_a_part_of_a_split(tmp_path: Path):
+    task = TASKS["LaMP_QA"]
+    config = config_of("LaMP_QA", tmp_path)
+    write_task(tmp_path, "LaMP_QA", config.data.eval_split, 3, outputs=False)
+    config.data.eval_split += "[:2]"
+    part = read_split(Settings.of(config), "eval")
+    submission.write_judged(tmp_path / "judge.jsonl", task, part, dict.fromkeys("ab", "Answer."))
+    lines = [json.loads(line) for line in (tmp_path / "judge.jsonl").read_text().splitlines()]
+    assert [line["question"] for line in lines] == [example.input for example in part]
+    assert all(line["narrative"] == [{"aspect": "a"}] for line in lines)
 
 
 @pytest.mark.slow

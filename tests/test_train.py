@@ -26,7 +26,7 @@ from pplug_jax.plugs.persona import UserEmbedder
 from pplug_jax.plugs.reading import PAPER
 from pplug_jax.runtime.mesh import make_mesh, place
 from pplug_jax.settings import LoraSettings
-from pplug_jax.train import loop
+from pplug_jax.train.meter import Meter
 from pplug_jax.train.step import init_optimizer, jit_step, loss_fn, make_optimizer
 from tests.support.parity import needs_torch
 from tests.support.tiny import ONE_DEVICE, B, E, L, Q, T, make_batch, make_llm, make_plug
@@ -319,8 +319,8 @@ def test_soft_tokens_stand_behind_the_prefix() -> None:
 
 def test_a_meter_reads_means_and_speeds_and_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=10.0, monotonic=lambda: clock.now)
-    monkeypatch.setattr(loop, "time", clock)
-    meter = loop.Meter()
+    monkeypatch.setattr("pplug_jax.train.meter.time", clock)
+    meter = Meter()
     for loss in (jnp.float32(1), jnp.float32(2)):
         meter.add({"loss": loss}, tokens=30)
     clock.now += 4

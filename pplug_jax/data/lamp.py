@@ -269,7 +269,7 @@ class Examples(Sequence[Example]):
 
 
 def _outputs(path: Path, task: Task, on_bad: Callable[[DataError], None]) -> dict[str, str]:
-    """Return the outputs by id, from a submission's form or, as in LongLaMP's e-mails, a list."""
+    """Return the outputs by id, from a submission or, as in LongLaMP's e-mails, a list."""
     golds = document(path)
     if not isinstance(golds, list):
         try:
@@ -402,3 +402,7 @@ class Subset(Sequence[Example]):
 
     def __getitem__(self, i: int) -> Example:  # type: ignore[override]  # no slices
         return self.examples[self.indices[i]]
+
+    def record(self, i: int) -> Item:
+        """Return the record as the file has it, where the examples are of one."""
+        return self.examples.record(self.indices[i])  # type: ignore[attr-defined]

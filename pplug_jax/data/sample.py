@@ -117,11 +117,7 @@ BODIES = (
     "Here we {deed} {method}.",
     "We {deed} {method} and discuss the outcome.",
 )
-CLOSINGS = (
-    "The focus is on {term}.",
-    "What matters most is {term}.",
-    "All of it is about {term}.",
-)
+CLOSINGS = ("The focus is on {term}.", "What matters most is {term}.", "All of it is about {term}.")
 DEEDS = {
     "method": ("propose", "develop", "design"),
     "study": ("examine", "compare", "question"),

@@ -5,13 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pplug_jax.data.lamp import Examples
 from pplug_jax.data.tasks import Task
 from pplug_jax.storage.files import write_json, write_json_lines
 
 
 def write(path: Path, task: Task, answers: Mapping[str, str]) -> None:
-    """Write {id: answer} in LaMP's form, which LongLaMP shares, or in LaMP-QA's."""
+    """Write {id: answer} in LaMP's format, which LongLaMP shares, or in LaMP-QA's."""
     if task.judged:
         content: Any = {id: [{"output": answer}] for id, answer in answers.items()}
     else:
@@ -28,7 +27,7 @@ def read(path: Path, task: Task) -> dict[str, str]:
     return {gold["id"]: gold["output"] for gold in content["golds"]}
 
 
-def write_judged(path: Path, task: Task, examples: Examples, answers: Mapping[str, str]) -> None:
+def write_judged(path: Path, task: Task, examples: Any, answers: Mapping[str, str]) -> None:
     """Write what a judge needs, a line for each example: question, answer, and rubric."""
     fields = ("id", task.input_key, *task.judged)
     records = map(examples.record, range(len(examples)))

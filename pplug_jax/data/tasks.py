@@ -16,7 +16,7 @@ class Task:
             only a judge can score.
         fields: the texts that a profile item must have.
         history: the item's fields as the encoder reads them.
-        demonstrations: the item in a retrieval prompt; the first form whose fields the item has.
+        demonstrations: the item in a retrieval prompt; the first pattern whose fields the item has.
         cut: the field that is cut where space is short.
         prompt: demonstrations and input together; `{before}` and `{after}` are the input up to the
             word `inserted_after` and the rest.
@@ -29,7 +29,7 @@ class Task:
         retrieval_query: the pattern of the query for retrieval, if it differs from `query`.
         joint: stands between two demonstrations.
         inserted_after: the word of the input that demonstrations follow.
-        question: the form of an item as an input of its own, if items are like inputs.
+        question: the pattern of an item as an input of its own, if items are like inputs.
         answer: the item's field that is what the output is; empty if none is.
         answers: the fields that it may be where only the data say which; see `learnt`.
         questions_and_outputs: whether a split has LaMP's two files; otherwise it has one.
@@ -65,7 +65,7 @@ class Task:
     judged: tuple[str, ...] = ()
 
     def query_text(self, input: str) -> str:
-        """Return what the plug compares with the history; other forms of input are read whole."""
+        """Return what the plug compares with the history; an unfitting input is read whole."""
         return _groups(self.query, input)
 
     def retrieval_text(self, input: str) -> str:
@@ -103,20 +103,13 @@ class Task:
         question = self.question.format(labels=", ".join(self.labels), **item)
         return question, item[self.answer]
 
-    def own_item(self, input: str, output: str) -> dict[str, str]:
-        """Return an input and its output as an item, without fields that the question does not
-        show.
-        """
-        return {self.cut: self.query_text(input), self.answer: output}
-
     def demonstration(self, item: dict[str, Any]) -> str:
         """Return the item as it stands in a prompt."""
-        fitting = (
-            form
-            for form in self.demonstrations
-            if all(item.get(field) for field in re.findall(r"{(\w+)}", form) if field != self.cut)
-        )
-        return next(fitting, self.demonstrations[-1]).format(**item)
+
+        def fits(pattern: str) -> bool:
+            return all(map(item.get, {*re.findall(r"{(\w+)}", pattern)} - {self.cut}))
+
+        return next(filter(fits, self.demonstrations), self.demonstrations[-1]).format(**item)
 
     def demonstration_prompt(self, demonstrations: Sequence[str], input: str) -> str:
         """Return the input with demonstrations; alone, if it lacks the word that they follow."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -31,7 +32,7 @@ CPU_TOKENS = 2048  # of a batch on a CPU, whose caches shall hold a layer's atte
 @functools.partial(jax.jit, static_argnames="dtype")
 def _forward(model: bert.Bert, tokens: jax.Array, lengths: jax.Array, dtype: str) -> jax.Array:
     del dtype  # part of the cache key: the module's static attributes carry it
-    return model(tokens, np.arange(tokens.shape[1]) < lengths[:, None])
+    return model(tokens, jnp.arange(tokens.shape[1]) < lengths[:, None])
 
 
 class Usage(NamedTuple):
@@ -65,9 +66,7 @@ def _modules(path: Path) -> dict[str, str]:
 
 
 def transformer_directory(path: str | Path) -> Path:
-    """Return where the encoder itself lies: old directories have it in a folder such as
-    0_Transformer.
-    """
+    """Return where the encoder itself lies, in old directories in a folder as 0_Transformer."""
     return Path(path) / _modules(Path(path)).get("Transformer", "")
 
 
@@ -182,33 +181,46 @@ def _modern(name: str) -> str:
 
 
 class Encoder:
-    """A frozen text encoder with its tokenizer. Make one with `load_encoder`.
+    """A frozen text encoder with its tokenizer.
+
+    Args:
+        path: a directory of a BERT-style encoder (config.json, model.safetensors, tokenizer).
+        mesh: the mesh to work on; None is the first device.
+        dtype: of weights and computation.
+        pooling: `cls` or `mean`; None is what the directory says.
+        max_length: tokens that are read of a text, at most as many as the directory says.
+        query_prefix: the prompt in front of inputs, such as E5's "query: "; None is what the
+            directory says.
+        item_prefix: the prompt in front of texts that are searched, such as "passage: "; None is
+            what the directory says.
 
     Attributes:
         size: E, the width of its vectors.
-        max_length: tokens that it reads of a text; the rest is cut off.
-        query_prefix: the prompt in front of inputs.
-        item_prefix: the prompt in front of history texts.
         cut_texts: how many texts so far reached `max_length`.
         fingerprint: differs between encoders whose vectors differ (weights, tokenizer, pooling,
             length, dtype, item prefix).
+
+    Raises:
+        FileNotFoundError: no such directory, config, weights or tokenizer.
+        InputError: another architecture, an unsupported setting, or tensors that do not fit
+            config.json.
     """
 
     def __init__(
         self,
         path: str | Path,
-        mesh: Mesh,
         *,
-        pooling: str | None,
-        max_length: int,
-        dtype: str,
-        query_prefix: str | None,
-        item_prefix: str | None,
+        mesh: Mesh | None = None,
+        dtype: str = "float32",
+        pooling: str | None = None,
+        max_length: int = 512,
+        query_prefix: str | None = None,
+        item_prefix: str | None = None,
     ):
-        self.model = load_bert(path, mesh, pooling=pooling, variable=Frozen, dtype=dtype)
+        self.mesh = mesh or make_mesh(devices=jax.devices()[:1])
+        self.model = load_bert(path, self.mesh, pooling=pooling, variable=Frozen, dtype=dtype)
         inner = transformer_directory(path)
         self.tokenizer = hf.load_tokenizer(inner, self.model.config.vocab_size)
-        self.mesh = mesh
         self.size = self.model.config.hidden_size
         usage = read_usage(path)
         self.max_length = min(
@@ -296,40 +308,6 @@ class Encoder:
         return vectors
 
 
-def load_encoder(
-    path: str | Path,
-    *,
-    mesh: Mesh | None = None,
-    dtype: str = "float32",
-    pooling: str | None = None,
-    max_length: int = 512,
-    query_prefix: str | None = None,
-    item_prefix: str | None = None,
-) -> Encoder:
-    """Load a BERT-style encoder (config.json, model.safetensors, tokenizer).
-
-    Args:
-        path: its directory.
-        mesh: the mesh to work on; None is the first device.
-        dtype: of weights and computation.
-        pooling: `cls` or `mean`; None is what the directory says.
-        max_length: tokens that are read of a text, at most as many as the directory says.
-        query_prefix: the prompt in front of inputs, such as E5's "query: "; None is what the
-            directory says.
-        item_prefix: the prompt in front of texts that are searched, such as "passage: "; None is
-            what the directory says.
-
-    Raises:
-        FileNotFoundError: no such directory, config, weights or tokenizer.
-        InputError: another architecture, an unsupported setting, or tensors that do not fit
-            config.json.
-    """
-    return Encoder(
-        path,
-        mesh or make_mesh(devices=jax.devices()[:1]),
-        pooling=pooling,
-        max_length=max_length,
-        dtype=dtype,
-        query_prefix=query_prefix,
-        item_prefix=item_prefix,
-    )
+def load_encoder(path: str | Path, **settings: Any) -> Encoder:
+    """Load a BERT-style encoder; `path` and the settings are those of `Encoder`."""
+    return Encoder(path, **settings)

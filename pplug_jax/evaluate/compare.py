@@ -33,7 +33,8 @@ from pplug_jax.settings import Settings
 from pplug_jax.storage.files import write_json, write_text
 from pplug_jax.storage.workdir import METRICS, RESULTS, plot_path, predictions_path, seed_path
 from pplug_jax.train.inputs import TrainingInputs
-from pplug_jax.train.loop import fit, training_seconds
+from pplug_jax.train.loop import Trainer
+from pplug_jax.train.meter import training_seconds
 from pplug_jax.train.tune import tune
 
 REFERENCES = ("none", "instruction_only", "shuffled_user", "pplug")  # what differences are from
@@ -102,9 +103,9 @@ def run_method(
 ) -> SeedRun:
     """Train the method, if it trains weights, and answer, unless that was done before."""
     path = predictions_path(directory, settings.data.eval_split, method.name)
-    if method.trained and not path.is_file():
+    if training and method.trained and not path.is_file():
         examples, validation = training(method, settings), training.validation(method, settings)
-        fit(models, method, settings, examples, directory, validation)
+        Trainer(models, method, settings, examples, directory, validation).fit()
         plot_losses(directory / METRICS, plot_path(directory, "loss"))
     weights = functools.partial(restore_weights, models, method, settings, directory)
     answers = answer_examples(models, method, settings, held_out, tokenized, directory, weights)
@@ -130,8 +131,8 @@ def summary(
             field: statistics.mean(getattr(run.answers, field) for run in of_seeds)
             for field in ("trainable", "bytes_per_user", "milliseconds")
         }
-        if of_seeds[0].train_seconds is not None:
-            entry["train_seconds"] = statistics.mean(run.train_seconds for run in of_seeds)
+        if seconds := [run.train_seconds for run in of_seeds if run.train_seconds is not None]:
+            entry["train_seconds"] = statistics.mean(seconds)
             entry["learning_rate"] = of_seeds[0].learning_rate
         entry |= scores(pooled[name], samples, users)
         for metric in pooled[name]:
@@ -190,7 +191,7 @@ def difference_rows(results: dict[str, Any], metric: str) -> tuple[list[str], li
     return ["method", *references], cells
 
 
-def cost_rows(results: dict[str, Any], metric: str | None) -> tuple[list[str], list[list[str]]]:
+def cost_rows(results: dict[str, Any], metric: str) -> tuple[list[str], list[list[str]]]:
     """Return the methods' costs, and the metric's deviation over seeds: header and cells."""
     cells = []
     for name, entry in results["methods"].items():
@@ -216,7 +217,7 @@ def write_tables(results: dict[str, Any], workdir: Path) -> None:
     header, columns = metric_columns(results)
     cells = [[name, *row] for name, row in zip(results["methods"], columns, strict=True)]
     tables = {title: (["method", *header], cells)}
-    first = next(iter(TASKS[results["task"]].metrics), None)
+    first = next(iter(TASKS[results["task"]].metrics), "")
     for metric in (first, "loss"):
         if all(metric in entry for entry in results["methods"].values()):
             tables[f"{metric}: difference from"] = difference_rows(results, metric)

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import math
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +23,8 @@ from pplug_jax.methods.shown import Layout, layout_of, shown
 from pplug_jax.methods.table import Method, methods_of
 from pplug_jax.methods.users import own_items
 from pplug_jax.plugs.base import parameter_count
-from pplug_jax.plugs.forward import Weights, adapt, answer_tokens, gold_losses
+from pplug_jax.plugs.forward import Weights, answer_tokens, gold_losses
+from pplug_jax.plugs.lora import Lora
 from pplug_jax.plugs.persona import UserEmbedder
 from pplug_jax.plugs.reading import Reading
 from pplug_jax.plugs.registry import PLUGS
@@ -109,7 +111,7 @@ def predict(
     answers, losses, times = [""] * len(tokenized), np.zeros((len(tokenized), 2)), []
     trained = (
         UserLoras(models, config, weights, user_items)
-        if method.user_lora
+        if method.user_lora and isinstance(weights, Lora)
         else Shared(models, weights, len(tokenized))
     )
     order, users_of_one = trained.order, 1
@@ -204,9 +206,9 @@ def answer_examples(
             step = checkpoints.best
     if path.is_file() and about.is_file():
         facts = json.loads(read_text(about))
-        texts = submission.read(path, task)
-        if facts["step"] == step and list(texts) == [example.id for example in examples]:
-            return Answers(texts, **facts)
+        known = submission.read(path, task)
+        if facts["step"] == step and list(known) == [example.id for example in examples]:
+            return Answers(known, **facts)
     trained, trainable = None, 0
     if method.plug:
         trained = weights()
@@ -250,22 +252,20 @@ def _bytes_per_user(
     """Return a user's mean bytes: texts as UTF-8, vectors and LoRAs as float16."""
     total = 0.0
     if method.retrieval:
-        total += np.mean(
-            [
-                sum(len(models.item_text(item).encode()) for item in example.profile)
-                for example in examples
-            ]
-        )
+        texts = [[models.item_text(item) for item in example.profile] for example in examples]
+        total += statistics.mean(sum(len(text.encode()) for text in items) for items in texts)
     if method.plug and PLUGS[method.kind].reads_input:
-        total += np.mean([len(arrays.rows) for arrays in inputs]) * models.encoder.size * 2
+        items = statistics.mean(len(arrays.rows) for arrays in inputs)
+        total += items * models.encoder.size * 2
     if method.user_lora:
-        total += parameter_count(abstract_weights(models, method, config)) * 2
-    return float(total)
+        weights: Any = abstract_weights(models, method, config)
+        total += parameter_count(weights) * 2
+    return total
 
 
 @functools.partial(jax.jit, static_argnames="reading")
 def _personas(plug: UserEmbedder, batch: Batch, reading: Reading) -> tuple[jax.Array, jax.Array]:
-    _, soft = adapt(plug, None, batch, reading)
+    soft = plug(*batch.plug_inputs, reading=reading)
     return plug.attention(*batch.plug_inputs, reading=reading), jnp.mean(
         soft[:, reading.instruction :], axis=1
     )

@@ -33,8 +33,8 @@ def statistics_of(
     They are empty if the outputs are withheld or only a judge can score.
     """
     task = models.task
-    golds = [example.target for example in examples]
-    if not task.metrics or None in golds:
+    golds = [example.target for example in examples if example.target is not None]
+    if not task.metrics or len(golds) < len(examples):
         return {}
     texts = list(answers.texts.values())
     statistics = example_statistics(task.name, texts, golds)
@@ -129,13 +129,10 @@ def _cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def show_examples(
-    models: Models,
-    examples: Sequence[Example],
-    answers: dict[str, dict[str, str]],
-    count: int = 3,
+    models: Models, examples: Sequence[Example], answers: dict[str, dict[str, str]]
 ) -> None:
-    """Print a few users, spread evenly over the split: answers without and with the persona."""
-    for i in sorted({len(examples) * (2 * n + 1) // (2 * count) for n in range(count)}):
+    """Print three users, spread evenly over the split: answers without and with the persona."""
+    for i in sorted({len(examples) * n // 6 for n in (1, 3, 5)}):
         example = examples[i]
         say(f"\nuser {example.id}, {len(example.profile)} items of history, such as")
         for item in example.profile[:3]:
@@ -149,7 +146,7 @@ def show_examples(
             say(f"  {name + ':':7}{shorten(text)}")
 
 
-def shorten(text: str, width: int = 100) -> str:
-    """Return the text on one line of at most `width` characters."""
+def shorten(text: str) -> str:
+    """Return the text on one line of at most 100 characters."""
     text = " ".join(text.split())
-    return text if len(text) <= width else text[: width - 3] + "..."
+    return text if len(text) <= 100 else text[:97] + "..."

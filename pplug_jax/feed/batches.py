@@ -26,7 +26,7 @@ ROUND_TARGET = 8  # and those of targets that are read apart, which are short
 
 
 class Batch(NamedTuple):
-    """B padded rows; a row with `weight` 0 only fills up the batch.
+    """B padded rows, NumPy's until `place_batch`; a row with `weight` 0 only fills up the batch.
 
     Attributes:
         prompt: (B, L) int32, the LLM's input without the soft tokens; or fewer rows, each for
@@ -47,19 +47,19 @@ class Batch(NamedTuple):
         features: {name: (B, H, width) float32}, the items' features (`feed.features`).
     """
 
-    prompt: jax.Array | np.ndarray
-    prompt_mask: jax.Array | np.ndarray
-    target: jax.Array | np.ndarray
-    target_mask: jax.Array | np.ndarray
-    text: jax.Array | np.ndarray
-    text_mask: jax.Array | np.ndarray
-    query: jax.Array | np.ndarray
-    query_mask: jax.Array | np.ndarray
-    history: jax.Array | np.ndarray
-    history_mask: jax.Array | np.ndarray
-    index: jax.Array | np.ndarray
-    weight: jax.Array | np.ndarray
-    features: dict[str, jax.Array | np.ndarray]
+    prompt: jax.Array
+    prompt_mask: jax.Array
+    target: jax.Array
+    target_mask: jax.Array
+    text: jax.Array
+    text_mask: jax.Array
+    query: jax.Array
+    query_mask: jax.Array
+    history: jax.Array
+    history_mask: jax.Array
+    index: jax.Array  # type: ignore[assignment]  # hides a tuple's method
+    weight: jax.Array
+    features: dict[str, jax.Array]
 
     def with_prompts_of(self, users: int) -> "Batch":
         """Return the batch with one prompt for every `users` rows, which all have the same one."""
@@ -80,7 +80,7 @@ class Tokenized(NamedTuple):
         target: the gold output's tokens, int32.
         query: the input encoder's tokens, int32.
         rows: (n,) int64, the history's rows in the store.
-        told: {name: (n, width)}, the features that need nothing but the history
+        item_features: {name: (n, width)}, the features that need nothing but the history
             (`features.of_items`).
         query_row: the query's row in the store of queries; -1 without such a store.
     """
@@ -89,15 +89,15 @@ class Tokenized(NamedTuple):
     target: np.ndarray
     query: np.ndarray
     rows: np.ndarray
-    told: dict[str, np.ndarray]
+    item_features: dict[str, np.ndarray]
     query_row: int = -1
 
     def with_history_of(self, other: "Tokenized | None") -> "Tokenized":
         """Return the example with the history of `other`, or with an empty one if that is None."""
         if other is not None:
-            return self._replace(rows=other.rows, told=other.told)
-        none = {name: values[:0] for name, values in self.told.items()}
-        return self._replace(rows=self.rows[:0], told=none)
+            return self._replace(rows=other.rows, item_features=other.item_features)
+        none = {name: values[:0] for name, values in self.item_features.items()}
+        return self._replace(rows=self.rows[:0], item_features=none)
 
 
 def history_rows(
@@ -135,25 +135,19 @@ def tokenize(
         behind: make prompts for soft tokens behind them (`Tokenizer.prompt`).
         queries: a store to which the queries' vectors are added; None keeps tokens alone.
     """
-    texts = []
-
-    def query_of(example: Example) -> str:
+    texts, tokenized = [], []
+    for example in examples:
         texts.append(task.query_text(example.input))
-        return texts[-1]
-
-    tokenized = [
-        Tokenized(
-            tokenizer.prompt(example.input, max_input_length, behind),
-            tokenizer.target(example.target or "", max_target_length),
-            np.array(store.encoder.queries([query_of(example)])[0], np.int32),
-            history_rows(task, example, store, max_history, history_labels),
-            {
-                name: values[-max_history:]
-                for name, values in of_items(task, example.profile).items()
-            },
+        item_features = of_items(task, example.profile)
+        tokenized.append(
+            Tokenized(
+                tokenizer.prompt(example.input, max_input_length, behind),
+                tokenizer.target(example.target or "", max_target_length),
+                np.array(store.encoder.queries(texts[-1:])[0], np.int32),
+                history_rows(task, example, store, max_history, history_labels),
+                {name: values[-max_history:] for name, values in item_features.items()},
+            )
         )
-        for example in examples
-    ]
     return tokenized if queries is None else with_queries(tokenized, texts, queries)
 
 
@@ -373,11 +367,8 @@ class Assemble:
         queries: HistoryStore | None = None,
     ):
         self.tokenized, self.buckets, self.store, self.rows = tokenized, buckets, store, rows
-        self.seed, self.history_dropout, self.persona_dropout = (
-            seed,
-            history_dropout,
-            persona_dropout,
-        )
+        self.history_dropout, self.persona_dropout = history_dropout, persona_dropout
+        self.seed = seed
         self.features, self.peers, self.queries = features, peers, queries
 
     def __call__(self, planned: tuple[int, int, np.ndarray]) -> Batch:
@@ -387,7 +378,7 @@ class Assemble:
         B = len(self.rows)
         if self.queries:
             del shape["query"]
-        batch = {name: np.zeros((B, width), np.int32) for name, width in shape.items()}
+        batch: dict[str, Any] = {n: np.zeros((B, w), np.int32) for n, w in shape.items()}
         batch |= {f"{name}_mask": np.zeros((B, width), bool) for name, width in shape.items()}
         for name in shape.keys() - {"target"}:
             batch[f"{name}_mask"][:, 0] = True  # rows that fill up have a token to attend to
@@ -396,7 +387,7 @@ class Assemble:
             batch["query_mask"] = np.ones((B, 1), bool)
         batch["history"] = np.zeros((B, H, E), np.float32)
         batch["history_mask"] = np.zeros((B, H), bool)
-        features = {
+        batch["features"] = {
             name: np.zeros((B, H, FEATURES[name].width(E)), np.float32) for name in self.features
         }
         batch["index"] = np.zeros(B, np.int32)
@@ -420,17 +411,17 @@ class Assemble:
             batch["history_mask"][i, : len(kept)] = True
             # Made of the whole history: a dropped item is older all the same, and never a peer.
             for name, values in self._features(example).items():
-                features[name][i, : len(kept)] = values[kept]
+                batch["features"][name][i, : len(kept)] = values[kept]
             batch["index"][i] = index
             batch["weight"][i] = 1
-        return Batch(**batch, features=features)
+        return Batch(**batch)
 
     def _features(self, example: Tokenized) -> dict[str, np.ndarray]:
         if not self.features:
             return {}
         vectors = self.store.vectors(example.rows)
-        means = lambda: self.peers.means(example.rows)
-        return of_history(self.features, example.told, vectors, means)
+        means = lambda: self.peers.means(example.rows)  # type: ignore[union-attr]  # if there are
+        return of_history(self.features, example.item_features, vectors, means)
 
 
 def place_batch(batch: Batch, mesh: Mesh) -> Batch:

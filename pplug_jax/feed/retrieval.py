@@ -1,4 +1,4 @@
-"""Choose the profile items that a prompt shows, and show them in LaMP's demonstration form."""
+"""Choose the profile items that a prompt shows, and show them as LaMP's demonstrations."""
 
 import dataclasses
 import logging
@@ -85,7 +85,7 @@ def demonstration_prompt(
     tokenizer: transformers.PreTrainedTokenizerBase,
     max_length: int,
 ) -> str:
-    """Return the input behind `items` as demonstrations, in LaMP's form and by its token budget.
+    """Return the input behind `items` as demonstrations, in LaMP's format and by its token budget.
 
     The input may take up to 60% of `max_length` tokens. Each demonstration gets an equal share of
     the rest; the next one may use what it leaves. If a demonstration does not fit although its text
@@ -134,6 +134,6 @@ def demonstration_prompt(
     for item, text, length in zip(items, texts, lengths, strict=True):
         if length < len(text):
             # A character cut in two would be read as several tokens again.
-            item = item | {task.cut: tokenizer.decode(text[:length]).rstrip("\ufffd")}
+            item = item | {task.cut: str(tokenizer.decode(text[:length])).rstrip("\ufffd")}
         shown.append(task.demonstration(item))
     return task.demonstration_prompt(shown, input)

@@ -100,9 +100,6 @@ class HistoryStore:
                 with open(path, "r+b") as file:
                     file.truncate(rows * size)
 
-    def _is_writable(self) -> bool:
-        return os.access(self.directory, os.W_OK)
-
     def _read_keys(self) -> None:
         """Read the keys of rows that were added since, by this run or another."""
         keys = next(iter(self._files()))
@@ -120,7 +117,7 @@ class HistoryStore:
                 self._cut()
                 self._read_keys()
         except OSError:
-            if self._is_writable():
+            if os.access(self.directory, os.W_OK):
                 raise
             self._read_keys()  # as a served plug may: nothing can be half written there
         _, vectors = self._files()
@@ -155,13 +152,14 @@ class HistoryStore:
         if not new:
             return 0
         what = "inputs" if self.queries else "histories"
-        settings = {"queries": True} if self.queries else {}
         try:
             with Progress(f"encoding {what}", count, "texts") as progress:
                 # Like lengths together, so that little is padded; chunk by chunk, so that a killed
                 # run keeps what it had.
                 for chunk in _chunks(texts, new):
-                    vectors = self.encoder.encode(chunk, batch_size, progress.advance, **settings)
+                    vectors = self.encoder.encode(
+                        chunk, batch_size, progress.advance, queries=self.queries
+                    )
                     if self._writes:
                         self._append(list(map(text_key, chunk)), vectors)
             wait_for_all(f"the {what} are encoded")

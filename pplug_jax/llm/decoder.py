@@ -155,7 +155,7 @@ class DecoderConfig:
     sliding_rope: Rope | None = None
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
@@ -245,10 +245,7 @@ def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
 
     Halves are rotated as in `transformers`.
     """
-    cos, sin = (
-        jnp.cos(angles)[:, :, None].astype(x.dtype),
-        jnp.sin(angles)[:, :, None].astype(x.dtype),
-    )
+    cos, sin = (wave(angles)[:, :, None].astype(x.dtype) for wave in (jnp.cos, jnp.sin))
     a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
@@ -328,7 +325,7 @@ class Layers(nnx.Module):
             mask,
             config.attention_scale,
             config.attention_cap,
-            before=None if context is None else (*context, context_mask),
+            before=None if context is None or context_mask is None else (*context, context_mask),
         )
         h = linear(h.reshape(*x.shape[:2], -1), self.output)
         x = x + norm(h, self.attention_post_norm)
@@ -385,13 +382,13 @@ class Decoder(nnx.Module):
             return at[..., None] * rope.frequencies(config.head_dim)
 
         full = angles(config.rope), *(keys and keys[1] for keys in seen)
-        if config.window is None:
+        if (window := config.window) is None:
             return lambda slides: full
 
         def near(slots: jax.Array, visible: jax.Array | OwnText) -> jax.Array | OwnText:
             if isinstance(visible, OwnText):
                 return dataclasses.replace(visible, slides=jnp.bool(True))
-            return visible & (at[:, :, None] - slots[:, None] < config.window)
+            return visible & (at[:, :, None] - slots[:, None] < window)
 
         local = angles(config.sliding_rope or config.rope), *(keys and near(*keys) for keys in seen)
         return lambda slides: jax.tree.map(functools.partial(jnp.where, slides), local, full)

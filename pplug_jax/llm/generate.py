@@ -135,7 +135,7 @@ def _beam(
         return cache, choose(hidden, chosen)
 
     empty = jnp.full((B, K, T), llm.config.pad_id, jnp.int32)
-    start = {
+    start: dict[str, Any] = {
         "t": 0,
         "sequences": empty,
         # All beams are alike at the start: only the first may be drawn from.

@@ -32,13 +32,7 @@ SCALINGS = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", *Llama3Stretch.__dataclass_fields__),
-    "yarn": (
-        "factor",
-        "attention_factor",
-        "mscale",
-        "mscale_all_dim",
-        *Yarn.__dataclass_fields__,
-    ),
+    "yarn": ("factor", "attention_factor", "mscale", "mscale_all_dim", *Yarn.__dataclass_fields__),
 }
 
 

@@ -9,7 +9,7 @@ turn's end to the beginning of the answer.
 import json
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import transformers
@@ -19,7 +19,7 @@ from pplug_jax.errors import InputError
 # What chat templates may depend on besides the messages. Llama 3.2's writes today's date unless it
 # is given one, and a prompt must not change overnight; Qwen 3's lets the model think first unless
 # told not to, and the answer is what is trained.
-TEMPLATE_SETTINGS = {"date_string": "26 Jul 2024", "enable_thinking": False}
+TEMPLATE_SETTINGS: dict[str, Any] = {"date_string": "26 Jul 2024", "enable_thinking": False}
 USER, ANSWER = "USERTEXT", "ANSWERTEXT"  # stand for the texts while a template is read
 
 
@@ -76,9 +76,8 @@ def read_template(tokenizer: transformers.PreTrainedTokenizerBase) -> Turn:
 
     def render(*messages: dict[str, str], answer: bool) -> str:
         try:
-            return tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=answer, **TEMPLATE_SETTINGS
-            )
+            settings = TEMPLATE_SETTINGS | {"add_generation_prompt": answer}
+            return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **settings))
         except Exception as error:  # a template is a program
             raise InputError(
                 f"{tokenizer.name_or_path}: the chat_template fails: {error}; "
@@ -217,7 +216,7 @@ class Tokenizer:
         """Return generated tokens as text, up to the first at which generation stops."""
         ends = np.flatnonzero(np.isin(tokens, self.stops))
         tokens = tokens[: ends[0]] if len(ends) else tokens
-        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
     def layout(self, soft_tokens: int, behind: bool = False) -> str:
         """Show people what the LLM reads: fixed parts as they are, line breaks escaped."""
@@ -226,7 +225,7 @@ class Tokenizer:
             return json.dumps(text, ensure_ascii=False)[1:-1]
 
         def shown(ids: list[int]) -> str:
-            return escaped(self.tokenizer.decode(ids))
+            return escaped(str(self.tokenizer.decode(ids)))
 
         soft = f"[{soft_tokens} soft tokens]"
         body = f"[input]{escaped(self.joint)} {soft}" if behind else f"{soft} [input]"

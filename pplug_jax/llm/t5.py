@@ -109,7 +109,7 @@ class T5Config:
     max_length: int = sys.maxsize  # relative positions have no end
 
 
-def config_from_hf(hf: transformers.T5Config, eos_ids: tuple[int, ...]) -> T5Config:
+def config_from_hf(hf: transformers.PreTrainedConfig, eos_ids: tuple[int, ...]) -> T5Config:
     """Read a T5's shapes from its `transformers` config.
 
     Raises:

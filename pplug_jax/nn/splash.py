@@ -113,7 +113,7 @@ def _on_device(
     seen = CausalMask(shape) if window is None else LocalMask(shape, (window - 1, 0), offset=0)
     kernel = make_splash_mha(
         MultiHeadMask([seen] * heads),
-        block_sizes=BlockSizes(*[BLOCK] * 8),
+        block_sizes=BlockSizes(*(BLOCK,) * 8),
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=cap,

@@ -16,8 +16,6 @@ class Chip(NamedTuple):
 
     Attributes:
         flops: bfloat16 FLOP/s.
-        int8_ops: int8 op/s; quantised kernels are multiplied in bfloat16, so this bounds nothing
-            here.
         hbm_gib: GiB of HBM.
         hbm_bandwidth: byte/s.
         link_bandwidth: byte/s that one ICI link receives.
@@ -27,7 +25,6 @@ class Chip(NamedTuple):
     """
 
     flops: float
-    int8_ops: float
     hbm_gib: int
     hbm_bandwidth: float
     link_bandwidth: float
@@ -45,12 +42,10 @@ _CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
 # direction are of Jouppi et al. 2023, arXiv 2304.01433, table 4.
 CHIPS = {
     # Without megacore the compiler would take a v4 chip's two cores for two devices.
-    "v4": Chip(
-        275e12, 275e12, 32, 1200e9, 50e9, _CUBE, _DOCS + "v4", {"chip_config_name": "megacore"}
-    ),
-    "v5e": Chip(197e12, 393e12, 16, 819e9, 400e9 / 4 / 2, _SQUARE, _DOCS + "v5e", {}),
-    "v5p": Chip(459e12, 918e12, 95, 2765e9, 1200e9 / 6 / 2, _CUBE, _DOCS + "v5p", {}),
-    "v6e": Chip(918e12, 1836e12, 32, 1638e9, 800e9 / 4 / 2, _SQUARE, _DOCS + "v6e", {}),
+    "v4": Chip(275e12, 32, 1200e9, 50e9, _CUBE, _DOCS + "v4", {"chip_config_name": "megacore"}),
+    "v5e": Chip(197e12, 16, 819e9, 400e9 / 4 / 2, _SQUARE, _DOCS + "v5e", {}),
+    "v5p": Chip(459e12, 95, 2765e9, 1200e9 / 6 / 2, _CUBE, _DOCS + "v5p", {}),
+    "v6e": Chip(918e12, 32, 1638e9, 800e9 / 4 / 2, _SQUARE, _DOCS + "v6e", {}),
 }
 
 

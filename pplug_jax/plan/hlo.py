@@ -215,8 +215,8 @@ class _Program:
         """Note the collectives of a computation; return the HBM bytes it moves, `times` times."""
         computation, moved = self.computations[name], 0.0
         for instruction in computation.values():
-            if instruction.collective:
-                moved += times * self._collect(instruction, name, times, fused)
+            if kind := instruction.collective:
+                moved += times * self._collect(instruction, kind, name, times, fused)
             elif instruction.op == "while":
                 trips = times * self.trips(instruction)
                 for part in instruction.called("condition", "body"):
@@ -233,13 +233,15 @@ class _Program:
                     moved += times * self._moved(instruction, computation)
         return moved
 
-    def _collect(self, instruction: _Instruction, inside: str, times: float, fused: bool) -> float:
+    def _collect(
+        self, instruction: _Instruction, kind: str, inside: str, times: float, fused: bool
+    ) -> float:
         """Note a collective; return the HBM bytes that it reads and writes."""
         if fused and (channel := re.search(r"channel_id=(\d+)", instruction.rest)):
             if channel[1] in self.channels:
                 return 0.0
             self.channels.add(channel[1])
-        kind, arrays = instruction.collective, instruction.arrays
+        arrays = instruction.arrays
         if instruction.op == "all-gather-start":  # its result are the operands and the results
             arrays = arrays[len(arrays) // 2 :]
         elif instruction.op == "collective-permute-start":  # operand, result, flags
@@ -249,10 +251,7 @@ class _Program:
         if inside.startswith("all-reduce-scatter"):  # a fusion that keeps only a slice of it
             kind, result = "reduce-scatter", result / group
         count, bytes_ = self.collectives[kind]
-        self.collectives[kind] = (
-            count + times,
-            bytes_ + times * received(kind, result, group),
-        )
+        self.collectives[kind] = count + times, bytes_ + times * received(kind, result, group)
         return 2 * sum(array.bytes for array in arrays if array.in_hbm)
 
     def _moved(self, instruction: _Instruction, computation: _Computation) -> float:
@@ -268,9 +267,7 @@ class _Program:
         )
 
     def _read_by(self, user: _Instruction, place: int, full: float) -> float:
-        """Return the HBM bytes that `user` reads of its operand at `place`, which has `full` of
-        them.
-        """
+        """Return the HBM bytes that `user` reads of its operand at `place`, which has `full`."""
         if not full or user.op == "tuple" or user.forwards:
             return 0.0  # a collective's bytes are noted with it
         if place == 0 and user.op == "dynamic-update-slice":
@@ -283,9 +280,7 @@ class _Program:
         return full
 
     def _read(self, inside: str, name: str) -> float:
-        """Return the HBM bytes read by all that use the value `name` in the fused computation
-        `inside`.
-        """
+        """Return the HBM bytes that all users of `name` read in the fused computation `inside`."""
         computation, total = self.computations[inside], 0.0
         full = computation[name].hbm
         for user in computation.values() if full else ():

@@ -1,6 +1,4 @@
-"""Print the tables of `--mode=plan`: one slice in full, the smallest slices that fit, the best
-mesh.
-"""
+"""Print the tables of `--mode=plan`: a slice in full, the smallest that fit, the best mesh."""
 
 import itertools
 import math
@@ -225,13 +223,12 @@ def suggest(config: Settings, where: Slice) -> None:
                 accumulation *= 2
             if accumulation > config.train.accumulation:
                 break  # more rows would only be more parts
-    fit = [option for option in plans if option.cost]
-    fit.sort(key=lambda each: each.cost.seconds(where) / each.batch_size)
-    rows = [_row(where, option) for option in fit + [option for option in plans if not option.cost]]
+    plans.sort(key=lambda option: option.seconds(where) / option.batch_size)
+    rows = [_row(where, option) for option in plans]
     show_table(f"{where.name}, the shortest time an example first", _HEADER, rows)
-    if fit:
-        batch = {"batch_size": fit[0].batch_size, "accumulation": fit[0].accumulation}
-        say(f"{_flags(axes(fit[0].mesh), 'mesh')} {_flags(batch, 'train')}")
+    if plans and plans[0].cost:
+        batch = {"batch_size": plans[0].batch_size, "accumulation": plans[0].accumulation}
+        say(f"{_flags(axes(plans[0].mesh), 'mesh')} {_flags(batch, 'train')}")
 
 
 def _try(

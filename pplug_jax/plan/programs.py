@@ -130,15 +130,12 @@ class Programs:
         items = round_up(self.config.data.max_history)
         width = self.encoder["hidden_size"]
 
-        def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        def array(dtype: Any, *shape: int) -> Any:
             shape = (rows, *shape)
             where = sharding(self.mesh, ("batch", *[None] * (len(shape) - 1)), shape)
             return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
-        query = {
-            "query": array(jnp.int32, lengths.query),
-            "query_mask": array(bool, lengths.query),
-        }
+        query = {"query": array(jnp.int32, lengths.query), "query_mask": array(bool, lengths.query)}
         if self.layout.encoded:
             query = {"query": array(jnp.float32, width), "query_mask": array(bool, 1)}
         return Batch(
@@ -160,7 +157,7 @@ class Programs:
         )
 
     def train(self, remat: bool | None = None) -> jax.stages.Traced:
-        """Trace the step of `train.fit`; `remat` is the config's by default."""
+        """Trace the step of `Trainer.fit`; `remat` is the config's by default."""
         train, optimizer = self.settings.train, optimizer_of(self.settings, steps=1)
         state = abstract_optimizer(optimizer, self.weights, self.mesh)
         return self._trace(
@@ -254,9 +251,7 @@ class Programs:
             return trace(*args, **kwargs)
 
     def held(self, training: bool) -> int:
-        """Return the bytes of a chip that the LLM and the weights take; with their moments in
-        training.
-        """
+        """Return a chip's bytes of the LLM and the weights, in training with their moments."""
 
         def held(tree: Any) -> int:
             return sum(

@@ -63,7 +63,7 @@ class Cost(NamedTuple):
 
     def bound_by(self, where: Slice) -> str:
         bound = self.bound(where)
-        return max(bound, key=bound.get)
+        return max(bound, key=bound.__getitem__)
 
     def seconds(self, where: Slice) -> float:
         return max(self.bound(where).values())
@@ -78,9 +78,9 @@ class Compiled(NamedTuple):
 
     def cost(self, while_trips: int | None = None) -> Cost:
         """Return the cost; `while_trips` is how often the decoding loop runs."""
-        return Cost(
-            matmul_flops(self.traced.jaxpr, while_trips or 0), traffic(self.text, while_trips)
-        )
+        assert self.text is not None
+        flops = matmul_flops(self.traced.jaxpr, while_trips or 0)
+        return Cost(flops, traffic(self.text, while_trips))
 
 
 def compile_program(traced: jax.stages.Traced, held: int) -> Compiled:

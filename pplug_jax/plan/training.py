@@ -1,5 +1,6 @@
 """What training on a mesh needs: the plan that all tables are made of."""
 
+import math
 import time
 from typing import NamedTuple
 
@@ -52,10 +53,14 @@ class TrainPlan(NamedTuple):
     cost: Cost | None
     useful: float
 
+    def seconds(self, where: Slice) -> float:
+        """Return the shortest time of a step, endless if it does not fit."""
+        return self.cost.seconds(where) if self.cost else math.inf
+
     def mfu(self, where: Slice) -> float:
         """Return the largest share of the chips' peak that useful work can reach."""
         peak = len(where.devices) * where.chip.flops
-        return self.useful / (peak * self.cost.seconds(where))
+        return self.useful / (peak * self.seconds(where))
 
 
 def axes(mesh: Mesh) -> dict[str, int]:
@@ -87,7 +92,7 @@ def plan_training(programs: Programs, where: Slice) -> TrainPlan:
 
 
 def fitting(memory: Memory, where: Slice) -> str:
-    if memory.fits:
+    if memory.limit is None:
         return f"fits: needs {memory.peak / GIB:.2f} of {where.chip.hbm_gib} GiB"
     return f"does not fit: needs {memory.peak / GIB:.2f} of {memory.limit / GIB:.2f} GiB"
 

@@ -135,12 +135,12 @@ def _plot_map(title: str, plane: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.subplots()
     gain = plane.get("gain")
-    largest = max(map(abs, gain or [0]))
-    ends: dict[str, Any] = (
-        {} if gain is None else {"cmap": "coolwarm_r", "vmin": -largest, "vmax": largest}
-    )
+    colours: dict[str, Any] = {}
+    if gain is not None:
+        largest = max(map(abs, gain))
+        colours = {"c": gain, "cmap": "coolwarm_r", "vmin": -largest, "vmax": largest}
     across, up = zip(*plane["points"], strict=True)
-    dots = axes.scatter(across, up, s=12, c=gain, **({} if gain is None else ends))
+    dots = axes.scatter(across, up, s=12, **colours)
     if gain is not None:
         figure.colorbar(dots, label="gain over none")
     axes.set_title(title)

@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import stdev
 from typing import Any
@@ -71,10 +71,7 @@ def report(workdirs: Sequence[Path]) -> Path:
         # A workdir may be looked at where its data are not.
         problem = str(error)
         say(f"the report lacks history lengths, users and map: {problem}")
-    losses = {
-        name: [_thinned(list(points.items())) for points in seeds.values()]
-        for name, seeds in curves.items()
-    }
+    losses = {name: [_thinned(seed) for seed in seeds.values()] for name, seeds in curves.items()}
     lower = [name for name, metric in METRICS.items() if metric.lower_is_better]
     data = {
         "methods": list(dict.fromkeys(name for shown in runs for name in shown.results["methods"])),
@@ -147,10 +144,7 @@ def _examples(run: Run, folder: Path) -> dict[str, Any]:
 def _render(**content: Any) -> str:
     """Return the page; `data` is for its script, everything else for the template."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     # `tojson` writes <, >, & and ' as \uXXXX, and all that is not ASCII.
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
@@ -169,7 +163,8 @@ def _figure(value: float, sign: str = "") -> str:
     return f"{value:{sign}.3f}" if abs(value) < 1e6 else f"{value:{sign}.3g}"
 
 
-def _thinned(points: Sequence[Any]) -> list[Any]:
+def _thinned(curve: Mapping[int, float]) -> list[tuple[int, float]]:
+    points = list(curve.items())
     return [points[i] for i in spread(len(points), MAX_POINTS)]
 
 

@@ -18,13 +18,7 @@ from pplug_jax.errors import InputError
 from pplug_jax.scoring.metrics import METRICS
 from pplug_jax.settings import Settings, flatten
 from pplug_jax.storage.scalars import read_scalars
-from pplug_jax.storage.workdir import (
-    CONFIG,
-    RESULTS,
-    personas_path,
-    predictions_path,
-    seed_path,
-)
+from pplug_jax.storage.workdir import CONFIG, RESULTS, personas_path, predictions_path, seed_path
 from pplug_jax.storage.workdir import METRICS as CURVES
 
 # What the page shows of a split; the rest would only make it slow. All examples are scored.

@@ -63,9 +63,7 @@ def scores_by_length(
 
 
 def scores_by_top_k(runs: Sequence[Run]) -> dict[str, dict[str, dict[int, Score]]]:
-    """Return {metric: {retrieval method: {top_k: score}}} of the runs like the first; {} for one
-    run.
-    """
+    """Return {metric: {method: {top_k: score}}} of the runs like the first; {} for one run."""
     first = runs[0].results
     alike: dict[int, dict[str, Any]] = {}
     for run in runs:

@@ -5,16 +5,19 @@ import os
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import jax
 
 CORES_A_COMPILER = 4  # about as many as XLA keeps busy with one program
 
+Key = TypeVar("Key", bound=Hashable)
+
 
 @contextlib.contextmanager
 def compiled_ahead(
-    lower: Callable[[Hashable], jax.stages.Lowered], keys: Iterable[Hashable]
-) -> Iterator[Callable[[Hashable], jax.stages.Compiled]]:
+    lower: Callable[[Key], jax.stages.Lowered], keys: Iterable[Key]
+) -> Iterator[Callable[[Key], jax.stages.Compiled]]:
     """Yield `compiled(key)`, which returns the program of a key and blocks until it is ready.
 
     On exit, compilations that have not begun are cancelled.
@@ -25,7 +28,7 @@ def compiled_ahead(
     """
     tracing = threading.Lock()  # Python runs one trace at a time: the most urgent shall have it
 
-    def compiled(key: Hashable) -> jax.stages.Compiled:
+    def compiled(key: Key) -> jax.stages.Compiled:
         with tracing:
             lowered = lower(key)
         return lowered.compile()

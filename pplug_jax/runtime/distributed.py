@@ -36,8 +36,9 @@ def start() -> None:
         {"JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES"} & os.environ.keys()
     )
     try:
+        numbers: Any = {name: int(value) for name, value in given.items() if value is not None}
         jax.distributed.initialize(
-            **{name: int(value) for name, value in given.items() if value is not None},
+            **numbers,
             cluster_detection_method="deactivate" if lone_pod else None,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,

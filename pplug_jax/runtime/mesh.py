@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ M = TypeVar("M", bound=nnx.Module)
 AXES = ("slice", "data", "fsdp", "tensor")
 
 # Logical axis of an array -> mesh axes it is split over. Every other logical axis is replicated.
-RULES: dict[str, str | tuple[str, ...]] = {
+RULES: dict[str | None, str | tuple[str, ...]] = {
     "batch": ("slice", "data", "fsdp"),
     "embed": "fsdp",
     "vocab": "tensor",
@@ -74,7 +74,9 @@ def make_mesh(
     return Mesh(placed, AXES, axis_types=types)
 
 
-def sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+def sharding(
+    mesh: Mesh | AbstractMesh, axes: Sequence[str | None], shape: Sequence[int]
+) -> NamedSharding:
     """Return how an array of `shape` with logical `axes` lies on the mesh.
 
     A dimension that its mesh axes do not divide is replicated, which is never wrong, only larger.
@@ -131,7 +133,7 @@ def place_rows(local: np.ndarray, mesh: Mesh) -> jax.Array:
     shape = (size, *local.shape[1:])
     rows = local_rows(mesh, size)
 
-    def piece(index: tuple[slice, ...]) -> np.ndarray:
+    def piece(index: Any) -> np.ndarray:
         start, stop, _ = index[0].indices(size)
         first = np.searchsorted(rows, start)
         return local[first : first + stop - start]

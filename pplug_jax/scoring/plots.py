@@ -19,9 +19,7 @@ def figure_for(methods: Collection[str]) -> Figure:
 
 
 def error_bars(scores: Collection[Mapping[str, float]]) -> list[list[float]]:
-    """Return how far intervals reach below and above the values; a macro-F1 may lie outside its
-    own.
-    """
+    """Return how far intervals reach below and above; a macro-F1 may lie outside its own."""
     return [
         [max(0, score["value"] - score["low"]) for score in scores],
         [max(0, score["high"] - score["value"]) for score in scores],

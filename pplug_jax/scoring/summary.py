@@ -40,12 +40,12 @@ def metric_columns(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]
     header = [
         f"{metric} (95% interval)" if metric in task_metrics else metric for metric in metrics
     ]
-    forms = [
+    patterns = [
         "{value:.3f} [{low:.3f}, {high:.3f}]" if metric in task_metrics else "{value:.3f}"
         for metric in metrics
     ]
     cells = [
-        [form.format(**entry[metric]) for metric, form in zip(metrics, forms, strict=True)]
+        [pattern.format(**entry[metric]) for metric, pattern in zip(metrics, patterns, strict=True)]
         for entry in entries
     ]
     return header, cells

@@ -1,7 +1,6 @@
 """What a config names, built: mesh, LLM, tokenizer, encoder, stores."""
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,7 @@ from pplug_jax.runtime.mesh import make_mesh, parts, place_abstract
 from pplug_jax.session.check import check_methods
 from pplug_jax.settings import Settings
 from pplug_jax.storage import hf
-from pplug_jax.storage.checkpoint import (
-    is_saved,
-    module_loader,
-    read_origin,
-    save_module,
-)
+from pplug_jax.storage.checkpoint import is_saved, module_loader, read_origin, save_module
 from pplug_jax.storage.files import absolute, is_remote
 from pplug_jax.storage.hub import local_directory
 from pplug_jax.storage.workdir import CONVERTED, HISTORY
@@ -76,7 +70,11 @@ class Models:
         own_head = known.get("own_head")
         llm = abstract_llm(llm_path, **self._llm_settings, own_head=own_head)
         self.abstract_llm = place_abstract(llm, self.mesh)
-        self._load_llm = self._llm_loader(llm_path)
+        self._load_llm = (
+            module_loader(self.converted, self.abstract_llm, self._llm_origin)
+            if is_saved(self.converted)
+            else llm_loader(llm_path, mesh=self.mesh, **self._llm_settings)
+        )
         tokenizer = hf.load_tokenizer(llm_path, llm.config.vocab_size)
         self.tokenizer = Tokenizer(
             tokenizer,
@@ -98,11 +96,6 @@ class Models:
         )
         local = HISTORY if is_remote(workdir) else workdir / HISTORY
         self._history_path = config.data.history_store or local
-
-    def _llm_loader(self, path: Path) -> Callable[[], LLM]:
-        if is_saved(self.converted):
-            return module_loader(self.converted, self.abstract_llm, self._llm_origin)
-        return llm_loader(path, mesh=self.mesh, **self._llm_settings)
 
     @functools.cached_property
     def llm(self) -> LLM:

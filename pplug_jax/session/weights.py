@@ -59,6 +59,7 @@ def restore_weights(models: Models, method: Method, config: Settings, directory:
     Raises:
         CheckpointError: `directory` has no checkpoint of them.
     """
+    assert method.plug
     path = checkpoints_path(directory, method.plug)
     with contextlib.closing(Checkpoints(path)) as checkpoints:
         return checkpoints.restore_weights(abstract_weights(models, method, config))

@@ -40,9 +40,7 @@ def _validation_loss(metrics: dict[str, float]) -> float:
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """Return a tree's arrays under their paths, so that what is stored does not depend on our
-    classes.
-    """
+    """Return a tree's arrays under their paths: what is stored depends on no class of ours."""
     return {
         jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
@@ -88,7 +86,7 @@ class Checkpoints:
         self._tell_of_unmarked()
         # The manager's own `restore` waits for all processes, also for one that failed.
         self.reader = ocp.CompositeCheckpointHandler(**_training_items())
-        self.last: dict[str, Any] | None = None  # the arguments of the newest `save`
+        self.last: dict[str, Any] = {}  # the arguments of the newest `save`
 
     def _tell_of_unmarked(self) -> None:
         """Report what Orbax takes for unfinished in a bucket, where no renaming shows what is
@@ -167,10 +165,8 @@ class Checkpoints:
         self.manager.check_for_errors()
 
     def _is_forgiven(self, error: Exception) -> bool:
-        """Return whether writing goes on; several processes cannot, as they wait for one another in
-        Orbax.
-        """
-        return jax.process_count() == 1 and self.last is not None and may_pass(error)
+        """Return whether writing goes on; several processes cannot: in Orbax each waits for all."""
+        return jax.process_count() == 1 and bool(self.last) and may_pass(error)
 
     def _begin(self, *, waiting: bool = False) -> None:
         """Write `last`, in the background, or with `waiting` until it is there."""
@@ -261,9 +257,7 @@ class Checkpoints:
 
     @staticmethod
     def _agreed(steps: Sequence[int]) -> Iterator[int]:
-        """Yield the first process' steps: directories on a network may appear later to other
-        processes.
-        """
+        """Yield the first process' steps: on a network others may see directories later."""
         count = int(from_primary(np.int32(len(steps))))
         mine = np.resize(np.array([*steps, -1], np.int64), count)
         yield from np.asarray(from_primary(mine)).tolist()
@@ -354,11 +348,13 @@ def save_module(directory: epath.Path, module: Any, origin: dict[str, Any]) -> N
 
 def read_origin(directory: epath.Path) -> dict[str, Any]:
     """Return the `origin` that `save_module` was given."""
+    return _read_module(directory, origin=ocp.args.JsonRestore())["origin"]
+
+
+def _read_module(directory: epath.Path, **items: Any) -> Any:
     with ocp.Checkpointer(_module_handler()) as checkpointer:
-        items = ocp.args.Composite(origin=ocp.args.JsonRestore())
-        return retrying(
-            f"reading {directory}", lambda: checkpointer.restore(directory, items)["origin"]
-        )
+        args = ocp.args.Composite(**items)
+        return retrying(f"reading {directory}", lambda: checkpointer.restore(directory, args))
 
 
 def module_loader(directory: epath.Path, module: Any, origin: dict[str, Any]) -> Callable[[], Any]:
@@ -367,21 +363,14 @@ def module_loader(directory: epath.Path, module: Any, origin: dict[str, Any]) ->
     Raises:
         CheckpointError: it was made from something else than `origin`.
     """
-
-    def restore(**items: Any) -> Any:
-        with ocp.Checkpointer(_module_handler()) as checkpointer:
-            return retrying(
-                f"reading {directory}",
-                lambda: checkpointer.restore(directory, ocp.args.Composite(**items)),
-            )
-
     saved = read_origin(directory)
     if saved | origin != saved:
         raise CheckpointError(
             f"{directory} was converted from {saved}, not from {origin}: "
             "delete it, or name another place with --config.llm.converted"
         )
-    return lambda: _restored_like(module, restore(arrays=_restore_args(module))["arrays"])
+    arrays = _restore_args(module)
+    return lambda: _restored_like(module, _read_module(directory, arrays=arrays)["arrays"])
 
 
 def _module_handler() -> ocp.CompositeCheckpointHandler:
@@ -406,9 +395,7 @@ def _array_handler() -> ocp.PyTreeCheckpointHandler:
 
 
 def _restore_args(tree: Any) -> ocp.args.PyTreeRestore:
-    """Return arguments that restore to the shapes, dtypes and places of `tree`, which may be
-    abstract.
-    """
+    """Return what restores to the shapes, dtypes and places of `tree`, which may be abstract."""
     wanted = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
         for name, x in _named(tree).items()

@@ -1,6 +1,8 @@
 """Write files whole or not at all, and once however many processes run."""
 
+import contextlib
 import json
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,7 @@ def is_remote(path: PathLike) -> bool:
 
 
 def absolute(path: PathLike) -> epath.Path:
-    """Return the path from the root, as Orbax wants it; epath would take gs:// for a directory
-    here.
-    """
+    """Return the path from the root, as Orbax wants it; epath would do so with gs:// too."""
     return epath.Path(path) if is_remote(path) else epath.Path(path).absolute()
 
 
@@ -52,6 +52,23 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected an object, found {type(content).__name__}")
     return content
+
+
+@contextlib.contextmanager
+def whole(target: Path) -> Iterator[Path]:
+    """Yield where to write a file or a directory that becomes `target` as a whole or not at all.
+
+    It stays whole if a process is killed, or if two do this at once.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        made = Path(scratch) / target.name
+        yield made
+        try:
+            made.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process was first
+                raise
 
 
 def write_text(path: Path, parts: Iterable[str]) -> None:

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import json
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 import transformers
 
 from pplug_jax.errors import InputError
+from pplug_jax.storage.files import whole
 
 PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 
@@ -96,20 +96,12 @@ def directory_of(file: Path) -> Path:
     if target.is_dir():
         return target
     config, tokenizer = read_config(file), _tokenizer(file, _reader(file))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Whole or not at all, also if killed or if two processes do it at once.
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        made = Path(scratch) / "made"
+    with whole(target) as made:
         made.mkdir()
         (made / "config.json").write_text(json.dumps(config, indent=1))
         tokenizer.save_pretrained(made)
         for part in parts(file):
             (made / part.name).symlink_to(part)
-        try:
-            made.rename(target)
-        except OSError:
-            if not target.is_dir():  # else another process was first
-                raise
     return target
 
 
@@ -221,7 +213,7 @@ def _stops(reader: Any) -> list[int]:
 def _rope(file: Path, reader: Any, setting: Any) -> dict[str, Any]:
     theta, factor = setting("rope.freq_base"), setting("rope.scaling.factor")
     kind = setting("rope.scaling.type")
-    scaling = None
+    scaling: dict[str, Any] = {"rope_type": "default"}
     divisors = next((t for t in reader.tensors if t.name == ROPE_DIVISORS), None)
     if divisors is not None:
         scaling = {"rope_type": "llama3", "factor": float(divisors.data.max()), **LLAMA3}
@@ -241,11 +233,10 @@ def _rope(file: Path, reader: Any, setting: Any) -> dict[str, Any]:
         raise InputError(f"{file}: rope.scaling.type {kind!r} is not supported")
     if _value(reader, "general.architecture") == "gemma3":
         local = setting("rope.freq_base_swa") or setting("rope.local.freq_base") or 10000.0
-        full = {"rope_theta": theta, **(scaling or {"rope_type": "default"})}
+        full = {"rope_theta": theta, **scaling}
         near = {"rope_theta": local, "rope_type": "default"}
         return {"rope_parameters": {"full_attention": full, "sliding_attention": near}}
-    parameters = {"rope_theta": theta or 10000.0, **(scaling or {"rope_type": "default"})}
-    return {"rope_parameters": parameters}
+    return {"rope_parameters": {"rope_theta": theta or 10000.0, **scaling}}
 
 
 def _llama3_divisors(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> np.ndarray:

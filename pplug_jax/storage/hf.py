@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +20,14 @@ from safetensors.numpy import save_file
 from pplug_jax.errors import InputError
 from pplug_jax.runtime.mesh import shardings
 from pplug_jax.storage.files import read_object
-from pplug_jax.storage.tensors import Stored
+from pplug_jax.storage.tensors import Index, Stored
 
-TOKENIZERS = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.txt",
-)  # a directory holds one or more
+# Of which a directory holds one or more.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt")
 # Of a stack of layers, so many bytes are read at a time.
 PIECE_BYTES = 2**26
+
+Module = TypeVar("Module", bound=nnx.Module)
 
 
 class Source(NamedTuple):
@@ -147,7 +145,7 @@ def _with_blanks(directory: str | Path) -> transformers.PreTrainedTokenizerBase:
 
 
 def weights_loader(
-    module: nnx.Module,
+    module: Module,
     directory: str | Path,
     stored: Mapping[str, Stored],
     sources: Mapping[str, Source],
@@ -156,7 +154,7 @@ def weights_loader(
     ignore: str = "",
     prefix: str = "",
     store: Callable[[jax.Array], Any] = lambda array: array,
-) -> Callable[[], nnx.Module]:
+) -> Callable[[], Module]:
     """Check the checkpoint's tensors now, and return a function that fills `module` with them.
 
     Each device reads only its slice.
@@ -183,46 +181,14 @@ def weights_loader(
         if name.startswith(prefix)
     }
     graph, state = nnx.split(module)
-    places = nnx.to_flat_state(shardings(module, mesh))
-    wanted: set[str] = set()
-    fillings: list[Callable[[], Any]] = []
-    for (path, variable), (_, place) in zip(nnx.to_flat_state(state), places, strict=True):
-        abstract = variable.get_value()
-        source = sources[".".join(map(str, path))]
-        stacked = "{}" in source.name
-        names = [source.name.format(i) for i in range(abstract.shape[0] if stacked else 1)]
-        wanted.update(names)
-        if missing := [name for name in names if name not in tensors]:
-            raise InputError(
-                f"{directory}: the checkpoint lacks the tensor {missing[0]} "
-                f"({len(missing)} of its kind)"
-            )
-        stored_shape = variable.get_metadata("stored_shape", abstract.shape)
-        shape = stored_shape[1:] if stacked else stored_shape
-        for name in names:
-            file, tensor = tensors[name]
-            tensor_shape = tuple(tensor.get_shape())
-            if tensor_shape != (shape[::-1] if source.transpose else shape):
-                raise InputError(
-                    f"{file}: the tensor {name} has shape {tensor_shape}, "
-                    f"config.json asks for {shape[::-1] if source.transpose else shape}"
-                )
-
-        def read(name: str, index: tuple[slice, ...], source=source, dtype=abstract.dtype):
-            tensor = tensors[name].tensor
-            array = tensor[index[::-1]].T if source.transpose else tensor[index]
-            return array.astype(dtype, copy=False)
-
-        where = place.get_value()
-        if stacked:
-            filling = functools.partial(_stack, read, names, abstract, where, store)
-        else:
-            read_slice = functools.partial(
-                _padded, abstract.shape, stored_shape, functools.partial(read, names[0])
-            )
-            filling = functools.partial(_single, read_slice, abstract, where, store)
-        fillings.append(filling)
-
+    variables, places = nnx.to_flat_state(state), nnx.to_flat_state(shardings(module, mesh))
+    fillings = [
+        _Filling(variable, sources[".".join(map(str, path))], place.get_value(), store)
+        for (path, variable), (_, place) in zip(variables, places, strict=True)
+    ]
+    for filling in fillings:
+        filling.find(tensors, directory)
+    wanted = {name for filling in fillings for name in filling.names}
     unexpected = sorted(
         name for name in tensors if name not in wanted and not re.fullmatch(ignore, name)
     )
@@ -232,68 +198,102 @@ def weights_loader(
             f"{', '.join(unexpected[:5])}"
         )
 
-    def load() -> nnx.Module:
+    def load() -> Module:
         flat = [
             (path, variable.replace(filling()))
-            for (path, variable), filling in zip(nnx.to_flat_state(state), fillings, strict=True)
+            for (path, variable), filling in zip(variables, fillings, strict=True)
         ]
         return nnx.merge(graph, nnx.from_flat_state(flat))
 
     return load
 
 
-def _single(
-    read_slice: Callable[[tuple[slice, ...]], np.ndarray],
-    abstract: jax.ShapeDtypeStruct,
-    where: jax.sharding.Sharding,
-    store: Callable[[jax.Array], Any],
-) -> Any:
-    return store(jax.make_array_from_callback(abstract.shape, where, read_slice))
+class _Filling:
+    """What fills a variable: its tensors, and how its array is made of them.
 
+    Args:
+        variable: holds a `jax.ShapeDtypeStruct`.
+        source: its tensors' names.
+        where: the place of its array on the mesh; axis 0 of a stack is never split.
+        store: as in `weights_loader`.
+    """
 
-def _padded(
-    shape: tuple[int, ...],
-    stored: tuple[int, ...],
-    read: Callable[[tuple[slice, ...]], np.ndarray],
-    index: tuple[slice, ...],
-) -> np.ndarray:
-    """Read the part `index` of an array of `shape`: the rows that are `stored`, then zeros."""
-    if shape == stored:
-        return read(index)
-    start, stop, _ = index[0].indices(shape[0])
-    # A row at least is read, since safetensors refuses a slice of none.
-    inside = slice(min(start, stored[0] - 1), min(stop, stored[0]))
-    part = read((inside, *index[1:]))[: max(stored[0] - start, 0)]
-    return np.pad(part, [(0, stop - start - len(part)), *[(0, 0)] * (part.ndim - 1)])
+    def __init__(
+        self,
+        variable: nnx.Variable,
+        source: Source,
+        where: jax.sharding.Sharding,
+        store: Callable[[jax.Array], Any],
+    ):
+        self.abstract: jax.ShapeDtypeStruct = variable.get_value()
+        self.stored_shape = variable.get_metadata("stored_shape", self.abstract.shape)
+        self.stacked = "{}" in source.name
+        layers = self.abstract.shape[0] if self.stacked else 1
+        self.names = [source.name.format(i) for i in range(layers)]
+        self.transpose, self.where, self.store = source.transpose, where, store
 
-
-def _stack(
-    read: Callable[[str, tuple[slice, ...]], np.ndarray],
-    names: Sequence[str],
-    abstract: jax.ShapeDtypeStruct,
-    where: jax.sharding.Sharding,
-    store: Callable[[jax.Array], Any],
-) -> Any:
-    """Stack the tensors `names` on a new axis 0, some at a time, so the host never holds all."""
-    layer_bytes = abstract.dtype.itemsize * math.prod(abstract.shape[1:])
-    at_once = max(1, PIECE_BYTES // layer_bytes)
-    stack = None
-    for start in range(0, len(names), at_once):
-        piece = names[start : start + at_once]
-        array = store(
-            jax.make_array_from_callback(
-                (len(piece), *abstract.shape[1:]),
-                where,  # axis 0 is never split
-                lambda index, piece=piece: np.stack([read(name, index[1:]) for name in piece]),
+    def find(self, tensors: Mapping[str, Stored], directory: str | Path) -> None:
+        """Find the tensors among a checkpoint's, and check their shapes."""
+        if missing := [name for name in self.names if name not in tensors]:
+            raise InputError(
+                f"{directory}: the checkpoint lacks the tensor {missing[0]} "
+                f"({len(missing)} of its kind)"
             )
+        self.tensors = {name: tensors[name].tensor for name in self.names}
+        wanted = self.stored_shape[1:] if self.stacked else self.stored_shape
+        wanted = wanted[::-1] if self.transpose else wanted
+        for name, tensor in self.tensors.items():
+            shape = tuple(tensor.get_shape())
+            if shape != wanted:
+                raise InputError(
+                    f"{tensors[name].file}: the tensor {name} has shape {shape}, "
+                    f"config.json asks for {wanted}"
+                )
+
+    def __call__(self) -> Any:
+        """Make what the variable holds; of a stack some layers at a time are on the host."""
+        if not self.stacked:
+            return self._made(self.abstract.shape, self._padded)
+        layer_bytes = self.abstract.dtype.itemsize * math.prod(self.abstract.shape[1:])
+        at_once = max(1, PIECE_BYTES // layer_bytes)
+        if at_once >= len(self.names):
+            return self._stack(self.names)
+        stack = None
+        for start in range(0, len(self.names), at_once):
+            piece = self._stack(self.names[start : start + at_once])
+            if stack is None:
+                stack = jax.tree.map(functools.partial(_zeros, len(self.names)), piece)
+            stack = jax.tree.map(functools.partial(_put, start=start), stack, piece)
+            jax.block_until_ready(stack)  # or the host would read ahead of the devices
+        return stack
+
+    def _made(self, shape: tuple[int, ...], read: Callable[[Any], np.ndarray]) -> Any:
+        return self.store(jax.make_array_from_callback(shape, self.where, read))
+
+    def _stack(self, names: Sequence[str]) -> Any:
+        """Stack tensors on a new axis 0."""
+        return self._made(
+            (len(names), *self.abstract.shape[1:]),
+            lambda index: np.stack([self._read(name, index[1:]) for name in names]),
         )
-        if len(piece) == len(names):
-            return array
-        if stack is None:
-            stack = jax.tree.map(functools.partial(_zeros, len(names)), array)
-        stack = jax.tree.map(functools.partial(_put, start=start), stack, array)
-        jax.block_until_ready(stack)  # or the host would read ahead of the devices
-    return stack
+
+    def _padded(self, index: Index) -> np.ndarray:
+        """Read a part of the only tensor: the rows that are stored, then zeros."""
+        (name,) = self.names
+        if self.stored_shape == self.abstract.shape:
+            return self._read(name, index)
+        rows = self.stored_shape[0]
+        start, stop, _ = index[0].indices(self.abstract.shape[0])
+        # A row at least is read, since safetensors refuses a slice of none.
+        inside = slice(min(start, rows - 1), min(stop, rows))
+        part = self._read(name, (inside, *index[1:]))[: max(rows - start, 0)]
+        return np.pad(part, [(0, stop - start - len(part)), *[(0, 0)] * (part.ndim - 1)])
+
+    def _read(self, name: str, index: Index) -> np.ndarray:
+        """Read a part of a tensor as ours lies and in its dtype."""
+        tensor = self.tensors[name]
+        array = tensor[index[::-1]].T if self.transpose else tensor[index]
+        return array.astype(self.abstract.dtype, copy=False)
 
 
 def _zeros(layers: int, like: jax.Array) -> jax.Array:

@@ -7,7 +7,6 @@ repository holds several LLMs as .gguf files, org/name/file.gguf.
 import functools
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -20,6 +19,7 @@ from huggingface_hub.errors import DryRunError
 from pplug_jax.errors import InputError
 from pplug_jax.runtime.retry import retrying
 from pplug_jax.storage import gguf
+from pplug_jax.storage.files import whole
 
 # What is read of a model: config, tokenizer, weights.
 FILES = ("*.json", "*.model", "*.txt", "*.jinja")
@@ -142,15 +142,11 @@ def _from_url(url: str) -> Path:
     lacking = {file: target for file, target in wanted.items() if not target.is_file()}
     check_room(url, sum(files[file][1] for file in lacking), directory)
     for file, target in lacking.items():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Whole or not at all, also if killed or if two processes fetch at once.
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        with whole(target) as made:
             try:
-                fetch = functools.partial(remote.get_file, file, f"{scratch}/file")
-                retrying(f"fetching {file}", fetch)
+                retrying(f"fetching {file}", functools.partial(remote.get_file, file, str(made)))
             except OSError as error:
                 raise InputError(f"{url} cannot be read: {file}: {error}") from error
-            Path(scratch, "file").rename(target)
     single = gguf.is_gguf(root)
     return gguf.directory_of(directory / Path(root).name) if single else directory
 

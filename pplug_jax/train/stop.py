@@ -21,11 +21,11 @@ class Stop:
         self.before = {s: signal.signal(s, self._note) for s in noted}
         return self
 
-    def asked(self, step: int) -> bool:
-        """Return whether to stop after `step`; call it at every step."""
+    def asked(self, step: int) -> signal.Signals | None:
+        """Return the signal to stop after `step`, if one came; call it at every step."""
         if is_preempted(step):
             self.signal = signal.SIGTERM
-        return self.signal is not None
+        return self.signal
 
     def _note(self, number: int, frame: object) -> None:
         if self.signal is not None:  # a second Ctrl-C: at once

@@ -13,7 +13,8 @@ from pplug_jax.session import Models
 from pplug_jax.storage.files import read_text, write_json
 from pplug_jax.storage.workdir import TRIALS, checkpoints_path, trial_path
 from pplug_jax.train.inputs import TrainingInputs
-from pplug_jax.train.loop import fit, validation_loss
+from pplug_jax.train.loop import Trainer
+from pplug_jax.train.validate import validation_loss
 
 
 def tune(models: Models, training: TrainingInputs) -> dict[str, float]:
@@ -44,7 +45,7 @@ def tune(models: Models, training: TrainingInputs) -> dict[str, float]:
             directory = trial_path(models.workdir, rate)
             tokenized = training(method, settings)
             try:
-                weights = fit(models, method, settings, tokenized, directory)
+                weights = Trainer(models, method, settings, tokenized, directory).fit()
                 trials[str(rate)] = validation_loss(
                     models, method, settings, weights, training.validation(method, settings)
                 )
@@ -59,6 +60,6 @@ def tune(models: Models, training: TrainingInputs) -> dict[str, float]:
         rate_losses = {float(rate): loss for rate, loss in trials.items() if loss is not None}
         if not rate_losses:
             raise ConfigError(f"config.tune.learning_rates: {name} diverges at all of them")
-        best[name] = rate = min(rate_losses, key=rate_losses.get)
+        best[name] = rate = min(rate_losses, key=rate_losses.__getitem__)
         say(f"learning rate of {name}: {rate:g}, validation loss {rate_losses[rate]:.4f}")
     return best

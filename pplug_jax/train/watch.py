@@ -27,6 +27,9 @@ class _Nothing:
         del reading, remat
         return llm, jnp.zeros((len(batch.target), 0, llm.config.hidden_size))
 
+    def trained(self, reading: Reading) -> int:
+        return 0
+
 
 @functools.partial(jax.jit, static_argnames=("place", "accumulation"))
 def llm_loss(llm: LLM, batch: Batch, *, place: Place, accumulation: int) -> jax.Array:

@@ -26,6 +26,7 @@ class FakeEncoder:
         texts: Sequence[str],
         batch_size: int = 64,
         on_batch: Callable[[int], None] = lambda done: None,
+        queries: bool = False,
     ) -> np.ndarray:
         self.calls += 1
         if self.calls == self.dies_at:
