@@ -156,7 +156,7 @@ def main(_: list[str]) -> None:
         service = make_service(f"{scratch}/plug", store, llm=FLAGS.llm_path, slots=FLAGS.slots)
         service.engine._stops = frozenset()  # so that all answers are as long
         people = service.people
-        people.personalizer.llm.config = _endless(people.personalizer.llm.config)
+        people.personalizer.models.llm.config = _endless(people.personalizer.models.llm.config)
         tenant = store.tenant("local")
         for person, history in enumerate(items):
             store.add(tenant, f"person {person}", history)

@@ -220,7 +220,7 @@ def test_people_are_answered_as_by_a_personalizer(finished: Any, place: str) -> 
     personalizer = Personalizer(models, loaded.plug)
     length, mesh = models.config.eval.max_new_tokens, models.mesh
     limits = {"longest_prompt": 128, "max_new_tokens": length, "slots": 8}
-    engine = JaxEngine(personalizer.llm, mesh, **limits)
+    engine = JaxEngine(personalizer.models.llm, mesh, **limits)
     input = "Generate a title for the following abstract of a paper: Rivers are measured."
     events: list[queue.SimpleQueue] = []
     histories = [[f"{user} text {i}" for i in range(user)] for user in range(5)]

@@ -236,9 +236,7 @@ def test_people_are_answered_as_by_a_personalizer(finished: Path, tmp_path: Path
     models = personalizer.models
     models.config = models.config.changed({"eval.num_beams": 1})
     limits = {"longest_prompt": personalizer.longest_prompt, "max_new_tokens": 8, "slots": 2}
-    server = StandIn(
-        JaxEngine(personalizer.llm, models.mesh, **limits), personalizer.llm.config.hidden_size
-    )
+    server = StandIn(JaxEngine(models.llm, models.mesh, **limits), models.llm.config.hidden_size)
     store = Store(f"sqlite:///{tmp_path / 'store.sqlite'}")
     service = make_service(str(finished), store, slots=2, engine_url=server.url)
     input = "Generate a title for the following abstract of a paper: Rivers are measured."
@@ -249,6 +247,7 @@ def test_people_are_answered_as_by_a_personalizer(finished: Path, tmp_path: Path
         answer = client.post("/v1/completions", json=body)
         (choice,) = answer.json()["choices"]
         assert choice["text"] == personalizer.generate(input, items)
+        assert "llm" not in vars(service.people.personalizer.models)  # its embedding alone
         assert len(choice["logprobs"]["token_logprobs"]) > 0
         assert client.get("/health").status_code == 200
         assert "pplug:num_requests_running 0.0" in client.get("/metrics").text

@@ -253,19 +253,30 @@ def fingerprint(path: str | Path) -> str:
 
 
 def llm_loader(
-    path: str | Path, *, mesh: Mesh, dtype: str, quantize: str | None
+    path: str | Path,
+    *,
+    mesh: Mesh,
+    dtype: str,
+    quantize: str | None,
+    embedding_alone: bool = False,
 ) -> Callable[[], Decoder | t5.T5]:
     """Return a function that loads `path` as `load_llm` does.
 
-    All checks run now, so errors appear before the (slow) load.
+    All checks run now, so errors appear before the (slow) load. With `embedding_alone` the LLM has
+    only what its `embed` needs.
     """
     checkpoint = _read_checkpoint(path, dtype, quantize, weights=True)
+    module = checkpoint.module
+    if embedding_alone:
+        for name, part in list(vars(module).items()):
+            if isinstance(part, nnx.Module | nnx.Variable) and name != "embedding":
+                setattr(module, name, None)
     return hf.weights_loader(
-        checkpoint.module,
+        module,
         path,
         checkpoint.tensors,
         checkpoint.sources,
         mesh,
-        ignore=IGNORED,
+        ignore=".*" if embedding_alone else IGNORED,
         store=functools.partial(_store, quantize=quantize),
     )

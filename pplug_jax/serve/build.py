@@ -48,17 +48,18 @@ def make_service(
         InputError: the plug or a model cannot be loaded, or the server does not do.
     """
     personalizer = load_plug(plug, llm, encoder)
+    models = personalizer.models
     metrics = Metrics()
     limits = {
         "longest_prompt": personalizer.longest_prompt,
-        "max_new_tokens": personalizer.models.config.eval.max_new_tokens,
+        "max_new_tokens": models.config.eval.max_new_tokens,
         "slots": slots,
     }
     engine: JaxEngine | VllmEngine
     if engine_url is None:
-        engine = JaxEngine(personalizer.llm, personalizer.models.mesh, **limits)
+        engine = JaxEngine(models.llm, models.mesh, **limits)
     else:
-        engine = VllmEngine(engine_url, personalizer.llm, **limits)
+        engine = VllmEngine(engine_url, models.abstract_llm, **limits)
     metrics.watch("num_requests_running", "Answers under way.", lambda: engine.running)
     metrics.watch("num_requests_waiting", "Answers that wait.", lambda: engine.waiting)
     people = People(personalizer, store, metrics)

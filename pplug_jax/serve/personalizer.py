@@ -108,7 +108,6 @@ class Personalizer:
 
     def __init__(self, models: Models, plug: UserEmbedder):
         self.models = models
-        self.llm = models.llm  # loaded now, not by the first who asks
         self.plug = plug
         self.features = features_of(models.config.plug)
         self.peers = models.peers if compare_with_peers(self.features) else None
@@ -196,7 +195,7 @@ class Personalizer:
         """
         batches = self._soft_batches(input, histories)
         soft = [np.asarray(x, np.float32)[:count] for x, count in batches]
-        none = 0, soft_tokens(self.models.config.plug), self.llm.config.hidden_size
+        none = 0, soft_tokens(self.models.config.plug), self.models.abstract_llm.config.hidden_size
         return np.concatenate([np.zeros(none, np.float32), *soft])
 
     def inputs_embeds(self, input: str, soft: np.ndarray) -> np.ndarray:
@@ -214,7 +213,7 @@ class Personalizer:
         before = len(ids) if behind else len(tokenizer.prefix)
         ids = [*ids, *(tokenizer.suffix if behind else [])]
         padded, _ = row(ids, padded_length(len(ids)))
-        text = np.asarray(_embed(self.llm, padded), np.float32)[0, : len(ids)]
+        text = np.asarray(_embed(self.models.embedding, padded), np.float32)[0, : len(ids)]
         return np.concatenate([text[:before], soft, text[before:]])
 
     def generate(self, input: str, history: History = ()) -> str:
@@ -250,7 +249,7 @@ class Personalizer:
         for soft, count in self._soft_batches(input, histories):
             copies = 1 if behind else len(soft)
             tokens = _answers(
-                self.llm,
+                models.llm,
                 soft,
                 np.repeat(prompt, copies, axis=0),
                 np.repeat(mask, copies, axis=0),

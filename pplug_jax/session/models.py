@@ -103,6 +103,15 @@ class Models:
         load = vars(self).pop("_load_llm")  # and with it the open files
         return load()
 
+    @functools.cached_property
+    def embedding(self) -> LLM:
+        """The frozen LLM's `embed` alone, where another server answers."""
+        if "llm" in vars(self) or is_saved(self.converted):
+            return self.llm
+        path = model_path(self.config.llm.path, "llm")
+        load = llm_loader(path, mesh=self.mesh, embedding_alone=True, **self._llm_settings)
+        return load()
+
     def convert_llm(self) -> bool:
         """Write the loaded LLM for later starts to restore; return whether it was not there yet."""
         if is_saved(self.converted):
