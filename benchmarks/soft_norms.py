@@ -110,7 +110,7 @@ def show(models: Models, config: Any, plug: UserEmbedder, assemble: Any, place: 
             return total / tokens
 
         loss, grads = jax.value_and_grad(mean)(plug)
-        norms = jnp.linalg.norm(plug(*batch.plug_inputs), axis=-1).mean(axis=0) / plug.scale[...]
+        norms = jnp.linalg.norm(plug(batch.plug_inputs), axis=-1).mean(axis=0) / plug.scale[...]
         updates, state = optimizer.update(grads, state, plug)
         return optax.apply_updates(plug, updates), state, (loss, optax.global_norm(grads), norms)
 

@@ -11,7 +11,7 @@ import pytest
 from pplug_jax.data.sources import read_split
 from pplug_jax.errors import ConfigError
 from pplug_jax.evaluate.compare import commit
-from pplug_jax.feed.batches import Tokenized
+from pplug_jax.feed.batches import PlugInputs, Tokenized
 from pplug_jax.methods.table import METHODS as ALL
 from pplug_jax.methods.table import configured
 from pplug_jax.run import run
@@ -131,9 +131,10 @@ def test_what_a_plug_made_of_the_users_is_written(compared: Path) -> None:
         query = models.encoder.queries([input if name == "weights" else profile[-1]["abstract"]])
         items = models.store.vectors(models.store.rows([models.item_text(x) for x in profile]))
         there = np.ones((1, len(profile)), bool)
-        wanted = plug.attention(
-            np.array(query), np.ones((1, len(query[0])), bool), items[None], there
+        inputs = PlugInputs(
+            np.array(query), np.ones((1, len(query[0])), bool), items[None], there, {}
         )
+        wanted = plug.attention(inputs)
         np.testing.assert_allclose(np.split(found[name], ends)[i], wanted[0], atol=1e-5)
 
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from flax import nnx
 
 from pplug_jax.data.form import SIZE
 from pplug_jax.encoder.bert import Bert, BertConfig
+from pplug_jax.feed.batches import PlugInputs
 from pplug_jax.plugs.persona import FIRST_RECENCY, Projector, UserEmbedder, attention_weights
 from pplug_jax.plugs.reading import PAPER, Reading
 from pplug_jax.settings import PlugSettings
@@ -47,20 +48,13 @@ def plug(request: pytest.FixtureRequest) -> UserEmbedder:
     return trained(make_plug(num_persona_tokens=2, temperature=0.3, **request.param))
 
 
-class Inputs(NamedTuple):
-    query: np.ndarray
-    query_mask: np.ndarray
-    history: np.ndarray
-    history_mask: np.ndarray
-    features: dict[str, np.ndarray]
-
-    def items(self, change: Callable[[np.ndarray], np.ndarray]) -> "Inputs":
-        """With `change` applied to every array of items."""
-        return Inputs(*self[:2], *jax.tree.map(change, self[2:]))
+def with_items(inputs: PlugInputs, change: Callable[[np.ndarray], np.ndarray]) -> PlugInputs:
+    """Apply `change` to every array of items."""
+    return PlugInputs(*inputs[:2], *jax.tree.map(change, inputs[2:]))
 
 
 @pytest.fixture
-def inputs() -> Inputs:
+def inputs() -> PlugInputs:
     rng = np.random.default_rng(0)
     history, difference = rng.normal(size=(2, B, H, E)).astype(np.float32)
     history /= np.linalg.norm(history, axis=-1, keepdims=True)
@@ -69,33 +63,33 @@ def inputs() -> Inputs:
     query = rng.integers(1, 40, (B, Q), dtype=np.int32)
     form = rng.normal(size=(B, H, SIZE)).astype(np.float32)
     features = {"age": age[..., None], "difference": difference, "form": form}
-    return Inputs(query, np.ones((B, Q), bool), history, mask, features)
+    return PlugInputs(query, np.ones((B, Q), bool), history, mask, features)
 
 
 @functools.partial(jax.jit, static_argnames="reading")
-def call(plug: UserEmbedder, *inputs: jax.Array, reading: Reading = PAPER) -> jax.Array:
-    return plug(*inputs, reading=reading)
+def call(plug: UserEmbedder, inputs: PlugInputs, reading: Reading = PAPER) -> jax.Array:
+    return plug(inputs, reading=reading)
 
 
 @functools.partial(jax.jit, static_argnames="reading")
-def attention(plug: UserEmbedder, *inputs: jax.Array, reading: Reading = PAPER) -> jax.Array:
-    return plug.attention(*inputs, reading=reading)
+def attention(plug: UserEmbedder, inputs: PlugInputs, reading: Reading = PAPER) -> jax.Array:
+    return plug.attention(inputs, reading=reading)
 
 
 @jax.jit
-def gradients(plug: UserEmbedder, *inputs: jax.Array) -> UserEmbedder:
-    return jax.grad(lambda plug: jnp.sum(plug(*inputs) ** 2))(plug)
+def gradients(plug: UserEmbedder, inputs: PlugInputs) -> UserEmbedder:
+    return jax.grad(lambda plug: jnp.sum(plug(inputs) ** 2))(plug)
 
 
 @pytest.mark.slow
 @needs_torch
 @pytest.mark.parametrize("reading", READINGS)
 def test_equals_the_equations_in_pytorch(
-    plug: UserEmbedder, inputs: Inputs, reading: Reading
+    plug: UserEmbedder, inputs: PlugInputs, reading: Reading
 ) -> None:
     torch = pytest.importorskip("torch")
-    soft = np.asarray(call(plug, *inputs, reading=reading))
-    attended = np.asarray(attention(plug, *inputs, reading=reading))
+    soft = np.asarray(call(plug, inputs, reading=reading))
+    attended = np.asarray(attention(plug, inputs, reading=reading))
     vectors = torch.tensor(np.asarray(plug.input_encoder(*inputs[:2])))
 
     def tensor(variable: nnx.Param) -> "torch.Tensor":
@@ -134,19 +128,21 @@ def test_equals_the_equations_in_pytorch(
         np.testing.assert_allclose(soft[row], SCALE * torch.cat(expected), rtol=1e-4, atol=1e-4)
 
 
-def test_the_order_of_the_items_does_not_matter(plug: UserEmbedder, inputs: Inputs) -> None:
-    backwards = call(plug, *inputs.items(lambda x: x[:, ::-1]))
-    np.testing.assert_allclose(backwards, call(plug, *inputs), rtol=1e-5, atol=1e-5)
+def test_the_order_of_the_items_does_not_matter(plug: UserEmbedder, inputs: PlugInputs) -> None:
+    backwards = call(plug, with_items(inputs, lambda x: x[:, ::-1]))
+    np.testing.assert_allclose(backwards, call(plug, inputs), rtol=1e-5, atol=1e-5)
 
 
 def test_an_empty_history_gives_the_null_persona_and_finite_gradients(
-    plug: UserEmbedder, inputs: Inputs
+    plug: UserEmbedder, inputs: PlugInputs
 ) -> None:
-    empty = inputs.items(lambda x: np.zeros_like(x) if x.dtype == bool else np.full_like(x, np.nan))
+    empty = with_items(
+        inputs, lambda x: np.zeros_like(x) if x.dtype == bool else np.full_like(x, np.nan)
+    )
     names = ["persona", *plug.features]
     expected = np.concatenate([getattr(plug, f"null_{name}")[...] for name in names])
-    np.testing.assert_allclose(call(plug, *empty)[0, 1:], SCALE * expected, rtol=1e-6)
-    grads = gradients(plug, *empty)
+    np.testing.assert_allclose(call(plug, empty)[0, 1:], SCALE * expected, rtol=1e-6)
+    grads = gradients(plug, empty)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
     assert np.abs(grads.null_persona[...]).max() > 0
     assert np.abs(grads.projector.up[...]).max() == 0
@@ -154,9 +150,9 @@ def test_an_empty_history_gives_the_null_persona_and_finite_gradients(
         assert np.abs(getattr(grads, f"null_{name}")[...]).max() > 0
 
 
-def test_every_parameter_gets_a_gradient(plug: UserEmbedder, inputs: Inputs) -> None:
+def test_every_parameter_gets_a_gradient(plug: UserEmbedder, inputs: PlugInputs) -> None:
     some = inputs._replace(history_mask=inputs.history_mask & [[True], [True], [False]])
-    grads = nnx.state(gradients(plug, *some), nnx.Param)
+    grads = nnx.state(gradients(plug, some), nnx.Param)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         name = jax.tree_util.keystr(path)
         # Every layer; keys' biases of the encoder shift all scores alike.
@@ -164,35 +160,37 @@ def test_every_parameter_gets_a_gradient(plug: UserEmbedder, inputs: Inputs) -> 
         assert "key_bias" in name or all(np.abs(part).max() > 1e-4 for part in parts), name
 
 
-def test_uniform_is_the_mean_and_ignores_the_input(plug: UserEmbedder, inputs: Inputs) -> None:
-    weights = np.asarray(attention(plug, *inputs, reading=Reading(uniform=True)))
+def test_uniform_is_the_mean_and_ignores_the_input(plug: UserEmbedder, inputs: PlugInputs) -> None:
+    weights = np.asarray(attention(plug, inputs, reading=Reading(uniform=True)))
     np.testing.assert_allclose(weights.sum(1), 1)
     assert set(weights[1]) == {np.float32(0), np.float32(1 / 3)}
 
 
-def test_without_instruction_the_others_stand_alone(plug: UserEmbedder, inputs: Inputs) -> None:
-    bare = call(plug, *inputs, reading=Reading(instruction=False))
-    np.testing.assert_allclose(bare, call(plug, *inputs)[:, 1:], rtol=1e-6)
+def test_without_instruction_the_others_stand_alone(plug: UserEmbedder, inputs: PlugInputs) -> None:
+    bare = call(plug, inputs, reading=Reading(instruction=False))
+    np.testing.assert_allclose(bare, call(plug, inputs)[:, 1:], rtol=1e-6)
 
 
-def test_an_untrained_extension_is_nearly_the_paper(inputs: Inputs) -> None:
+def test_an_untrained_extension_is_nearly_the_paper(inputs: PlugInputs) -> None:
     paper, extended = make_plug(), make_plug(**EXTENSIONS)
     more = jax.tree_util.tree_leaves_with_path(extended)
     for path, leaf in jax.tree_util.tree_leaves_with_path(paper):
         np.testing.assert_array_equal(leaf, dict(more)[path])
     np.testing.assert_allclose(
-        call(extended, *inputs)[:, :2], call(paper, *inputs[:4]), atol=2 * SCALE * FIRST_RECENCY
+        call(extended, inputs)[:, :2],
+        call(paper, inputs._replace(features={})),
+        atol=2 * SCALE * FIRST_RECENCY,
     )
 
 
-def test_recency_is_a_power_law_of_age(inputs: Inputs) -> None:
+def test_recency_is_a_power_law_of_age(inputs: PlugInputs) -> None:
     plain, recent = trained(make_plug()), trained(make_plug(recency=True))
     recent.input_encoder, rate = plain.input_encoder, jax.nn.softplus(recent.recency_rate[...])
-    expected = attention(plain, *inputs) * (1.0 + inputs.features["age"][..., 0]) ** -rate
+    expected = attention(plain, inputs) * (1.0 + inputs.features["age"][..., 0]) ** -rate
     expected /= expected.sum(1, keepdims=True)
-    np.testing.assert_allclose(attention(recent, *inputs), expected, rtol=1e-4)
+    np.testing.assert_allclose(attention(recent, inputs), expected, rtol=1e-4)
     undated = inputs._replace(features={"age": np.zeros((B, H, 1), np.float32)})
-    np.testing.assert_array_equal(attention(recent, *undated), attention(plain, *inputs))
+    np.testing.assert_array_equal(attention(recent, undated), attention(plain, inputs))
 
 
 def test_selection_keeps_the_nearest_items_in_their_proportions() -> None:
@@ -219,11 +217,11 @@ def test_the_temperature_sharpens() -> None:
     assert np.isfinite(attention_weights(query, history, mask, 1e-6)).all()
 
 
-def test_a_learned_temperature_gets_a_gradient(inputs: Inputs) -> None:
+def test_a_learned_temperature_gets_a_gradient(inputs: PlugInputs) -> None:
     plug = make_plug(temperature=0.5, learned_temperature=True)
-    assert np.abs(gradients(plug, *inputs).log_temperature[...]) > 0
+    assert np.abs(gradients(plug, inputs).log_temperature[...]) > 0
     np.testing.assert_allclose(
-        call(plug, *inputs), call(make_plug(temperature=0.5), *inputs), rtol=1e-5
+        call(plug, inputs), call(make_plug(temperature=0.5), inputs), rtol=1e-5
     )
 
 
@@ -236,7 +234,7 @@ def test_soft_tokens_start_at_the_scale_of_the_llms_embeddings() -> None:
     one = np.zeros((1, 1, 64), np.float32)
     one[0, 0, 5] = 1
     query = np.ones((1, 4), np.int32), np.ones((1, 4), bool)
-    soft = call(plug, *query, one, np.ones((1, 1), bool), {"difference": one})
+    soft = call(plug, PlugInputs(*query, one, np.ones((1, 1), bool), {"difference": one}))
     assert soft.shape == (1, 7, 256)
     np.testing.assert_allclose(np.linalg.norm(soft[0], axis=-1), SCALE, rtol=0.25)
 
@@ -244,10 +242,10 @@ def test_soft_tokens_start_at_the_scale_of_the_llms_embeddings() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("option", ["paper", "all"])
 def test_bfloat16_computes_near_float32_and_keeps_float32_parameters(
-    inputs: Inputs, option: str
+    inputs: PlugInputs, option: str
 ) -> None:
     half, full = (make_plug(dtype=t, **OPTIONS[option]) for t in ("bfloat16", "float32"))
     assert {x.dtype for x in jax.tree.leaves(half)} == {jnp.dtype("float32")}
-    soft = call(half, *inputs)
+    soft = call(half, inputs)
     assert soft.dtype == jnp.bfloat16
-    np.testing.assert_allclose(soft.astype(jnp.float32), call(full, *inputs), atol=0.15)
+    np.testing.assert_allclose(soft.astype(jnp.float32), call(full, inputs), atol=0.15)

@@ -96,7 +96,7 @@ def test_a_served_soft_prompt_is_that_of_the_evaluation(models: Models, option: 
     extended = {"features": tuple(FEATURES), "peers": peers}
     extended["queries"] = models.queries if encoded else None
     batch = Assemble(tokenized, buckets, models.store, range(8), **extended)((0, 0, np.arange(3)))
-    soft = np.asarray(jax.jit(lambda plug, inputs: plug(*inputs))(plug, batch.plug_inputs))
+    soft = np.asarray(jax.jit(lambda plug, inputs: plug(inputs))(plug, batch.plug_inputs))
     empty = personalizer.soft_prompt(INPUT)
     by_form = "form" in plug.features
     for found, expected in zip((served, as_texts, empty), soft[:3], strict=True):

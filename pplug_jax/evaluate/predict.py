@@ -265,8 +265,8 @@ def _bytes_per_user(
 
 @functools.partial(jax.jit, static_argnames="reading")
 def _personas(plug: UserEmbedder, batch: Batch, reading: Reading) -> tuple[jax.Array, jax.Array]:
-    soft = plug(*batch.plug_inputs, reading=reading)
-    return plug.attention(*batch.plug_inputs, reading=reading), jnp.mean(
+    soft = plug(batch.plug_inputs, reading=reading)
+    return plug.attention(batch.plug_inputs, reading=reading), jnp.mean(
         soft[:, reading.instruction :], axis=1
     )
 

@@ -5,7 +5,7 @@ rows of its devices.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -23,6 +23,26 @@ from pplug_jax.runtime.mesh import place_rows
 
 ROUND = 16  # padded lengths are multiples of this
 ROUND_TARGET = 8  # and those of targets that are read apart, which are short
+
+
+class PlugInputs(NamedTuple):
+    """What a plug reads of B users, each at one input.
+
+    Attributes:
+        query: (B, Q) int32, the input as Enc_inp's tokens; for a plug that trains no Enc_inp
+            (B, E) float32, the vector that the history's encoder makes of it. One row may serve
+            several consecutive rows of the history, equally many each.
+        query_mask: (B, Q) bool; anything beside vectors.
+        history: (B, H, E), the encoded history; a row without items gets the null persona.
+        history_mask: (B, H) bool.
+        features: {name: (B, H, width) float32}, the items' features (`feed.features`).
+    """
+
+    query: Any
+    query_mask: Any
+    history: Any
+    history_mask: Any
+    features: Mapping[str, Any]
 
 
 class Batch(NamedTuple):
@@ -67,9 +87,9 @@ class Batch(NamedTuple):
         return self._replace(**{name: getattr(self, name)[::users] for name in names})
 
     @property
-    def plug_inputs(self) -> tuple[Any, ...]:
-        """The positional arguments of `UserEmbedder.__call__`."""
-        return self.query, self.query_mask, self.history, self.history_mask, self.features
+    def plug_inputs(self) -> PlugInputs:
+        """What the batch's plug reads."""
+        return PlugInputs(*(getattr(self, name) for name in PlugInputs._fields))
 
 
 class Tokenized(NamedTuple):

@@ -19,8 +19,6 @@ features    soft prompt = scale * [I ; P ; F ..], each F made like P, by another
 """
 
 import math
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -28,7 +26,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pplug_jax.encoder.bert import Bert, gelu
-from pplug_jax.feed.batches import Batch
+from pplug_jax.feed.batches import Batch, PlugInputs
 from pplug_jax.feed.features import FEATURES
 from pplug_jax.llm import LLM
 from pplug_jax.nn.variables import Frozen
@@ -39,7 +37,6 @@ from pplug_jax.settings import PlugSettings, Settings
 
 # E[GELU(z)^2] for z ~ N(0, 1): what the first layer hands to the second at initialisation.
 GELU_POWER = 0.4252
-NONE: Mapping[str, jax.Array] = MappingProxyType({})
 PAPER_PLUG = PlugSettings()
 FIRST_RECENCY = 0.01  # softplus(rate) at initialisation: the oldest of 512 items loses 6%
 
@@ -169,27 +166,12 @@ class UserEmbedder(nnx.Module):
         self.dtype = settings.dtype
 
     def __call__(
-        self,
-        query: jax.Array,
-        query_mask: jax.Array,
-        history: jax.Array,
-        history_mask: jax.Array,
-        features: Mapping[str, jax.Array] = NONE,
-        *,
-        reading: Reading = PAPER,
-        remat: bool = False,
+        self, inputs: PlugInputs, *, reading: Reading = PAPER, remat: bool = False
     ) -> jax.Array:
         """Return the soft prompt [I ; P], and behind it the features' tokens.
 
         Args:
-            query: (B, Q) int32, the input as Enc_inp's tokens; without an Enc_inp (B, E) float32,
-                its vector. One row may serve several consecutive rows of the history, equally many
-                each.
-            query_mask: (B, Q) bool; anything without an Enc_inp.
-            history: (B, H, E), the encoded history; a row without items gets the null persona.
-            history_mask: (B, H) bool.
-            features: {name: (B, H, width) float32}, the items' features, at least those of
-                `reading.features_of`.
+            inputs: of B users, with at least the features of `reading.features_of`.
             reading: static; the paper's method or one of its ablations.
             remat: recompute the input encoder's activations in the backward pass.
 
@@ -197,60 +179,50 @@ class UserEmbedder(nnx.Module):
             (B, 1 + k, D) in the computation's dtype; k more for each feature, and 1 less without
                 the instruction.
         """
-        weights = self.attention(
-            query, query_mask, history, history_mask, features, reading=reading, remat=remat
-        )
+        weights, there = self.attention(inputs, reading=reading, remat=remat), inputs.history_mask
 
         def tokens(projector: Projector, vectors: jax.Array, null: nnx.Param) -> jax.Array:
             # A masked item may hold anything, and 0 * NaN is NaN: hence the `where`.
-            vectors = jnp.where(history_mask[..., None], vectors, 0).astype(self.dtype)
+            vectors = jnp.where(there[..., None], vectors, 0).astype(self.dtype)
             made = projector.second(pool(weights, rows(projector.first(vectors))))
-            empty = ~jnp.any(history_mask, axis=1)
+            empty = ~jnp.any(there, axis=1)
             return jnp.where(empty[:, None, None], null[...].astype(self.dtype), made)
 
-        parts = [tokens(self.projector, history, self.null_persona)]
+        parts = [tokens(self.projector, inputs.history, self.null_persona)]
         for name in self.features:
             projector, null = getattr(self, f"{name}_projector"), getattr(self, f"null_{name}")
-            parts.append(tokens(projector, features[name], null))
+            parts.append(tokens(projector, inputs.features[name], null))
         if reading.instruction:
             vector = self.instruction[...].astype(self.dtype)
             made = self.instruction_projector.second(self.instruction_projector.first(vector))
-            parts.insert(0, jnp.broadcast_to(made, (history.shape[0], *made.shape)))
+            parts.insert(0, jnp.broadcast_to(made, (len(there), *made.shape)))
         scale = jax.lax.stop_gradient(self.scale[...]).astype(self.dtype)
         return jnp.concatenate(parts, axis=1) * scale
 
     def attention(
-        self,
-        query: jax.Array,
-        query_mask: jax.Array,
-        history: jax.Array,
-        history_mask: jax.Array,
-        features: Mapping[str, jax.Array] = NONE,
-        *,
-        reading: Reading = PAPER,
-        remat: bool = False,
+        self, inputs: PlugInputs, *, reading: Reading = PAPER, remat: bool = False
     ) -> jax.Array:
         """Return the items' weights, (B, H) float32; the arguments are those of `__call__`."""
+        there = inputs.history_mask
         if reading.uniform:
-            return history_mask / jnp.maximum(
-                jnp.sum(history_mask, axis=1, keepdims=True), 1
-            ).astype(jnp.float32)
+            count = jnp.sum(there, axis=1, keepdims=True)
+            return there / jnp.maximum(count, 1).astype(jnp.float32)
         temperature: Any = (
             self.temperature if self.log_temperature is None else jnp.exp(self.log_temperature[...])
         )
-        vectors = query
+        vectors = inputs.query
         if self.input_encoder is not None:
-            vectors = self.input_encoder(query, query_mask, remat)
-        vectors = jnp.repeat(vectors, len(history) // len(vectors), axis=0)
-        history = jnp.where(history_mask[..., None], history, 0).astype(jnp.float32)
+            vectors = self.input_encoder(vectors, inputs.query_mask, remat)
+        vectors = jnp.repeat(vectors, len(there) // len(vectors), axis=0)
+        history = jnp.where(there[..., None], inputs.history, 0).astype(jnp.float32)
         penalty = None
         if self.recency_rate is not None:
-            age = jnp.where(history_mask, features["age"][..., 0], 0)
+            age = jnp.where(there, inputs.features["age"][..., 0], 0)
             penalty = jax.nn.softplus(self.recency_rate[...]) * jnp.log1p(age)
-        return attention_weights(vectors, history, history_mask, temperature, reading.top, penalty)
+        return attention_weights(vectors, history, there, temperature, reading.top, penalty)
 
     def adapt(self, llm: LLM, batch: Batch, reading: Reading, remat: bool) -> tuple[LLM, jax.Array]:
-        return llm, self(*batch.plug_inputs, reading=reading, remat=remat)
+        return llm, self(batch.plug_inputs, reading=reading, remat=remat)
 
     def trained(self, reading: Reading) -> int:
         idle: list[nnx.Module | nnx.Param] = []

@@ -11,7 +11,7 @@ from etils import epath
 
 from pplug_jax.data.lamp import Item, check_history, check_input
 from pplug_jax.errors import InputError
-from pplug_jax.feed.batches import round_up
+from pplug_jax.feed.batches import PlugInputs, round_up
 from pplug_jax.feed.features import compare_with_peers, of_history, of_items
 from pplug_jax.llm import LLM
 from pplug_jax.methods.shown import layout_of
@@ -38,13 +38,13 @@ History = Sequence[str | dict[str, Any]]
 
 
 @jax.jit
-def _soft_prompts(plug: UserEmbedder, *arrays: Any) -> jax.Array:
-    return plug(*arrays)
+def _soft_prompts(plug: UserEmbedder, inputs: PlugInputs) -> jax.Array:
+    return plug(inputs)
 
 
 @jax.jit
-def _soft_and_weights(plug: UserEmbedder, *arrays: Any) -> tuple[jax.Array, jax.Array]:
-    return plug(*arrays), plug.attention(*arrays)  # XLA encodes the query once for both
+def _soft_and_weights(plug: UserEmbedder, inputs: PlugInputs) -> tuple[jax.Array, jax.Array]:
+    return plug(inputs), plug.attention(inputs)  # XLA encodes the query once for both
 
 
 @jax.jit
@@ -295,8 +295,7 @@ class Personalizer:
         texts, item_features = self._read(history)
         vectors = vectors.astype(np.float32)
         users = [(vectors, self._features(texts, item_features, vectors))]
-        arrays = *self._query(input), *self._stacked(users)
-        soft, weights = _soft_and_weights(self.plug, *arrays)
+        soft, weights = _soft_and_weights(self.plug, self._inputs(self._query(input), users))
         return np.asarray(soft, np.float32)[0], np.asarray(weights)[0, : len(vectors)]
 
     def encode_items(self, history: Sequence[Item]) -> np.ndarray:
@@ -322,12 +321,14 @@ class Personalizer:
                 read, np.split(vectors, ends), strict=True
             )
         ]
-        return _soft_prompts(self.plug, *query, *self._stacked(users)), len(users)
+        return _soft_prompts(self.plug, self._inputs(query, users)), len(users)
 
-    def _stacked(
-        self, users: Sequence[tuple[np.ndarray, dict[str, np.ndarray]]]
-    ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        """Return the users' vectors, their masks and their features, as padded batches."""
+    def _inputs(
+        self,
+        query: tuple[np.ndarray, np.ndarray],
+        users: Sequence[tuple[np.ndarray, dict[str, np.ndarray]]],
+    ) -> PlugInputs:
+        """Return one query, and the users' vectors and features as padded batches."""
         rows = 1 << (len(users) - 1).bit_length()
         items = padded_length(max(len(user_vectors) for user_vectors, _ in users))
 
@@ -339,7 +340,7 @@ class Personalizer:
             name: batch([features[name] for _, features in users]) for name in self.features
         }
         history = batch([user_vectors for user_vectors, _ in users])
-        return history, batch(masks), features
+        return PlugInputs(*query, history, batch(masks), features)
 
     def _query(self, input: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the input as the plug reads it: `Batch.query` and its mask, of one row."""
