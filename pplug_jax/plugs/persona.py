@@ -179,13 +179,13 @@ class UserEmbedder(nnx.Module):
             (B, 1 + k, D) in the computation's dtype; k more for each feature, and 1 less without
                 the instruction.
         """
-        weights, there = self.attention(inputs, reading=reading, remat=remat), inputs.history_mask
+        weights, mask = self.attention(inputs, reading=reading, remat=remat), inputs.history_mask
 
         def tokens(projector: Projector, vectors: jax.Array, null: nnx.Param) -> jax.Array:
             # A masked item may hold anything, and 0 * NaN is NaN: hence the `where`.
-            vectors = jnp.where(there[..., None], vectors, 0).astype(self.dtype)
+            vectors = jnp.where(mask[..., None], vectors, 0).astype(self.dtype)
             made = projector.second(pool(weights, rows(projector.first(vectors))))
-            empty = ~jnp.any(there, axis=1)
+            empty = ~jnp.any(mask, axis=1)
             return jnp.where(empty[:, None, None], null[...].astype(self.dtype), made)
 
         parts = [tokens(self.projector, inputs.history, self.null_persona)]
@@ -195,7 +195,7 @@ class UserEmbedder(nnx.Module):
         if reading.instruction:
             vector = self.instruction[...].astype(self.dtype)
             made = self.instruction_projector.second(self.instruction_projector.first(vector))
-            parts.insert(0, jnp.broadcast_to(made, (len(there), *made.shape)))
+            parts.insert(0, jnp.broadcast_to(made, (len(mask), *made.shape)))
         scale = jax.lax.stop_gradient(self.scale[...]).astype(self.dtype)
         return jnp.concatenate(parts, axis=1) * scale
 
@@ -203,23 +203,23 @@ class UserEmbedder(nnx.Module):
         self, inputs: PlugInputs, *, reading: Reading = PAPER, remat: bool = False
     ) -> jax.Array:
         """Return the items' weights, (B, H) float32; the arguments are those of `__call__`."""
-        there = inputs.history_mask
+        mask = inputs.history_mask
         if reading.uniform:
-            count = jnp.sum(there, axis=1, keepdims=True)
-            return there / jnp.maximum(count, 1).astype(jnp.float32)
+            count = jnp.sum(mask, axis=1, keepdims=True)
+            return mask / jnp.maximum(count, 1).astype(jnp.float32)
         temperature: Any = (
             self.temperature if self.log_temperature is None else jnp.exp(self.log_temperature[...])
         )
         vectors = inputs.query
         if self.input_encoder is not None:
             vectors = self.input_encoder(vectors, inputs.query_mask, remat)
-        vectors = jnp.repeat(vectors, len(there) // len(vectors), axis=0)
-        history = jnp.where(there[..., None], inputs.history, 0).astype(jnp.float32)
+        vectors = jnp.repeat(vectors, len(mask) // len(vectors), axis=0)
+        history = jnp.where(mask[..., None], inputs.history, 0).astype(jnp.float32)
         penalty = None
         if self.recency_rate is not None:
-            age = jnp.where(there, inputs.features["age"][..., 0], 0)
+            age = jnp.where(mask, inputs.features["age"][..., 0], 0)
             penalty = jax.nn.softplus(self.recency_rate[...]) * jnp.log1p(age)
-        return attention_weights(vectors, history, there, temperature, reading.top, penalty)
+        return attention_weights(vectors, history, mask, temperature, reading.top, penalty)
 
     def adapt(self, llm: LLM, batch: Batch, reading: Reading, remat: bool) -> tuple[LLM, jax.Array]:
         return llm, self(batch.plug_inputs, reading=reading, remat=remat)
