@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from pplug_jax.serve.__main__ import main
 from pplug_jax.serve.app import LARGEST_BODY
 from pplug_jax.serve.build import make_service
+from pplug_jax.serve.engine.torch_file import prompt_embeds
 from pplug_jax.serve.store import Store, StoreUnavailable
 from pplug_jax.serve.text import TextStream
 from tests.support.environment import AS_USERS
@@ -259,6 +260,8 @@ def test_a_soft_prompt_can_be_taken_elsewhere(server: Running, ann: str) -> None
     np.testing.assert_array_equal(rows, personalizer.inputs_embeds(INPUT, soft))
     start = int(whole.headers["x-pplug-prefix-tokens"])
     np.testing.assert_array_equal(rows[start : start + len(soft)], soft)
+    text = server.ask("POST", path, json={"input": INPUT, "format": "vllm"}).text
+    assert text == prompt_embeds(soft)  # which test_vllm.py has PyTorch read
 
 
 def test_one_input_for_many_people(server: Running, ann: str) -> None:

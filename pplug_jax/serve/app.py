@@ -26,6 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pplug_jax.errors import InputError
 from pplug_jax.serve.engine import Busy, Engine, Event, Finished, Sampling, Token, Unwell
+from pplug_jax.serve.engine.torch_file import prompt_embeds
 from pplug_jax.serve.metrics import Metrics
 from pplug_jax.serve.page import page
 from pplug_jax.serve.people import People, Persona
@@ -510,8 +511,10 @@ def make_app(service: Service, *, ui: bool = True) -> FastAPI:
             "dtype": str(rows.dtype),
             "items": str(len(persona.items)),
         }
-        content = safetensors.numpy.save({"inputs_embeds": rows}, metadata=about)
         headers = {f"x-pplug-{key.replace('_', '-')}": value for key, value in about.items()}
+        if ask.format == "vllm":
+            return Response(prompt_embeds(rows), media_type="text/plain", headers=headers)
+        content = safetensors.numpy.save({"inputs_embeds": rows}, metadata=about)
         return Response(content, media_type="application/octet-stream", headers=headers)
 
     # Last, for a name may have slashes, and the first route that fits is taken.

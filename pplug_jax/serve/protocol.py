@@ -159,6 +159,7 @@ class SoftPrompt(BaseModel):
     model_config = ConfigDict(extra="forbid")
     input: str
     rows: Literal["soft", "all"] = "soft"
+    format: Literal["safetensors", "vllm"] = "safetensors"
 
 
 class Items(BaseModel):

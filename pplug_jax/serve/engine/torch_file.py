@@ -1,5 +1,6 @@
 """A tensor in the form of `torch.save`, without PyTorch."""
 
+import base64
 import io
 import struct
 import zipfile
@@ -19,12 +20,21 @@ def torch_file(array: np.ndarray) -> bytes:
         array: of a dtype of `STORAGES`, which includes JAX's bfloat16.
     """
     file = io.BytesIO()
+    parts = {
+        "data.pkl": _pickled(array),
+        "byteorder": b"little",
+        "data/0": np.ascontiguousarray(array).tobytes(),
+        "version": b"3\n",
+    }
     with zipfile.ZipFile(file, "w") as zipped:
-        zipped.writestr("archive/data.pkl", _pickled(array))
-        zipped.writestr("archive/byteorder", "little")
-        zipped.writestr("archive/data/0", np.ascontiguousarray(array).tobytes())
-        zipped.writestr("archive/version", "3\n")
+        for name, part in parts.items():  # undated: equal arrays have equal files
+            zipped.writestr(zipfile.ZipInfo(f"archive/{name}"), part)
     return file.getvalue()
+
+
+def prompt_embeds(rows: np.ndarray) -> str:
+    """Return rows (L, D) as the text that vLLM takes as `prompt_embeds`."""
+    return base64.b64encode(torch_file(rows)).decode()
 
 
 def _pickled(array: np.ndarray) -> bytes:

@@ -1,7 +1,6 @@
 """Answers by vLLM, or any server of its form, that was started with `--enable-prompt-embeds`."""
 
 import asyncio
-import base64
 import concurrent.futures
 import json
 import os
@@ -25,7 +24,7 @@ from pplug_jax.serve.engine.base import (
     Unwell,
     check_lengths,
 )
-from pplug_jax.serve.engine.torch_file import torch_file
+from pplug_jax.serve.engine.torch_file import prompt_embeds
 
 PAUSE = 1.0  # seconds between two looks whether the server is well
 SILENCE = 300.0  # seconds without a byte, after which a request has failed
@@ -244,10 +243,9 @@ class VllmEngine:
 
     def _body(self, rows: np.ndarray, sampling: Sampling) -> bytes:
         """Return a request, which sets all that else the model's own defaults would."""
-        embeds = base64.b64encode(torch_file(rows.astype(self._dtype))).decode()
         body = {
             "model": self._model,
-            "prompt_embeds": embeds,
+            "prompt_embeds": prompt_embeds(rows.astype(self._dtype)),
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
