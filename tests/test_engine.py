@@ -14,10 +14,24 @@ from hypothesis import strategies as st
 
 from pplug_jax import Personalizer
 from pplug_jax.errors import InputError
-from pplug_jax.runtime.mesh import make_mesh
+from pplug_jax.llm import LLM
+from pplug_jax.llm.decoder import Context
+from pplug_jax.runtime.mesh import make_mesh, place
 from pplug_jax.serve.engine import Busy, Finished, Sampling, Token, Unwell, tokens_of
 from pplug_jax.serve.engine.jax_engine import JaxEngine
-from tests.support.engines import CASES, LLAMA, LONGEST, Reader, T, alone, engine_of, llm_of, prompt
+from tests.support.engines import (
+    CASES,
+    LLAMA,
+    LONGEST,
+    SLOTS,
+    Reader,
+    T,
+    alone,
+    answer_of,
+    engine_of,
+    llm_of,
+    prompt,
+)
 from tests.support.tiny import ONE_DEVICE
 
 ARRIVALS = st.lists(
@@ -69,12 +83,15 @@ def test_the_prompts_differ_and_some_answers_end(family: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", [(8, 1, 1), (2, 2, 2)])
-def test_several_devices_answer_as_one(axes: tuple[int, int, int]) -> None:
-    engine = engine_of(LLAMA, make_mesh(*axes))
+@pytest.mark.parametrize(("axes", "own_rows"), [((8, 1, 1), 0), ((2, 2, 2), 3)])
+def test_several_devices_answer_as_one(axes: tuple[int, int, int], own_rows: int) -> None:
+    mesh = make_mesh(*axes)
+    limits = {"longest_prompt": LONGEST, "max_new_tokens": T, "slots": SLOTS, "own_rows": own_rows}
+    engine = JaxEngine(place(llm_of(LLAMA), mesh), mesh, **limits)
     readers = [Reader(engine, prompt(engine.llm, seed)) for seed in range(12)]
     for seed, reader in enumerate(readers):
         assert reader.wait().tokens == alone(LLAMA, seed)
+    engine.close()
 
 
 @pytest.mark.slow
@@ -141,14 +158,36 @@ def own() -> Iterator[Callable[..., JaxEngine]]:
     """An engine that a test may end."""
     made = []
 
-    def make(**limits: Any) -> JaxEngine:
+    def make(family: str = LLAMA, **limits: Any) -> JaxEngine:
         limits = {"longest_prompt": LONGEST, "max_new_tokens": T, "slots": 2} | limits
-        made.append(JaxEngine(llm_of(LLAMA), ONE_DEVICE, **limits))
+        made.append(JaxEngine(llm_of(family), ONE_DEVICE, **limits))
         return made[-1]
 
     yield make
     for engine in made:
         engine.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [family for family in CASES if family != "t5"])
+def test_what_prompts_begin_with_is_read_once(own: Callable[..., JaxEngine], family: str) -> None:
+    engine = own(family, own_rows=3)
+    reads: list[int] = []
+    read = engine._programs.read
+
+    def counted(llm: LLM, rows: np.ndarray, mask: np.ndarray) -> Context:
+        reads.append(int(mask.sum()))
+        return read(llm, rows, mask)
+
+    engine._programs = engine._programs._replace(read=counted)
+    rng, size = np.random.default_rng(0), engine.llm.config.hidden_size
+    prompts = [prompt(engine.llm, seed) for seed in range(5)]  # some are shorter than 3 rows
+    shared = rng.normal(size=(LONGEST - 3, size)).astype(np.float32)
+    prompts += [np.concatenate([shared, rng.normal(size=(3, size))]) for _ in range(4)]
+    readers = [Reader(engine, rows) for rows in prompts]
+    for rows, reader in zip(prompts, readers, strict=True):
+        assert reader.wait().tokens == answer_of(family, rows)
+    assert reads.count(LONGEST - 3) == 1 + sum(len(rows) == LONGEST for rows in prompts[:5])
 
 
 @pytest.mark.slow
@@ -220,7 +259,7 @@ def test_people_are_answered_as_by_a_personalizer(finished: Any, place: str) -> 
     personalizer = Personalizer(models, loaded.plug)
     length, mesh = models.config.eval.max_new_tokens, models.mesh
     limits = {"longest_prompt": 128, "max_new_tokens": length, "slots": 8}
-    engine = JaxEngine(personalizer.models.llm, mesh, **limits)
+    engine = JaxEngine(models.llm, mesh, own_rows=personalizer.own_rows, **limits)
     input = "Generate a title for the following abstract of a paper: Rivers are measured."
     events: list[queue.SimpleQueue] = []
     histories = [[f"{user} text {i}" for i in range(user)] for user in range(5)]

@@ -57,7 +57,7 @@ def make_service(
     }
     engine: JaxEngine | VllmEngine
     if engine_url is None:
-        engine = JaxEngine(models.llm, models.mesh, **limits)
+        engine = JaxEngine(models.llm, models.mesh, own_rows=personalizer.own_rows, **limits)
     else:
         engine = VllmEngine(engine_url, models.abstract_llm, **limits)
     metrics.watch("num_requests_running", "Answers under way.", lambda: engine.running)

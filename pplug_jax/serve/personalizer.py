@@ -167,6 +167,13 @@ class Personalizer:
         joint = len(tokenizer.ids(tokenizer.joint)) if self.layout.behind else 0
         return around + config.data.max_input_length + joint
 
+    @property
+    def own_rows(self) -> int:
+        """How many rows of a prompt stand behind its input; 0 if the soft tokens do not."""
+        if not self.layout.behind:
+            return 0
+        return soft_tokens(self.models.config.plug) + len(self.models.tokenizer.suffix)
+
     def soft_prompt(self, input: str, history: History = ()) -> np.ndarray:
         """Return the soft tokens [I ; P] for this input, (k + 1, D) float32.
 

@@ -58,9 +58,12 @@ def prompt(llm: LLM, seed: int) -> np.ndarray:
 
 @functools.cache
 def alone(family: str, seed: int) -> list[int]:
+    return answer_of(family, prompt(llm_of(family), seed))
+
+
+def answer_of(family: str, rows: np.ndarray) -> list[int]:
     """The answer of `generate`, up to the token that ends it."""
     llm = llm_of(family)
-    rows = prompt(llm, seed)
     padded = np.zeros((1, LONGEST, rows.shape[1]), np.float32)
     padded[0, : len(rows)] = rows
     mask = (np.arange(LONGEST) < len(rows))[None]

@@ -1,6 +1,7 @@
 """Continuous batching by our own LLMs: people come and go between the steps of all the others."""
 
 import collections
+import hashlib
 import threading
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from jax.sharding import Mesh
 
 from pplug_jax.feed.batches import ROUND
 from pplug_jax.llm import LLM
+from pplug_jax.llm.decoder import Context
 from pplug_jax.runtime.mesh import parts
 from pplug_jax.serve.engine.base import (
     Busy,
@@ -23,6 +25,8 @@ from pplug_jax.serve.engine.base import (
 )
 from pplug_jax.serve.engine.slots import programs
 
+CONTEXTS = 8  # beginnings of prompts that are kept as they were read
+
 
 class _Running(NamedTuple):
     """A request in its slot, and how many tokens it may still have."""
@@ -35,7 +39,8 @@ class JaxEngine:
     """An engine for every LLM that this package has, on CPUs, GPUs and TPUs.
 
     All programs are compiled when it is made. One thread admits requests to free slots, and then
-    takes a step for all of them.
+    takes a step for all of them. What several prompts begin with is read once, if all of them end
+    with equally many rows of their own: soft tokens behind the input, and the suffix.
 
     Args:
         llm: the LLM.
@@ -44,6 +49,8 @@ class JaxEngine:
         max_new_tokens: the most new tokens.
         slots: how many are answered at a time.
         waiting: how many may wait besides.
+        own_rows: how many rows at a prompt's end are not shared; 0 shares nothing. Needs a
+            decoder-only LLM.
     """
 
     def __init__(
@@ -55,11 +62,15 @@ class JaxEngine:
         max_new_tokens: int,
         slots: int = 32,
         waiting: int = 256,
+        own_rows: int = 0,
     ):
         self.llm, self.mesh = llm, mesh
         self.longest_prompt, self.max_new_tokens = longest_prompt, max_new_tokens
         self.max_waiting = waiting
-        self._programs = programs(llm, mesh, slots, longest_prompt, max_new_tokens)
+        self.own_rows = own_rows
+        self._contexts: collections.OrderedDict[bytes, Context] = collections.OrderedDict()
+        columns = self._lengths()[-1] + own_rows
+        self._programs = programs(llm, mesh, slots, columns, max_new_tokens)
         self._stops = frozenset(llm.config.eos_ids)
         self._waiting: collections.deque[Request] = collections.deque()
         self._running: list[_Running | None] = [None] * slots
@@ -73,18 +84,20 @@ class JaxEngine:
         with jax.set_mesh(mesh):
             self._slots = self._programs.empty()
             for length in self._lengths():
-                nothing = np.zeros((length, llm.config.hidden_size))
+                nothing = np.zeros((length + own_rows, llm.config.hidden_size))
                 self._admit(0, Request(nothing, Sampling(1), _ignore))
             for count in self._counts:
                 self._step(count)
         self._running[0] = None
+        self._contexts.clear()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
     def _lengths(self) -> list[int]:
-        """Return the padded lengths of prompts: 16, 32, 64, .. and the longest."""
-        count = max(0, (self.longest_prompt - 1) // ROUND).bit_length()
-        return [*(ROUND << i for i in range(count)), self.longest_prompt]
+        """Return the padded lengths of prompts, or of what they share: 16, 32, 64, .. the most."""
+        most = max(1, self.longest_prompt - self.own_rows)
+        count = max(0, (most - 1) // ROUND).bit_length()
+        return [*(ROUND << i for i in range(count)), most]
 
     @property
     def running(self) -> int:
@@ -158,22 +171,35 @@ class JaxEngine:
                     self._tell_one(slot, *self._admit(slot, request))
 
     def _admit(self, slot: int, request: Request) -> tuple[int, float]:
-        rows, sampling = request.rows, request.sampling
-        length = next(length for length in self._lengths() if length >= len(rows))
-        padded = np.zeros((1, length, rows.shape[1]), np.float32)
-        padded[0, : len(rows)] = rows
+        rows, sampling, context = request.rows, request.sampling, None
+        if self.own_rows:
+            shared = max(0, len(rows) - self.own_rows)
+            context, rows = self._context(rows[:shared]), rows[shared:]
         self._running[slot] = _Running(request, sampling.max_tokens)
         self._slots, token, log_probability = self._programs.admit(
             self.llm,
             self._slots,
-            padded,
-            (np.arange(length) < len(rows))[None],
+            *(_padded(rows, self.own_rows) if self.own_rows else self._padded(rows)),
             np.int32(slot),
             np.float32(sampling.temperature),
             np.float32(sampling.top_p),
             np.int32(sampling.seed),
+            context,
         )
         return int(token), float(log_probability)
+
+    def _context(self, rows: np.ndarray) -> Context:
+        """Return these rows as the LLM read them, now or for one of the last prompts."""
+        key = hashlib.sha256(rows.tobytes()).digest()
+        if key not in self._contexts:
+            self._contexts[key] = self._programs.read(self.llm, *self._padded(rows))
+        self._contexts.move_to_end(key)
+        if len(self._contexts) > CONTEXTS:
+            self._contexts.popitem(last=False)
+        return self._contexts[key]
+
+    def _padded(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return _padded(rows, next(size for size in self._lengths() if size >= len(rows)))
 
     def _count(self) -> int:
         """Return how many slots a step must be taken for, of the numbers that are compiled."""
@@ -209,6 +235,13 @@ class JaxEngine:
         assert entry is not None
         self._running[slot] = None
         entry.request.emit(Finished(reason))
+
+
+def _padded(rows: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows (L, D) as a batch of one, (1, length, D) float32, and its mask."""
+    padded = np.zeros((1, length, rows.shape[1]), np.float32)
+    padded[0, : len(rows)] = rows
+    return padded, (np.arange(length) < len(rows))[None]
 
 
 def _fours(limit: int) -> list[int]:

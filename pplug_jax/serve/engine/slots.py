@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pplug_jax.llm import LLM
+from pplug_jax.llm.decoder import Context, Decoder
 from pplug_jax.runtime.mesh import replicated, sharding
 
 
@@ -89,6 +90,7 @@ def admit(
     temperature: jax.Array,
     top_p: jax.Array,
     seed: jax.Array,
+    context: Context | None = None,
 ) -> tuple[Slots, jax.Array, jax.Array]:
     """Read a prompt into a slot and choose its first token.
 
@@ -101,11 +103,22 @@ def admit(
         temperature: () float32.
         top_p: () float32.
         seed: () int32.
+        context: what the prompt begins with, if that was read before; `rows` are the rest.
 
     Returns:
         the slots, the token, () int32, and its log probability, () float32.
     """
-    hidden, own = llm.prefill(rows, mask, 1)
+    if context is None:
+        hidden, own = llm.prefill(rows, mask, 1)
+    else:
+        assert isinstance(llm, Decoder)
+        hidden, own = llm.prefill(rows, mask, 1, context=context)
+        own = own._replace(
+            keys=jnp.concatenate([context.keys, own.keys], axis=2),
+            values=jnp.concatenate([context.values, own.values], axis=2),
+            positions=jnp.concatenate([context.positions, own.positions], axis=1),
+            seen=jnp.concatenate([context.mask[:, None], own.seen], axis=2),
+        )
 
     def put(whole: jax.Array, part: jax.Array) -> jax.Array:
         axis = 1 if whole.ndim == 5 else 0
@@ -133,6 +146,11 @@ def admit(
     )
     updated = [array.at[slot].set(new) for array, new in zip(slots[1:], values[1:], strict=True)]
     return Slots(values.cache, *updated), token[0], log_probability[0]
+
+
+def read(llm: LLM, rows: jax.Array, mask: jax.Array) -> Context:
+    """Read what prompts begin with, (1, L, D) with mask (1, L) bool, for `admit` to go on from."""
+    return llm.read(rows, mask)
 
 
 def step(
@@ -221,6 +239,7 @@ class Programs(NamedTuple):
     """The jitted programs of an LLM on a mesh, which take and give up the slots' memory."""
 
     empty: Any
+    read: Any
     admit: Any
     step: Any
 
@@ -240,6 +259,7 @@ def programs(llm: LLM, mesh: Mesh, count: int, longest_prompt: int, ring: int) -
     out = where, replicated(mesh), replicated(mesh)
     return Programs(
         jax.jit(make, out_shardings=where),
+        jax.jit(read),
         jax.jit(admit, donate_argnames="slots", out_shardings=out),
         jax.jit(
             step, donate_argnames="slots", static_argnames=("ring", "count"), out_shardings=out
