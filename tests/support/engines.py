@@ -7,12 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 import transformers
-from jax.sharding import Mesh
 
 from pplug_jax.llm import LLM
 from pplug_jax.llm.generate import generate
 from pplug_jax.llm.load import FAMILIES
-from pplug_jax.runtime.mesh import place
 from pplug_jax.serve.engine import Engine, Finished, Sampling, Token
 from pplug_jax.serve.engine.jax_engine import JaxEngine
 from scripts.pretrain.initialise import initialise
@@ -44,10 +42,10 @@ def llm_of(family: str) -> LLM:
 
 
 @functools.cache
-def engine_of(family: str, mesh: Mesh = ONE_DEVICE, waiting: int = 99) -> JaxEngine:
+def engine_of(family: str) -> JaxEngine:
     """One for all tests: what an earlier one left in it must not matter."""
     limits = {"longest_prompt": LONGEST, "max_new_tokens": T, "slots": SLOTS}
-    return JaxEngine(place(llm_of(family), mesh), mesh, **limits, waiting=waiting)
+    return JaxEngine(llm_of(family), ONE_DEVICE, **limits, waiting=99)
 
 
 def prompt(llm: LLM, seed: int) -> np.ndarray:
