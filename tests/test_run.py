@@ -196,7 +196,14 @@ def start(workdir: Path, env: Mapping[str, str] = ENVIRONMENT, **settings: objec
 
 @pytest.mark.slow
 def test_killed_interrupted_and_started_again_ends_bit_identical(tmp_path: Path) -> None:
-    settings = {"methods": "('pplug',)", "train.epochs": 8.0, "train.checkpoint_every": 3}
+    settings = {
+        "methods": "('pplug',)",
+        "data.sample_train_users": 12,
+        "data.sample_eval_users": 1,
+        "train.batch_size": 4,
+        "train.epochs": 8.0,
+        "train.checkpoint_every": 3,
+    }
     undisturbed = start(tmp_path / "a", **settings)
     output = "".join(undisturbed.communicate(timeout=300))
     assert undisturbed.returncode == 0, output
