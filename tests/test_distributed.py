@@ -5,8 +5,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +16,8 @@ import pytest
 from pplug_jax.data.keys import KEY_BYTES
 from pplug_jax.errors import InputError
 from pplug_jax.runtime import distributed
-from tests.support.environment import AS_USERS, ROOT
+from tests.support.environment import ROOT
+from tests.support.forks import Fork
 from tests.support.once import Once
 from tests.support.runs import SMALL, losses_of, steps_done
 
@@ -67,9 +66,7 @@ def test_half_a_description_of_a_job(
         distributed.start()
 
 
-def start_all(
-    commands: Sequence[Sequence[str]], cwd: Sequence[Path] = ()
-) -> list[subprocess.Popen]:
+def start_all(commands: Sequence[Sequence[str]], cwd: Sequence[Path] = ()) -> list[Fork]:
     """A job of these commands, which share DEVICES."""
     count = len(commands)
     with socket.socket() as free:
@@ -80,33 +77,23 @@ def start_all(
         env = dict(os.environ)
         env["JAX_COMPILATION_CACHE_DIR"] += f"_{count}_{process}"
         env["XLA_FLAGS"] = env["XLA_FLAGS"].replace("count=8", f"count={DEVICES // count}")
-        env["PYTHONPATH"] = AS_USERS
         if count > 1:
             env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
             env["JAX_PROCESS_ID"] = str(process)
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, *command],
-                cwd=cwd[process] if cwd else ROOT,
-                env=env,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
+        processes.append(Fork(*command, cwd=cwd[process] if cwd else ROOT, env=env))
     return processes
 
 
-def start(workdir: Path, count: int, cwd: Sequence[Path] = (), **settings: object) -> list:
+def start(workdir: Path, count: int, cwd: Sequence[Path] = (), **settings: object) -> list[Fork]:
     """The command in `count` processes, each in its directory of `cwd`, if any."""
     flags = [f"--config.{field}={value}" for field, value in (SETTINGS | settings).items()]
     config = f"--config={ROOT}/configs/lamp5.py"
-    command = ["-m", "pplug_jax.main", f"--workdir={workdir}", config, *flags]
+    command = ["pplug_jax.main", f"--workdir={workdir}", config, *flags]
     return start_all([command] * count, cwd)
 
 
-def ends(processes: Sequence[subprocess.Popen]) -> tuple[list[int], list[str]]:
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+def ends(processes: Sequence[Fork]) -> tuple[list[int], list[str]]:
+    outputs = ["".join(process.communicate(timeout=300)) for process in processes]
     return [process.returncode for process in processes], outputs
 
 
@@ -161,9 +148,9 @@ def test_processes_together_do_what_one_does(
 @pytest.mark.slow
 def test_stopped_and_lost_processes(alone: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
-    longer = {"train.epochs": 20.0, "train.checkpoint_every": 10}
+    longer = {"train.epochs": 10.0, "train.checkpoint_every": 4}
 
-    def started(until: int) -> list[subprocess.Popen]:
+    def started(until: int) -> list[Fork]:
         processes = start(workdir, 2, **longer)
         while steps_done(workdir) < until:
             assert all(process.poll() is None for process in processes), ends(processes)
@@ -180,7 +167,7 @@ def test_stopped_and_lost_processes(alone: Path, tmp_path: Path) -> None:
     assert step >= 3
 
     # One that is killed ends the other, which says so.
-    processes = started(step + 12)
+    processes = started(step + 6)
     processes[1].kill()
     codes, outputs = ends(processes)
     assert codes[0] not in (0, None)
@@ -196,16 +183,14 @@ def test_stopped_and_lost_processes(alone: Path, tmp_path: Path) -> None:
     codes, more = ends(start(undisturbed, 1, **longer))
     assert codes == [0], more
     curve, expected = losses_of(workdir), losses_of(undisturbed)
-    assert [step for step, _ in curve] == [step for step, _ in expected] == list(range(1, 61))
-    assert [loss for _, loss in curve[:30]] == pytest.approx(
-        [loss for _, loss in expected[:30]], rel=1e-3
-    )
+    assert [step for step, _ in curve] == [step for step, _ in expected] == list(range(1, 31))
+    assert [loss for _, loss in curve] == pytest.approx([loss for _, loss in expected], rel=1e-3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("failures", [1, 99])
 def test_all_restore_the_same_step_or_none_does(tmp_path: Path, failures: int) -> None:
-    script = [str(ROOT / "tests/support/restoring.py"), str(tmp_path / "kept"), str(failures)]
+    script = ["tests.support.restoring", str(tmp_path / "kept"), str(failures)]
     codes, outputs = ends(start_all([script] * 2))
     assert codes == [0, 0], outputs
     if failures == 1:

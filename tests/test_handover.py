@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +20,8 @@ from pplug_jax.serve.handover import shared_name, write_plug
 from pplug_jax.serve.personalizer import export
 from pplug_jax.session.models import ASSETS
 from pplug_jax.settings import flatten
-from tests.support.environment import AS_USERS, ROOT
+from tests.support.environment import ROOT
+from tests.support.forks import Fork
 
 INPUT = "Generate a title for the following abstract of a paper: Rivers are measured."
 HISTORY = [{"title": f"On rivers {i}", "abstract": f"River {i}."} for i in range(5)]
@@ -201,24 +200,20 @@ def test_push_to_hub(
 
 @pytest.mark.slow
 def test_the_command(finished: Path, tmp_path: Path) -> None:
-    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "pplug_jax.main", *arguments],
-            cwd=ROOT,
-            env={"PYTHONPATH": AS_USERS, "PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    def command(*arguments: str) -> tuple[int | None, str]:
+        environment = {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu"}
+        process = Fork("pplug_jax.main", *arguments, env=environment)
+        said = "".join(process.communicate(timeout=300))
+        return process.returncode, said
 
     output = tmp_path / "plug"
-    done = command("--mode=export", f"--workdir={finished}", f"--output={output}")
-    assert done.returncode == 0, done.stderr
-    assert f"{output}: the plug (plug.safetensors, " in done.stdout
+    code, said = command("--mode=export", f"--workdir={finished}", f"--output={output}")
+    assert code == 0, said
+    assert f"{output}: the plug (plug.safetensors, " in said
     assert sorted(path.name for path in output.iterdir()) == FILES
-    nothing = command("--mode=export", f"--workdir={tmp_path}", f"--output={output}")
-    assert nothing.returncode == 1
-    assert f"error: {tmp_path}/config.json: no such file" in nothing.stderr
+    code, said = command("--mode=export", f"--workdir={tmp_path}", f"--output={output}")
+    assert code == 1
+    assert f"error: {tmp_path}/config.json: no such file" in said
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,13 @@ A whole run, a second start, every way to be interrupted, and bad input.
 import functools
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ from pplug_jax.storage import lock
 from pplug_jax.storage.checkpoint import Checkpoints
 from pplug_jax.storage.lock import locked
 from pplug_jax.train import step as train
-from tests.support.environment import AS_USERS, QUICK_TO_COMPILE, ROOT
+from tests.support.environment import QUICK_TO_COMPILE
+from tests.support.forks import Fork
 from tests.support.lamp_files import write_split
 from tests.support.runs import SMALL, losses_of, small_config, steps_done
 
@@ -184,45 +185,39 @@ def test_the_default_workdir_is_named_after_the_config() -> None:
     )
 
 
-ENVIRONMENT = os.environ | {"XLA_FLAGS": QUICK_TO_COMPILE, "PYTHONPATH": AS_USERS}
+ENVIRONMENT = os.environ | {"XLA_FLAGS": QUICK_TO_COMPILE}
 
 
-def start(workdir: Path, **settings: object) -> subprocess.Popen:
+def start(workdir: Path, env: Mapping[str, str] = ENVIRONMENT, **settings: object) -> Fork:
     flags = [f"--config.{name}={value}" for name, value in (SMALL | settings).items()]
-    command = [
-        sys.executable,
-        "-m",
-        "pplug_jax.main",
-        "--config=configs/lamp5.py",
-        f"--workdir={workdir}",
-    ]
-    return subprocess.Popen(
-        [*command, "--mode=train", *flags],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    command = ["pplug_jax.main", "--config=configs/lamp5.py", f"--workdir={workdir}"]
+    return Fork(*command, "--mode=train", *flags, env=env)
 
 
 @pytest.mark.slow
 def test_killed_interrupted_and_started_again_ends_bit_identical(tmp_path: Path) -> None:
-    settings = {"methods": "('pplug',)", "train.epochs": 12.0, "train.checkpoint_every": 3}
+    settings = {
+        "methods": "('pplug',)",
+        "data.sample_train_users": 12,
+        "data.sample_eval_users": 1,
+        "train.batch_size": 4,
+        "train.epochs": 8.0,
+        "train.checkpoint_every": 3,
+    }
     undisturbed = start(tmp_path / "a", **settings)
-    output, _ = undisturbed.communicate(timeout=300)
+    output = "".join(undisturbed.communicate(timeout=300))
     assert undisturbed.returncode == 0, output
 
     for sent, moment in (
-        (signal.SIGINT, 5),
-        (signal.SIGKILL, 14),
-        (signal.SIGTERM, 22),
+        (signal.SIGINT, 2),
+        (signal.SIGKILL, 7),
+        (signal.SIGTERM, 11),
     ):
         process = start(tmp_path / "b", **settings)
         while steps_done(tmp_path / "b") < moment and process.poll() is None:
             time.sleep(0.005)
         process.send_signal(sent)
-        output, _ = process.communicate(timeout=300)
+        output = "".join(process.communicate(timeout=300))
         if sent == signal.SIGKILL:
             assert process.returncode == -signal.SIGKILL, output
         else:
@@ -230,52 +225,37 @@ def test_killed_interrupted_and_started_again_ends_bit_identical(tmp_path: Path)
             assert f"{sent.name}: saved step" in output
             assert "Traceback" not in output
     last = start(tmp_path / "b", **settings)
-    output, _ = last.communicate(timeout=300)
+    output = "".join(last.communicate(timeout=300))
     assert last.returncode == 0, output
 
     models = Models(Settings.of(small_config()), tmp_path / "a")
     checkpoints = [Checkpoints(tmp_path / name / "checkpoints" / "pplug") for name in "ab"]
-    assert [c.latest for c in checkpoints] == [36, 36]
+    assert [c.latest for c in checkpoints] == [24, 24]
     plugs = [c.restore_weights(abstract_plug(models)) for c in checkpoints]
     for a, b in zip(*map(jax.tree.leaves, plugs), strict=True):
         np.testing.assert_array_equal(a, b)
     curves = [losses_of(tmp_path / name) for name in "ab"]
-    assert len(curves[0]) == 36
+    assert len(curves[0]) == 24
     assert curves[0] == curves[1]
-
-
-LIMITED = (
-    "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536));"
-    "runpy.run_module('pplug_jax.main', run_name='__main__')"
-)
 
 
 @pytest.mark.slow
 def test_a_full_disk_while_checkpointing_is_one_clear_line(tmp_path: Path) -> None:
-    # Files may not grow beyond 64 KiB: as on a full disk, writing the plug fails in the middle.
-    process = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            LIMITED,
-            "--config=configs/lamp5.py",
-            f"--workdir={tmp_path / 'run'}",
-            "--mode=train",
-            *(f"--config.{name}={value}" for name, value in SMALL.items()),
-            "--config.methods=('pplug',)",
-            "--config.data.sample_train_users=8",
-            "--config.data.sample_eval_users=1",
-        ],
-        cwd=ROOT,
-        env=ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+    process = start(
+        tmp_path / "run",
+        ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": ""},
+        **{
+            "methods": "('pplug',)",
+            "data.sample_train_users": 8,
+            "data.sample_eval_users": 1,
+        },
     )
+    # Files may not grow beyond 64 KiB: as on a full disk, writing the plug fails in the middle.
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (65536, 65536))
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 1
-    lines = process.stderr.splitlines()
-    assert len(lines) == 1, process.stderr
+    lines = error.splitlines()
+    assert len(lines) == 1, error
     assert lines[0].startswith("error: ") and "could not be written" in lines[0]
     assert "make room" in lines[0]
 
@@ -425,7 +405,7 @@ def test_files_in_lamps_format_with_empty_profiles_and_withheld_outputs(
 @pytest.mark.slow
 def test_the_command_shows_bad_input_as_one_line(tmp_path: Path) -> None:
     process = start(tmp_path / "run", **{"llm.path": "/nowhere"})
-    output, _ = process.communicate(timeout=120)
+    output = "".join(process.communicate(timeout=120))
     assert process.returncode == 1
     assert "error: config.llm.path: there is no directory '/nowhere'" in output
     assert "Traceback" not in output
@@ -435,7 +415,7 @@ def test_the_command_shows_bad_input_as_one_line(tmp_path: Path) -> None:
 def test_a_start_beside_another_does_nothing(tmp_path: Path) -> None:
     with locked(tmp_path / "run"):
         process = start(tmp_path / "run")
-        output, _ = process.communicate(timeout=120)
+        output = "".join(process.communicate(timeout=120))
         assert process.returncode == 1
         assert f"run is in use by process {os.getpid()} on {socket.gethostname()}" in output
         assert "Traceback" not in output

@@ -12,6 +12,7 @@ from absl.testing import flagsaver
 from pplug_jax import main  # noqa: F401  defines the flags
 from pplug_jax.runtime.slips import near, parse_flags
 from tests.support.environment import AS_USERS, ROOT
+from tests.support.forks import Fork
 
 AS_A_USER = os.environ | {"PYTHONPATH": AS_USERS}
 CONFIG = "--config=configs/lamp5.py"
@@ -101,16 +102,11 @@ def test_the_command_prints_it(tmp_path: Path) -> None:
     ],
 )
 def test_a_flag_that_cannot_work_is_one_line(flag: str, message: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pplug_jax.main", CONFIG, f"--workdir={tmp_path}", flag],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=AS_A_USER,
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"error: {message}")
-    assert done.stderr.count("\n") == 1
+    command = Fork("pplug_jax.main", CONFIG, f"--workdir={tmp_path}", flag)
+    _, error = command.communicate(timeout=120)
+    assert command.returncode == 1
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
 
 
 def test_what_is_near() -> None:
