@@ -61,7 +61,7 @@ def fill_store(store: HistoryStore) -> None:
     """Random unit vectors, for the histories' encoding is no part of a step."""
     rng = np.random.default_rng(1)
 
-    def draw(texts: list[str], *_: Any) -> np.ndarray:
+    def draw(texts: list[str], *_: Any, **__: Any) -> np.ndarray:
         vectors = rng.normal(size=(len(texts), store.encoder.size))
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import ml_collections
@@ -12,7 +13,15 @@ from pplug_jax.encoder.bert import POOLINGS
 from pplug_jax.errors import ConfigError
 from pplug_jax.feed.features import FEATURES
 from pplug_jax.llm.quantize import KINDS
-from pplug_jax.methods.table import PAPER_PLUG, asked_for, configured, methods_of, read_variants
+from pplug_jax.methods.table import (
+    PAPER_PLUG,
+    Changes,
+    Method,
+    asked_for,
+    configured,
+    methods_of,
+    read_variants,
+)
 from pplug_jax.runtime.distributed import wait_for_all
 from pplug_jax.runtime.slips import near
 from pplug_jax.settings import Settings, upgraded
@@ -94,17 +103,12 @@ def check_config(config: Settings) -> None:
             f"known: {', '.join(TASKS)}"
         )
     _check_ranges(config)
-    methods, known = methods_of(config), config.flat()
+    methods = methods_of(config)
     for name, settings in read_variants(config.variants).items():
-        for field in (field for field, _ in settings if field not in known):
-            raise ConfigError(
-                f"config.variants: {name!r} changes {field!r}, and there is no such setting"
-                f"{near(field, known)}"
-            )
-        try:
-            configured(config, methods[name], 0)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"config.variants: {name!r} cannot be: {error}") from error
+        _check_variant(config, methods[name], settings)
+    if not config.methods:
+        raise ConfigError(f"config.methods is empty; known: {', '.join(methods)}")
+    _check_unique(config.methods, "methods")
     if unknown := [name for name in config.methods if name not in methods]:
         raise ConfigError(
             f"config.methods: {unknown[0]!r} is unknown{near(unknown[0], methods)}; "
@@ -133,16 +137,7 @@ def check_config(config: Settings) -> None:
             "config.tune.learning_rates are judged on examples that are held out: "
             "say which share of them, as --config.train.validation=0.1"
         )
-    if unknown := [name for name in config.plug.features if name not in FEATURES]:
-        raise ConfigError(
-            f"config.plug.features: {unknown[0]!r} is unknown{near(unknown[0], FEATURES)}; "
-            f"known: {', '.join(FEATURES)}"
-        )
-    if config.train.batch_size % config.train.accumulation:
-        raise ConfigError(
-            f"config.train.batch_size {config.train.batch_size} does not divide into "
-            f"config.train.accumulation {config.train.accumulation} parts"
-        )
+    _check_plug(config)
 
 
 def check_own_items(config: Settings) -> None:
@@ -164,6 +159,51 @@ def check_own_items(config: Settings) -> None:
             raise ConfigError(
                 f"config.methods: {method.name!r} trains on the items of a history, but {why}"
             )
+
+
+def _check_variant(config: Settings, variant: Method, settings: Changes) -> None:
+    """Check a variant of `pplug` with these settings."""
+    where, known = f"config.variants: {variant.name!r}", config.flat()
+    for field, value in settings:
+        if field not in known:
+            raise ConfigError(
+                f"{where} changes {field!r}, and there is no such setting{near(field, known)}"
+            )
+        if not field.startswith(("plug.", "train.")):
+            raise ConfigError(
+                f"{where} changes {field!r}, which no plug's training reads; only settings of "
+                "plug and train make another plug"
+            )
+        kind = type(known[field])
+        if value is None or isinstance(value, bool) != (kind is bool):
+            raise ConfigError(f"{where} has {field} = {value!r}, which is no {kind.__name__}")
+    try:
+        changed = configured(config, variant, 0)
+        _check_ranges(changed)
+        _check_plug(changed)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where} cannot be: {error}") from error
+
+
+def _check_unique(names: Sequence[str], field: str) -> None:
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"config.{field}: {twice[0]!r} is named twice")
+
+
+def _check_plug(config: Settings) -> None:
+    """Check what `_check_ranges` does not, of the settings that a plug is trained by."""
+    features = config.plug.features
+    if unknown := [name for name in features if name not in FEATURES]:
+        raise ConfigError(
+            f"config.plug.features: {unknown[0]!r} is unknown{near(unknown[0], FEATURES)}; "
+            f"known: {', '.join(FEATURES)}"
+        )
+    _check_unique(features, "plug.features")
+    if config.train.batch_size % config.train.accumulation:
+        raise ConfigError(
+            f"config.train.batch_size {config.train.batch_size} does not divide into "
+            f"config.train.accumulation {config.train.accumulation} parts"
+        )
 
 
 def _check_ranges(config: Settings) -> None:

@@ -102,6 +102,7 @@ def test_tokenize(llama_tokenizer: transformers.PreTrainedTokenizerBase, store: 
     input = "Generate a title for the following abstract of a paper: Models."
     examples = [Example("0", input, "Gold", profile), Example("1", "bare", None, ())]
     lengths = {"max_input_length": 99, "max_target_length": 9, "max_history": 3}
+    lengths["features"] = ("age", "form")
     first, second = tokenize(TASK, examples, tokenizer, store, **lengths)
     assert first.prompt.tolist() == tokenizer.prompt(input, 99).tolist()
     assert first.target.tolist() == tokenizer.target("Gold", 9).tolist()

@@ -79,11 +79,31 @@ def test_a_variant_is_pplug_with_other_settings():
         ("{'bm25': {'plug.recency': True}}", "'bm25' is a method already"),
         ("{'x': {'plug.recensy': True}}", r"changes 'plug.recensy', .*did you mean 'plug.recency'"),
         ("{'x': {'plug.num_persona_tokens': 'four'}}", "'x' cannot be: .*num_persona_tokens"),
+        ("{'x': {'plug.num_persona_tokens': 0}}", "'x' cannot be: .*0 must be at least 1"),
+        ("{'x': {'plug.num_persona_tokens': True}}", "= True, which is no int"),
+        ("{'x': {'plug.num_persona_tokens': None}}", "= None, which is no int"),
+        ("{'x': {'plug.place': 'sideways'}}", "plug.place 'sideways' is unknown"),
+        ("{'x': {'plug.features': ('from',)}}", "'from' is unknown .did you mean 'form'"),
+        ("{'x': {'plug.features': ('form', 'form')}}", "'form' is named twice"),
+        ("{'x': {'train.accumulation': 3}}", "does not divide into"),
+        ("{'x': {'seed': 1}}", "changes 'seed', which no plug's training reads"),
+        ("{'x': {3: True}}", "must be names with the settings"),
     ],
 )
 def test_variants_that_cannot_be(variants: str, message: str):
     config = lamp5.get_config()
     config.variants = variants
+    with pytest.raises(ConfigError, match=message):
+        checked(config)
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [((), "config.methods is empty"), (("none", "none"), "'none' is named twice")],
+)
+def test_methods_that_cannot_be(methods: tuple[str, ...], message: str):
+    config = lamp5.get_config()
+    config.methods = methods
     with pytest.raises(ConfigError, match=message):
         checked(config)
 

@@ -90,7 +90,7 @@ def test_a_served_soft_prompt_is_that_of_the_evaluation(models: Models, option: 
     undated = tuple({k: v for k, v in item.items() if k != "date"} for item in profile)
     examples = [Example("0", INPUT, None, history) for history in (profile, undated, ())]
     encoded = layout_of(METHODS["pplug"], personalizer.models.config).encoded
-    tokenized = tokenize(models, examples, Layout(encoded=encoded))
+    tokenized = tokenize(models, examples, Layout(encoded=encoded, features=tuple(FEATURES)))
     buckets = buckets_of(models, tokenized, 1)
     peers = Peers.load(models.store, models.workdir)
     extended = {"features": tuple(FEATURES), "peers": peers}

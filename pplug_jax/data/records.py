@@ -80,7 +80,7 @@ def _lines(path: Path, on_bad: Callable[[DataError], None]) -> Iterator[tuple[Pl
 
 def _said(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at column {error.colno}"
+        return f"{error.msg.removesuffix(' at')} at column {error.colno}"
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 

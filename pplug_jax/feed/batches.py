@@ -139,6 +139,7 @@ def tokenize(
     max_history: int,
     history_labels: bool = True,
     behind: bool = False,
+    features: Sequence[str] = (),
     queries: HistoryStore | None = None,
 ) -> list[Tokenized]:
     """Tokenise examples, in one pass over them.
@@ -153,12 +154,13 @@ def tokenize(
         max_history: items kept of a history, the last ones, which are LaMP's newest.
         history_labels: encode each item with its label.
         behind: make prompts for soft tokens behind them (`Tokenizer.prompt`).
+        features: the features of the items that will be read.
         queries: a store to which the queries' vectors are added; None keeps tokens alone.
     """
     texts, tokenized = [], []
     for example in examples:
         texts.append(task.query_text(example.input))
-        item_features = of_items(task, example.profile)
+        item_features = of_items(features, task, example.profile)
         tokenized.append(
             Tokenized(
                 tokenizer.prompt(example.input, max_input_length, behind),

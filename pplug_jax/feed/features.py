@@ -58,13 +58,9 @@ FEATURES = {
 }
 
 
-def of_items(task: Task, profile: Sequence[Item]) -> dict[str, np.ndarray]:
-    """Compute the features that need nothing but the history: {name: (n, width)}."""
-    return {
-        name: feature.of_items(task, profile)
-        for name, feature in FEATURES.items()
-        if feature.of_items
-    }
+def of_items(names: Sequence[str], task: Task, profile: Sequence[Item]) -> dict[str, np.ndarray]:
+    """Compute those of the features that need nothing but the history: {name: (n, width)}."""
+    return {name: compute(task, profile) for name in names if (compute := FEATURES[name].of_items)}
 
 
 def compare_with_peers(names: Sequence[str]) -> bool:

@@ -21,10 +21,12 @@ class Layout(NamedTuple):
     Attributes:
         behind: the soft tokens stand behind the input.
         encoded: the plug reads the queries' vectors, as it does not train Enc_inp.
+        features: the features of the items that the plug reads.
     """
 
     behind: bool = False
     encoded: bool = False
+    features: tuple[str, ...] = ()
 
 
 PLAIN = Layout()
@@ -43,7 +45,7 @@ def layout_of(method: Method, config: Settings) -> Layout:
     soft = kind.soft_tokens(config, method.reading)
     weighs = kind.reads_input and not method.reading.uniform
     encoded = weighs and not kind.trains_encoder(config)
-    return Layout(config.plug.place == "behind" and soft > 0, encoded)
+    return Layout(config.plug.place == "behind" and soft > 0, encoded, kind.features(config))
 
 
 def shown(

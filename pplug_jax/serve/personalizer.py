@@ -80,6 +80,11 @@ def _read_run(workdir: epath.PathLike) -> tuple[Models, UserEmbedder]:
     if not path.is_file():
         raise InputError(f"{path}: no such file; {workdir} is not the workdir of a run")
     config = Settings.of(upgraded(read_object(path)))
+    if METHOD.name not in config.methods:
+        raise InputError(
+            f"{workdir}: the run's methods are {', '.join(config.methods)}, and only "
+            f"{METHOD.name!r} can be served; train it (config.methods)"
+        )
     models = Models(config, workdir)
     return models, restore_weights(models, METHOD, config, workdir)
 
@@ -365,7 +370,7 @@ class Personalizer:
         texts = [item if isinstance(item, str) else models.item_text(item) for item in history]
         items = [{} if isinstance(item, str) else item for item in history]
         newest = slice(-models.config.data.max_history, None)
-        item_features = of_items(models.task, items)
+        item_features = of_items(self.features, models.task, items)
         return texts[newest], {name: values[newest] for name, values in item_features.items()}
 
     def _features(

@@ -12,7 +12,6 @@ from pplug_jax.feed.features import compare_with_peers
 from pplug_jax.llm.prompts import Place
 from pplug_jax.methods.shown import PLAIN, Layout, layout_of
 from pplug_jax.methods.table import Method
-from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.runtime.mesh import local_rows
 from pplug_jax.session.models import Models
 from pplug_jax.settings import Settings
@@ -44,6 +43,7 @@ def tokenize(
         max_history=data.max_history,
         history_labels=data.history_labels,
         behind=layout.behind,
+        features=layout.features,
         queries=models.queries if layout.encoded else None,
     )
 
@@ -81,14 +81,14 @@ def assembler(
         batch_size: rows of the global batch.
         **training: the seed and rates of `Assemble`'s dropout.
     """
-    features, layout = PLUGS[method.kind].features(config), layout_of(method, config)
+    layout = layout_of(method, config)
     return Assemble(
         tokenized,
         buckets_of(models, tokenized, config.data.buckets, layout.behind),
         models.store,
         local_rows(models.mesh, batch_size),
-        features=features,
-        peers=models.peers if compare_with_peers(features) else None,
+        features=layout.features,
+        peers=models.peers if compare_with_peers(layout.features) else None,
         queries=models.queries if layout.encoded else None,
         **training,
     )
