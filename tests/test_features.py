@@ -34,9 +34,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.mark.slow
 def test_a_feature_of_one_number(toy: str, tmp_path: Path) -> None:
-    config = small_config(
-        methods=("pplug",), plug__features=(toy,), train__epochs=1.0, data__buckets=1
-    )
+    config = small_config(methods=("pplug",), plug__features=(toy,), train__epochs=1.0)
     run(config, tmp_path, "train_and_evaluate")
     assert (tmp_path / "results.json").is_file()
 

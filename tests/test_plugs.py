@@ -53,7 +53,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.mark.slow
 def test_a_plug_of_another_kind(toy: str, tmp_path: Path) -> None:
-    config = small_config(methods=("none", toy), train__learning_rate=0.1, data__buckets=1)
+    config = small_config(methods=("none", toy), train__learning_rate=0.1)
     run(config, tmp_path, "train_and_evaluate")
     entry = results_of(tmp_path)["methods"][toy]
     config = Settings.of(config)
