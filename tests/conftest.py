@@ -36,6 +36,13 @@ hypothesis.settings.load_profile("untimed")
 # of a CPU takes dozens.
 MOST_MAPS = 30_000
 
+LONGEST = ("test_distributed.py", "test_run.py", "test_compare.py", "test_wheel.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begins with the longest tests, so that at the end no worker waits for another's."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
 
 @pytest.fixture(autouse=True)
 def few_maps() -> Iterator[None]:

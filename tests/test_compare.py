@@ -34,6 +34,7 @@ METHODS = ("none", "bm25", "pplug", "shuffled_user", "task_lora", "user_lora")
 
 def comparison(**overrides: object) -> ml_collections.ConfigDict:
     settings = {"methods": METHODS, "seeds": (0, 1), "train__epochs": 1.0, "lora__rank": 2}
+    settings["lora__user_epochs"] = 1
     return small_config(**settings | overrides)
 
 

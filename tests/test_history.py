@@ -1,8 +1,5 @@
 """The history store: unique texts once, whatever happens to the process that fills it."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +10,7 @@ from pplug_jax.data.keys import KEY_BYTES
 from pplug_jax.feed import store as history
 from pplug_jax.feed.store import HistoryStore
 from tests.support.encoders import FakeEncoder
-from tests.support.environment import AS_USERS
+from tests.support.forks import Fork
 
 TEXTS = [f"text number {i} {'long ' * (7 * i % 5)}" for i in range(10)]
 
@@ -139,38 +136,15 @@ def test_a_killed_run_keeps_what_it_had(
     check(store, TEXTS)
 
 
-# Adds texts first..last to the store; opening the vectors takes long, as on a slow disk.
-FILL = """
-import sys, time
-from pathlib import Path
-from pplug_jax.feed import store as history
-from tests.support.encoders import FakeEncoder
-
-history.CHUNK = 20
-whole = Path.open
-
-def slow(path, *args, **kwargs):
-    if path.name == "vectors":
-        time.sleep(0.03)
-    return whole(path, *args, **kwargs)
-
-Path.open = slow
-directory, first, last = sys.argv[1], *map(int, sys.argv[2:])
-store = history.HistoryStore(directory, FakeEncoder())
-store.add([f"text {i}" for i in range(first, last)])
-assert len(store.rows([f"text {i}" for i in range(first, last)])) == last - first
-"""
-
-
-def fill(directory: Path, first: int, last: int) -> subprocess.Popen:
-    env = os.environ | {"PYTHONPATH": AS_USERS}
-    return subprocess.Popen([sys.executable, "-c", FILL, directory, str(first), str(last)], env=env)
+def fill(directory: Path, first: int, last: int) -> Fork:
+    return Fork("tests.support.filling", str(directory), str(first), str(last))
 
 
 @pytest.mark.slow
 def test_two_processes_fill_one_store(tmp_path: Path):
     for process in [fill(tmp_path, 0, 200), fill(tmp_path, 190, 390)]:
-        assert process.wait() == 0
+        said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
     store = HistoryStore(tmp_path, FakeEncoder())
     assert len(store) == 390
     assert sizes(store) == (390, 390)
@@ -183,7 +157,8 @@ def test_a_killed_process_leaves_no_lock_and_no_wrong_vector(tmp_path: Path):
     while not any(path.stat().st_size for path in tmp_path.glob("*/vectors")):
         assert killed.poll() is None
     killed.kill()
-    assert other.wait() == 0
+    said = other.communicate(timeout=120)
+    assert other.returncode == 0, said
     store = HistoryStore(tmp_path, FakeEncoder())
     store.add([f"text {i}" for i in range(400)])
     check(store, [f"text {i}" for i in range(400)])

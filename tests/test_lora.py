@@ -1,6 +1,5 @@
 """Low-rank updates: against the merged kernels, and each row's own."""
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,11 +32,13 @@ def path(
     return {"llama": make_llama, "t5": make_t5}[request.param](vocab_size=320)
 
 
-@functools.partial(jax.jit, static_argnames="row")
-def logits(llm: LLM, row: int | None = None) -> jax.Array:
-    """Those of one row alone, or of all."""
-    rows = slice(row, None if row is None else row + 1)
-    return llm.logits(llm.embed(TOKENS[rows]), MASK[rows], TARGETS[rows])
+@jax.jit
+def logits_of(llm: LLM, tokens: jax.Array, mask: jax.Array, targets: jax.Array) -> jax.Array:
+    return llm.logits(llm.embed(tokens), mask, targets)
+
+
+def logits(llm: LLM, rows: slice = slice(None)) -> jax.Array:
+    return logits_of(llm, TOKENS[rows], MASK[rows], TARGETS[rows])
 
 
 def trained(llm: LLM, users: int | None = None, seed: int = 1) -> Lora:
@@ -113,7 +114,7 @@ def test_every_row_has_its_own(path: Path, num_beams: int) -> None:
     )
     for user in range(3):
         row, mine = slice(user, user + 1), only(users, user, llm).on(llm)
-        assert_close(everyone[row], np.asarray(logits(mine, user)), 1e-5)
+        assert_close(everyone[row], np.asarray(logits(mine, row)), 1e-5)
         answer = generate(
             mine, llm.embed(TOKENS[row]), MASK[row], max_new_tokens=5, num_beams=num_beams
         )

@@ -1,11 +1,8 @@
 """The server, as clients meet it: OpenAI's own, and plain HTTP."""
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -26,7 +23,7 @@ from pplug_jax.serve.build import make_service
 from pplug_jax.serve.engine.torch_file import prompt_embeds
 from pplug_jax.serve.store import Store, StoreUnavailable
 from pplug_jax.serve.text import TextStream
-from tests.support.environment import AS_USERS
+from tests.support.forks import Fork
 from tests.support.server import Running, serving
 
 INPUT = "Generate a title for the following abstract of a paper: Rivers are measured."
@@ -441,23 +438,32 @@ def test_an_ending_server_finishes_what_runs(finished: Path, tmp_path: Path) -> 
         chat(running.openai())
 
 
+def answers(port: int) -> bool:
+    """Whether a process listens there."""
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
 def test_the_command(finished: Path, tmp_path: Path, ending: signal.Signals) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "pplug_jax.serve", f"--plug={finished}", f"--port={port}"]
-    command += [f"--store=sqlite:///{tmp_path / 'store'}", "--slots=2"]
-    environment = os.environ | {"PYTHONPATH": AS_USERS}
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    lines = [server.stdout.readline() for _ in range(2)]
-    assert lines[0].startswith("no API key is in use: whoever is on this machine may ask")
-    assert lines[1] == f"serving {finished.name} at http://127.0.0.1:{port}/v1\n"
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=9)
+    store = f"--store=sqlite:///{tmp_path / 'store'}"
+    server = Fork("pplug_jax.serve", f"--plug={finished}", f"--port={port}", store, "--slots=2")
+    while not answers(port):
+        assert server.poll() is None, server.communicate(30)
+        time.sleep(0.05)
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any")
     assert chat(client).choices[0].message.content
     server.send_signal(ending)
-    assert server.wait(30) in (0, -ending)
-    assert server.stdout.read() == ""
+    lines = server.communicate(30)[0].splitlines()
+    assert server.returncode in (0, -ending)
+    assert lines[0].startswith("no API key is in use: whoever is on this machine may ask")
+    assert lines[1:] == [f"serving {finished.name} at http://127.0.0.1:{port}/v1"]
 
 
 def test_a_command_that_cannot_be(tmp_path: Path) -> None:

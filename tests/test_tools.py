@@ -1,8 +1,5 @@
 """The tools that make the bundled models: what they write goes through the ordinary loaders."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -15,33 +12,16 @@ from pplug_jax.llm import load_llm
 from pplug_jax.session.models import ASSETS
 from pplug_jax.storage import hf
 from scripts.pretrain.bpe import train_bpe
-from tests.support.environment import AS_USERS
+from tests.support.forks import Fork
 from tests.support.lamp_files import write_split
-
-# A tokenizer of few authors' texts; thousands take their time to be drawn.
-RUN = """
-from absl import app
-from scripts.pretrain import {tool} as tool
-
-tool.FOR_TOKENIZER = 20
-app.run(tool.main)
-"""
 
 
 def make(tool: str, output: Path, **settings: object) -> None:
     flags = {"steps": 2, "batch_size": 4, "vocab_size": 400, "hidden_size": 32, "layers": 1}
-    subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            RUN.format(tool=tool),
-            f"--output={output}",
-            *(f"--{name}={value}" for name, value in (flags | settings).items()),
-        ],
-        env=os.environ | {"PYTHONPATH": AS_USERS},
-        check=True,
-        capture_output=True,
-    )
+    arguments = [f"--{name}={value}" for name, value in (flags | settings).items()]
+    process = Fork("tests.support.pretraining", tool, f"--output={output}", *arguments)
+    said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
 
 
 @pytest.mark.slow

@@ -219,16 +219,19 @@ def one_device_step() -> tuple[UserEmbedder, dict]:
     return step(make_plug(48), make_llm(hidden=48, mlp=64), make_batch())
 
 
+# Of two that differ in which axis has 4 and which 2 devices, one, with the tensor's 4 if it has any.
 MESHES = [
     (slices, data, fsdp, 8 // (slices * data * fsdp))
     for slices, data, fsdp in itertools.product((1, 2, 4, 8), repeat=3)
-    if 8 % (slices * data * fsdp) == 0 and (slices == 1 or fsdp > 1)
+    if 8 % (slices * data * fsdp) == 0
+    and (slices == 1 or fsdp > 1)
+    and (slices, data, fsdp) not in {(1, 1, 4), (1, 4, 1), (1, 4, 2)}
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", MESHES, ids=str)
-def test_every_mesh_gives_the_same_step(shape: tuple[int, int, int, int]) -> None:
+def test_every_kind_of_mesh_gives_the_same_step(shape: tuple[int, int, int, int]) -> None:
     llm, batch, plug = make_llm(hidden=48, mlp=64), make_batch(), make_plug(48)
     one, metrics = one_device_step()
     slices, *others = shape

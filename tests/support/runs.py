@@ -15,6 +15,7 @@ from pplug_jax.run import run
 SMALL = {
     "data.sample_train_users": 24,
     "data.sample_eval_users": 8,
+    "data.max_input_length": 96,
     "plug.num_persona_tokens": 4,
     "plug.projector_size": 128,
     "train.batch_size": 8,
