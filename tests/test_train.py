@@ -221,7 +221,7 @@ def one_device_step() -> tuple[UserEmbedder, dict]:
     return step(make_plug(48), make_llm(hidden=48, mlp=64), make_batch())
 
 
-# Of two that differ in which axis has 4 and which 2 devices, one, with the tensor's 4 if it has any.
+# Of two that differ in which of the axes has 4 devices and which has 2, one.
 MESHES = [
     (slices, data, fsdp, 8 // (slices * data * fsdp))
     for slices, data, fsdp in itertools.product((1, 2, 4, 8), repeat=3)

@@ -69,7 +69,9 @@ class Fork:
 
 
 def _received(keeper: socket.socket) -> int:
-    return int.from_bytes(keeper.recv(4), signed=True)
+    told = keeper.recv(4)
+    assert told, "who forks has ended"  # and 0 would be the number of a whole group of processes
+    return int.from_bytes(told, signed=True)
 
 
 def _tell(fork: socket.socket, number: int) -> None:
@@ -78,7 +80,7 @@ def _tell(fork: socket.socket, number: int) -> None:
 
 @functools.cache
 def _origin() -> socket.socket:
-    """Starts what forks; it ends with this process."""
+    """Starts what forks, which ends with this process."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     command = [sys.executable, "-m", __name__, str(theirs.fileno())]
     env = os.environ | {"PYTHONPATH": AS_USERS}
