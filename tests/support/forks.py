@@ -51,14 +51,17 @@ class Fork:
         return self.returncode
 
     def communicate(self, timeout: float) -> tuple[str, str]:
-        """Its stdout and stderr, when it has ended."""
+        """Its stdout and stderr, when it has ended; they are told once."""
         if self.returncode is None:
             self._keeper.settimeout(timeout)
             self.returncode = _received(self._keeper)
+        self._keeper.close()
+        said = []
         for file in self._files:
-            file.seek(0)
-        out, err = (file.read() for file in self._files)
-        return out, err
+            with file:
+                file.seek(0)
+                said.append(file.read())
+        return said[0], said[1]
 
     def send_signal(self, sent: signal.Signals) -> None:
         if self.poll() is None:
