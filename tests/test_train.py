@@ -58,7 +58,9 @@ def test_the_loss_is_that_of_transformers(tiny_llama: Path) -> None:
     total, tokens = jax.jit(loss_fn, static_argnums=3)(plug, llm, batch, Front(1))
 
     model = transformers.LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    soft = torch.tensor(np.asarray(plug(batch.plug_inputs)))
+    soft = torch.tensor(
+        np.asarray(plug(batch.query, batch.query_mask, batch.history, batch.history_mask))
+    )
     losses = []
     for row in range(B):
         prompt = torch.tensor(batch.prompt[row][batch.prompt_mask[row]]).long()
@@ -219,7 +221,7 @@ def one_device_step() -> tuple[UserEmbedder, dict]:
     return step(make_plug(48), make_llm(hidden=48, mlp=64), make_batch())
 
 
-# Of two that differ in which axis has 4 and which 2 devices, one, if any that with 4 of `tensor`.
+# Of two that differ in which of the axes has 4 devices and which has 2, one.
 MESHES = [
     (slices, data, fsdp, 8 // (slices * data * fsdp))
     for slices, data, fsdp in itertools.product((1, 2, 4, 8), repeat=3)

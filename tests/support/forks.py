@@ -51,14 +51,17 @@ class Fork:
         return self.returncode
 
     def communicate(self, timeout: float) -> tuple[str, str]:
-        """Its stdout and stderr, when it has ended."""
+        """Its stdout and stderr, when it has ended; they are told once."""
         if self.returncode is None:
             self._keeper.settimeout(timeout)
             self.returncode = _received(self._keeper)
+        self._keeper.close()
+        said = []
         for file in self._files:
-            file.seek(0)
-        out, err = (file.read() for file in self._files)
-        return out, err
+            with file:
+                file.seek(0)
+                said.append(file.read())
+        return said[0], said[1]
 
     def send_signal(self, sent: signal.Signals) -> None:
         if self.poll() is None:
@@ -69,7 +72,9 @@ class Fork:
 
 
 def _received(keeper: socket.socket) -> int:
-    return int.from_bytes(keeper.recv(4), signed=True)
+    told = keeper.recv(4)
+    assert told, "who forks has ended"  # and 0 would be the number of a whole group of processes
+    return int.from_bytes(told, signed=True)
 
 
 def _tell(fork: socket.socket, number: int) -> None:
@@ -78,7 +83,7 @@ def _tell(fork: socket.socket, number: int) -> None:
 
 @functools.cache
 def _origin() -> socket.socket:
-    """Starts what forks; it ends with this process."""
+    """Starts what forks, which ends with this process."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     command = [sys.executable, "-m", __name__, str(theirs.fileno())]
     env = os.environ | {"PYTHONPATH": AS_USERS}
