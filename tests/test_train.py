@@ -58,9 +58,7 @@ def test_the_loss_is_that_of_transformers(tiny_llama: Path) -> None:
     total, tokens = jax.jit(loss_fn, static_argnums=3)(plug, llm, batch, Front(1))
 
     model = transformers.LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    soft = torch.tensor(
-        np.asarray(plug(batch.query, batch.query_mask, batch.history, batch.history_mask))
-    )
+    soft = torch.tensor(np.asarray(plug(batch.plug_inputs)))
     losses = []
     for row in range(B):
         prompt = torch.tensor(batch.prompt[row][batch.prompt_mask[row]]).long()
