@@ -66,7 +66,9 @@ def main(_: list[str]) -> None:
         models = Models(config, Path(scratch) / "run")
         encoder = models.encoder
 
-        def tokenize_only(texts: Sequence[str], batch_size: int, on_batch: object) -> np.ndarray:
+        def tokenize_only(
+            texts: Sequence[str], batch_size: int, on_batch: object, *, queries: bool
+        ) -> np.ndarray:
             encoder.tokenize(texts)
             on_batch(len(texts))
             return np.zeros((len(texts), encoder.size), np.float32)

@@ -54,7 +54,12 @@ class MadeUp:
     size, fingerprint = 768, "made-up"
 
     def encode(
-        self, texts: Sequence[str], batch_size: int, on_batch: Callable[[int], None]
+        self,
+        texts: Sequence[str],
+        batch_size: int,
+        on_batch: Callable[[int], None],
+        *,
+        queries: bool,
     ) -> np.ndarray:
         on_batch(len(texts))
         made = np.random.default_rng(len(texts)).standard_normal((len(texts), self.size))
@@ -64,7 +69,7 @@ class MadeUp:
 def padding(examples: Sequence[Tokenized], count: int) -> tuple[float, float, float, int]:
     """Shares of padding in an epoch's texts, prompts and queries, and the number of shapes."""
     buckets = Buckets(examples, count, 512, target_cost=0)
-    shapes = np.array(buckets.shapes)
+    shapes = np.array(buckets.shapes)[:, :3]  # the targets are no part of them
     plan = Plan(buckets.of, FLAGS.batch, 1.0, 0)
     real, padded = np.zeros(3), np.zeros(3)
     for step in range(len(plan)):
