@@ -1,8 +1,10 @@
 """The interface of an engine."""
 
+import abc
 import queue
+import threading
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -86,17 +88,23 @@ class Request:
         self.cancelled = True
 
 
-class Engine(Protocol):
+class Engine(abc.ABC):
     """A thing that goes on from prompts. Any number of threads may use it.
 
-    Attributes:
+    Args:
         longest_prompt: the most rows of a prompt.
         max_new_tokens: the most new tokens.
+        waiting: the most requests that wait.
     """
 
-    longest_prompt: int
-    max_new_tokens: int
+    def __init__(self, longest_prompt: int, max_new_tokens: int, waiting: int):
+        self.longest_prompt, self.max_new_tokens = longest_prompt, max_new_tokens
+        self.max_waiting = waiting
+        self._news = threading.Condition()  # guards _ending, _failure and all requests
+        self._ending = False
+        self._failure: BaseException | None = None
 
+    @abc.abstractmethod
     def submit(self, rows: np.ndarray, sampling: Sampling, emit: Emit) -> Request:
         """Begin to answer.
 
@@ -106,27 +114,41 @@ class Engine(Protocol):
             Unwell: the engine failed.
         """
 
-    def check(self) -> None:
-        """Raise `Unwell` if the engine failed."""
-
+    @abc.abstractmethod
     def close(self) -> None:
         """Refuse what is new, and return when all that runs has finished."""
 
+    def check(self) -> None:
+        """Raise `Unwell` if the engine failed."""
+        with self._news:
+            self._check()
 
-def check_lengths(engine: Engine, rows: np.ndarray, sampling: Sampling) -> None:
-    """Check that an engine takes a prompt and an answer of these lengths.
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise Unwell(self._told(self._failure)) from self._failure
 
-    Raises:
-        InputError: one is too long; the message names both lengths.
-    """
-    if len(rows) > engine.longest_prompt:
-        raise InputError(
-            f"the prompt has {len(rows)} tokens, and this server takes {engine.longest_prompt}"
-        )
-    if not 1 <= sampling.max_tokens <= engine.max_new_tokens:
-        raise InputError(
-            f"max_tokens must be from 1 to {engine.max_new_tokens}, not {sampling.max_tokens}"
-        )
+    def _told(self, failure: BaseException) -> str:
+        """Return what people are told of a failure."""
+        return f"the engine failed: {failure}"
+
+    def _check_lengths(self, rows: np.ndarray, sampling: Sampling) -> None:
+        """Raise `InputError`, with both lengths, if a prompt or an answer is too long."""
+        if len(rows) > self.longest_prompt:
+            raise InputError(
+                f"the prompt has {len(rows)} tokens, and this server takes {self.longest_prompt}"
+            )
+        if not 1 <= sampling.max_tokens <= self.max_new_tokens:
+            raise InputError(
+                f"max_tokens must be from 1 to {self.max_new_tokens}, not {sampling.max_tokens}"
+            )
+
+    def _check_room(self, waiting: int) -> None:
+        """Raise `Unwell` or `Busy` if no request is taken while so many wait."""
+        self._check()
+        if self._ending:
+            raise Busy("the server ends")
+        if waiting >= self.max_waiting:
+            raise Busy(f"{self.max_waiting} requests wait already; try again later")
 
 
 def tokens_of(engine: Engine, rows: np.ndarray, sampling: Sampling) -> Iterator[Token]:

@@ -13,16 +13,7 @@ from pplug_jax.feed.batches import ROUND
 from pplug_jax.llm import LLM
 from pplug_jax.llm.decoder import Context
 from pplug_jax.runtime.mesh import parts
-from pplug_jax.serve.engine.base import (
-    Busy,
-    Emit,
-    Finished,
-    Request,
-    Sampling,
-    Token,
-    Unwell,
-    check_lengths,
-)
+from pplug_jax.serve.engine.base import Emit, Engine, Finished, Request, Sampling, Token
 from pplug_jax.serve.engine.slots import programs
 
 CONTEXTS = 8  # beginnings of prompts that are kept as they were read
@@ -35,7 +26,7 @@ class _Running(NamedTuple):
     left: int
 
 
-class JaxEngine:
+class JaxEngine(Engine):
     """An engine for every LLM that this package has, on CPUs, GPUs and TPUs.
 
     All programs are compiled when it is made. One thread admits requests to free slots, and then
@@ -64,19 +55,14 @@ class JaxEngine:
         waiting: int = 256,
         own_rows: int = 0,
     ):
-        self.llm, self.mesh = llm, mesh
-        self.longest_prompt, self.max_new_tokens = longest_prompt, max_new_tokens
-        self.max_waiting = waiting
-        self.own_rows = own_rows
+        super().__init__(longest_prompt, max_new_tokens, waiting)
+        self.llm, self.mesh, self.own_rows = llm, mesh, own_rows
         self._contexts: collections.OrderedDict[bytes, Context] = collections.OrderedDict()
         columns = self._lengths()[-1] + own_rows
         self._programs = programs(llm, mesh, slots, columns, max_new_tokens)
         self._stops = frozenset(llm.config.eos_ids)
         self._waiting: collections.deque[Request] = collections.deque()
         self._running: list[_Running | None] = [None] * slots
-        self._news = threading.Condition()  # guards _waiting, _ending and _failure
-        self._ending = False
-        self._failure: BaseException | None = None
         self._time = 0
         # Alone, one need not wait for all slots' sums. Several devices share the slots as they lie.
         whole = parts(mesh, "batch") > 1
@@ -110,25 +96,13 @@ class JaxEngine:
         return len(self._waiting)
 
     def submit(self, rows: np.ndarray, sampling: Sampling, emit: Emit) -> Request:
-        check_lengths(self, rows, sampling)
+        self._check_lengths(rows, sampling)
         request = Request(rows, sampling, emit)
         with self._news:
-            self._check()
-            if self._ending:
-                raise Busy("the server ends")
-            if len(self._waiting) >= self.max_waiting:
-                raise Busy(f"{self.max_waiting} requests wait already; try again later")
+            self._check_room(self.waiting)
             self._waiting.append(request)
             self._news.notify()
         return request
-
-    def check(self) -> None:
-        with self._news:
-            self._check()
-
-    def _check(self) -> None:
-        if self._failure is not None:
-            raise Unwell(f"the engine failed: {self._failure}") from self._failure
 
     def close(self) -> None:
         with self._news:
@@ -146,7 +120,7 @@ class JaxEngine:
         except BaseException as error:  # noqa: BLE001  of any kind: nobody else may wait for it
             with self._news:
                 self._failure = error
-            ended = Finished("error", f"the engine failed: {error}")
+            ended = Finished("error", self._told(error))
             for request in [entry.request for entry in self._running if entry] + [*self._waiting]:
                 request.emit(ended)
             self._running = [None] * len(self._running)
@@ -171,15 +145,18 @@ class JaxEngine:
                     self._tell_one(slot, *self._admit(slot, request))
 
     def _admit(self, slot: int, request: Request) -> tuple[int, float]:
-        rows, sampling, context = request.rows, request.sampling, None
+        rows, sampling = request.rows, request.sampling
         if self.own_rows:
             shared = max(0, len(rows) - self.own_rows)
-            context, rows = self._context(rows[:shared]), rows[shared:]
+            context = self._context(rows[:shared])
+            prompt = _padded(rows[shared:], self.own_rows)
+        else:
+            context, prompt = None, self._padded(rows)
         self._running[slot] = _Running(request, sampling.max_tokens)
         self._slots, token, log_probability = self._programs.admit(
             self.llm,
             self._slots,
-            *(_padded(rows, self.own_rows) if self.own_rows else self._padded(rows)),
+            *prompt,
             np.int32(slot),
             np.float32(sampling.temperature),
             np.float32(sampling.top_p),

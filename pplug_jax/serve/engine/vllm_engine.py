@@ -14,16 +14,7 @@ import numpy as np
 
 from pplug_jax.errors import InputError
 from pplug_jax.llm import LLM
-from pplug_jax.serve.engine.base import (
-    Busy,
-    Emit,
-    Finished,
-    Request,
-    Sampling,
-    Token,
-    Unwell,
-    check_lengths,
-)
+from pplug_jax.serve.engine.base import Emit, Engine, Finished, Request, Sampling, Token
 from pplug_jax.serve.engine.torch_file import prompt_embeds
 
 PAUSE = 1.0  # seconds between two looks whether the server is well
@@ -55,7 +46,7 @@ class _Asked(Request):
         self.engine.call(lambda: self.task.cancel())
 
 
-class VllmEngine:
+class VllmEngine(Engine):
     """An engine that asks a server, which has the LLM that the plug was trained with.
 
     The server reads whole prompts as embeddings. One thread sends all requests and reads all
@@ -84,15 +75,11 @@ class VllmEngine:
         slots: int = 32,
         waiting: int = 256,
     ):
-        self.url = url.rstrip("/")
-        self.longest_prompt, self.max_new_tokens = longest_prompt, max_new_tokens
-        self.slots, self.max_waiting = slots, waiting
+        super().__init__(longest_prompt, max_new_tokens, waiting)
+        self.url, self.slots = url.rstrip("/"), slots
         self._size, self._dtype = llm.config.hidden_size, jnp.dtype(llm.embedding.dtype)
         self._stops = list(llm.config.eos_ids)
         self._requests: set[_Asked] = set()
-        self._news = threading.Condition()  # guards _requests, _ending and _failure
-        self._ending = False
-        self._failure: Exception | None = None
         self.running = 0  # requests that the server was given
         self._loop = asyncio.new_event_loop()
         begun: concurrent.futures.Future[None] = concurrent.futures.Future()
@@ -109,27 +96,15 @@ class VllmEngine:
         return len(self._requests) - self.running
 
     def submit(self, rows: np.ndarray, sampling: Sampling, emit: Emit) -> Request:
-        check_lengths(self, rows, sampling)
+        self._check_lengths(rows, sampling)
         request = _Asked(self, rows, sampling, emit)
         with self._news:
-            self._check()
-            if self._ending:
-                raise Busy("the server ends")
-            if len(self._requests) >= self.slots + self.max_waiting:
-                raise Busy(f"{self.max_waiting} requests wait already; try again later")
+            self._check_room(len(self._requests) - self.slots)
             self._requests.add(request)
         self.call(lambda: self._begin(request))
         return request
 
-    def check(self) -> None:
-        with self._news:
-            self._check()
-
-    def _check(self) -> None:
-        if self._failure is not None:
-            raise Unwell(self._told(self._failure)) from self._failure
-
-    def _told(self, failure: Exception) -> str:
+    def _told(self, failure: BaseException) -> str:
         return f"{self.url} failed: {_said(failure)}"
 
     def close(self) -> None:
@@ -314,6 +289,6 @@ def _refusal(status: int, content: bytes) -> Exception:
     return _Refused(f"it answers {status}: {said}")
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     kind = type(error).__name__
     return f"no server answers ({kind})" if isinstance(error, httpx.HTTPError) else str(error)
