@@ -175,9 +175,7 @@ def read_variants(text: str) -> dict[str, Changes]:
         parsed = ast.literal_eval(text) if text else {}
         variants = {name: tuple(settings.items()) for name, settings in parsed.items()}
         assert all(isinstance(name, str) and re.fullmatch(r"[\w+-]+", name) for name in variants)
-        assert all(
-            isinstance(field, str) for _, settings in variants.items() for field, _ in settings
-        )
+        assert all(isinstance(field, str) for each in variants.values() for field, _ in each)
     except (ValueError, SyntaxError, AttributeError, AssertionError) as error:
         raise ConfigError(
             "config.variants must be names with the settings that they change, as in "
