@@ -11,7 +11,7 @@ from flax import nnx
 
 from pplug_jax.methods.table import METHODS, Method
 from pplug_jax.plan.programs import Programs
-from pplug_jax.plugs.base import Kind, parameter_count
+from pplug_jax.plugs.base import Kind, Plug, parameter_count
 from pplug_jax.plugs.reading import Reading
 from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.run import run
@@ -22,7 +22,7 @@ from pplug_jax.settings import Settings
 from tests.support.runs import results_of, small_config
 
 
-class SharedPrompt(nnx.Module):
+class SharedPrompt(Plug):
     def __init__(self, tokens: int, size: int, scale: jax.Array, *, rngs: nnx.Rngs):
         drawn = jax.random.normal(rngs.params(), (tokens, size)) * scale / size**0.5
         self.prompt = nnx.Param(drawn, axes=("tokens", "llm"))

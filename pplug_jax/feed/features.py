@@ -83,9 +83,8 @@ def of_history(
         means: returns the means of the items' peers, (n, E); called at most once.
     """
     peers = means() if compare_with_peers(names) else vectors
-    return {
-        name: item_features[name]
-        if FEATURES[name].of_items
-        else FEATURES[name].of_peers(vectors, peers)
-        for name in names
-    }
+    features = {}
+    for name in names:
+        compare = FEATURES[name].of_peers
+        features[name] = compare(vectors, peers) if compare else item_features[name]
+    return features

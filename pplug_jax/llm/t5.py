@@ -15,6 +15,7 @@ import transformers
 from flax import nnx
 
 from pplug_jax.llm.decoder import (
+    Context,
     ACTIVATIONS,
     mean_norm,
     positions,
@@ -329,11 +330,13 @@ class T5(nnx.Module):
         targets: jax.Array,
         target_mask: jax.Array,
         remat: bool = False,
+        context: Context | None = None,
     ) -> jax.Array:
         """Return the hidden state that predicts each target token, as `Decoder.target_hidden` does.
 
         The targets' padding stands behind them, where no token sees it.
         """
+        assert context is None  # an encoder reads the whole prompt at once
         start = jnp.full_like(targets[:, :1], self.config.start_id)
         tokens = jnp.concatenate([start, targets[:, :-1]], axis=1)
         return self.decode(tokens, self.encode(inputs_embeds, mask, remat), mask, remat)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 from flax import nnx
@@ -14,16 +14,18 @@ from pplug_jax.plugs.reading import Reading
 from pplug_jax.settings import Settings
 
 
-class Plug(Protocol):
-    """An `nnx.Module` whose trained parameters are `nnx.Param`."""
+class Plug(nnx.Module):
+    """What a method trains: its trained parameters are `nnx.Param`."""
 
     def adapt(
         self, llm: LLM, batch: Batch, reading: Reading, remat: bool
     ) -> tuple[LLM, jax.Array | None]:
         """Return the LLM as the plug changes it, and the plug's soft tokens (B, s, D), if any."""
+        raise NotImplementedError
 
     def trained(self, reading: Reading) -> int:
         """Return how many parameters training changes if the plug reads users so."""
+        raise NotImplementedError
 
 
 class Kind(NamedTuple):
@@ -39,14 +41,14 @@ class Kind(NamedTuple):
         features: returns the features of history items that the plug reads.
     """
 
-    build: Callable[[Settings, LLM, Bert | None, jax.Array, jax.Array], nnx.Module]
+    build: Callable[[Settings, LLM, Bert | None, jax.Array, jax.Array], Plug]
     reads_input: bool = False
     trains_encoder: Callable[[Settings], bool] = lambda config: False
     soft_tokens: Callable[[Settings, Reading], int] = lambda config, reading: 0
     features: Callable[[Settings], tuple[str, ...]] = lambda config: ()
 
 
-def parameter_count(module: nnx.Module, *filters: type[nnx.Variable]) -> int:
-    """Count the parameters of a module, or those that the filters select."""
-    variables = nnx.to_flat_state(nnx.state(module, *filters))
+def parameter_count(module: nnx.Module, kind: type[nnx.Variable] = nnx.Variable) -> int:
+    """Count the parameters of a module, or those of one kind."""
+    variables = nnx.to_flat_state(nnx.state(module, kind))
     return sum(math.prod(variable.get_value().shape) for _, variable in variables)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pplug_jax.feed.batches import Batch
 from pplug_jax.llm import LLM
-from pplug_jax.llm.decoder import Context
+from pplug_jax.llm.decoder import Context, Decoder
 from pplug_jax.llm.generate import generate
 from pplug_jax.llm.loss import cross_entropy
 from pplug_jax.llm.prompts import Front, Place
@@ -33,7 +33,7 @@ def inputs_embeds(
     place: Place,
     target: jax.Array | None = None,
     target_mask: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, dict[str, Context]]:
+) -> tuple[jax.Array, jax.Array, Context | None]:
     """Return a prompt's embeddings with the soft tokens in their place, and the target behind them.
 
     Args:
@@ -48,11 +48,11 @@ def inputs_embeds(
         target_mask: (B, T) bool.
 
     Returns:
-        embeddings (B, S, D), their mask (B, S), and the `context` that they go on from, if any.
+        embeddings (B, S, D), their mask (B, S), and what they go on from, if anything.
     """
     embeds = llm.embed(text)
     if soft is None:
-        return embeds, mask, {}
+        return embeds, mask, None
     soft = soft.astype(embeds.dtype)
     soft_mask = jnp.ones(soft.shape[:2], bool)
     if isinstance(place, Front):
@@ -60,18 +60,19 @@ def inputs_embeds(
         return (
             jnp.concatenate([embeds[:, :n], soft, embeds[:, n:]], axis=1),
             jnp.concatenate([mask[:, :n], soft_mask, mask[:, n:]], axis=1),
-            {},
+            None,
         )
+    assert isinstance(llm, Decoder)  # `Models` refuses others
     # Nothing here depends on the plug, unless that changes the LLM. So JAX differentiates none of
     # it, and keeps keys and values alone.
     context = llm.read(embeds, mask)
     suffix = jnp.array(place.suffix, jnp.int32)
     tokens = jnp.broadcast_to(suffix, (len(soft), len(suffix)))
     mask = jnp.pad(soft_mask, ((0, 0), (0, len(suffix))), constant_values=True)
-    if target is not None:  # nothing is predicted from its last token
+    if target is not None and target_mask is not None:  # nothing is predicted from its last token
         tokens = jnp.concatenate([tokens, target[:, :-1]], axis=1)
         mask = jnp.concatenate([mask, target_mask[:, 1:]], axis=1)
-    return jnp.concatenate([soft, llm.embed(tokens)], axis=1), mask, {"context": context}
+    return jnp.concatenate([soft, llm.embed(tokens)], axis=1), mask, context
 
 
 def token_losses(
@@ -86,7 +87,7 @@ def token_losses(
     llm, soft = adapt(weights, llm, batch, reading, remat)
     target = batch.target, batch.target_mask
     embeds, mask, context = inputs_embeds(llm, soft, batch.text, batch.text_mask, place, *target)
-    hidden = llm.target_hidden(embeds, mask, *target, remat, **context)
+    hidden = llm.target_hidden(embeds, mask, *target, remat, context)
     return cross_entropy(llm, hidden, batch.target) * batch.target_mask
 
 
@@ -109,7 +110,7 @@ def continuation(
         **decoding: settings of `generate`.
     """
     embeds, embeds_mask, context = inputs_embeds(llm, soft, prompt, mask, place)
-    return generate(llm, embeds, embeds_mask, **decoding, **context)
+    return generate(llm, embeds, embeds_mask, **decoding, context=context)
 
 
 @functools.partial(

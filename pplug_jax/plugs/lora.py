@@ -4,15 +4,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pplug_jax.encoder.bert import Bert
 from pplug_jax.feed.batches import Batch
 from pplug_jax.llm import LLM
 from pplug_jax.nn.linear import Adapted
-from pplug_jax.plugs.base import Kind, parameter_count
+from pplug_jax.plugs.base import Kind, Plug, parameter_count
 from pplug_jax.plugs.reading import Reading
 from pplug_jax.settings import LoraSettings, Settings
 
 
-class Lora(nnx.Module):
+class Lora(Plug):
     """An update of every kernel of every layer, which is 0 at initialisation.
 
     Args:
@@ -43,7 +44,7 @@ class Lora(nnx.Module):
             if len(kernel.shape) == 3:  # only the layers' kernels are stacks of matrices
                 layers, inputs, outputs = kernel.shape
                 _, *axes = variable.get_metadata("axes")
-                name = ".".join(path)
+                name = ".".join(map(str, path))
                 down[name] = param(
                     (layers, inputs, rank), ("layers", axes[0], "rank"), inputs**-0.5
                 )
@@ -56,7 +57,7 @@ class Lora(nnx.Module):
         graph, state = nnx.split(llm)
         flat = []
         for path, variable in nnx.to_flat_state(state):
-            if (name := ".".join(path)) in self.down:
+            if (name := ".".join(map(str, path))) in self.down:
                 update = self.down[name][...], self.up[name][...] * self.scale
                 variable = variable.replace(Adapted(variable.get_value(), *update))
             flat.append((path, variable))
@@ -69,7 +70,9 @@ class Lora(nnx.Module):
         return parameter_count(self, nnx.Param)
 
 
-def _build(config: Settings, llm: LLM, encoder: None, scale: jax.Array, key: jax.Array) -> Lora:
+def _build(
+    config: Settings, llm: LLM, encoder: Bert | None, scale: jax.Array, key: jax.Array
+) -> Lora:
     return Lora(llm, config.lora, rngs=nnx.Rngs(key))
 
 

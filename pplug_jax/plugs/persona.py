@@ -30,7 +30,7 @@ from pplug_jax.feed.batches import Batch, PlugInputs
 from pplug_jax.feed.features import FEATURES
 from pplug_jax.llm import LLM
 from pplug_jax.nn.variables import Frozen
-from pplug_jax.plugs.base import Kind, parameter_count
+from pplug_jax.plugs.base import Kind, Plug, parameter_count
 from pplug_jax.plugs.reading import PAPER, Reading, features_of, soft_tokens
 from pplug_jax.runtime.mesh import rows
 from pplug_jax.settings import PlugSettings, Settings
@@ -113,7 +113,7 @@ def pool(weights: jax.Array, units: jax.Array) -> jax.Array:
     return jnp.einsum("bh,bhd->bd", weights.astype(units.dtype), units)
 
 
-class UserEmbedder(nnx.Module):
+class UserEmbedder(Plug):
     """The paper's plug.
 
     Args:
@@ -249,9 +249,10 @@ def _trains_encoder(config: Settings) -> bool:
 
 
 def _build(
-    config: Settings, llm: LLM, encoder: Bert, scale: jax.Array, key: jax.Array
+    config: Settings, llm: LLM, encoder: Bert | None, scale: jax.Array, key: jax.Array
 ) -> UserEmbedder:
     """Make a plug whose Enc_inp is `encoder`, if it is trained; the key draws the other parts."""
+    assert encoder is not None  # as `Kind.reads_input` asks
     return UserEmbedder(
         encoder if _trains_encoder(config) else None,
         encoder.config.hidden_size,

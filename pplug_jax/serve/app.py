@@ -108,6 +108,10 @@ def _told(error: Exception) -> JSONResponse:
     return _error(500, "server_error", "the server has a fault; its log says where")
 
 
+def _line(error: Exception) -> str:
+    return bytes(_told(error).body).decode()
+
+
 class _TooLarge(Exception):
     """A request's body is larger than may be."""
 
@@ -358,7 +362,7 @@ def make_app(service: Service, *, ui: bool = True) -> FastAPI:
                 while left:
                     told = await queue.get()
                     if isinstance(told, Exception):
-                        yield f"data: {_told(told).body.decode()}\n\n"
+                        yield f"data: {_line(told)}\n\n"
                         return
                     yield event(choice(*told, part=True))
                     left -= told[3] is not None
@@ -411,7 +415,7 @@ def make_app(service: Service, *, ui: bool = True) -> FastAPI:
                     try:
                         yield json.dumps(await done) + "\n"
                     except (InputError, Unwell) as error:
-                        yield _told(error).body.decode() + "\n"
+                        yield _line(error) + "\n"
                         return
             finally:
                 for task in tasks:

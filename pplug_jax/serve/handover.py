@@ -230,7 +230,7 @@ def _check_same(
         )
 
 
-def _arrays(plug: UserEmbedder) -> dict[str, Any]:
+def _arrays(plug: nnx.Module) -> dict[str, Any]:
     """Return the plug's arrays by the names that the file has."""
     flat = nnx.to_flat_state(nnx.state(plug))
     return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
@@ -254,6 +254,7 @@ def _read_weights(models: Models, path: Path) -> UserEmbedder:
             f"{path}: {wrong[0]} is {present.get(wrong[0], 'missing')}, and {PLUG_CONFIG} asks for "
             f"{wanted.get(wrong[0], 'none')}; export the plug again"
         )
+    assert isinstance(abstract, UserEmbedder)  # as METHOD's are
     graph, state = nnx.split(abstract)
     places = nnx.to_flat_state(shardings(abstract, models.mesh))
     flat = [

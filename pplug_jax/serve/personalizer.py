@@ -86,7 +86,9 @@ def _read_run(workdir: epath.PathLike) -> tuple[Models, UserEmbedder]:
             f"{METHOD.name!r} can be served; train it (config.methods)"
         )
     models = Models(config, workdir)
-    return models, restore_weights(models, METHOD, config, workdir)
+    plug = restore_weights(models, METHOD, config, workdir)
+    assert isinstance(plug, UserEmbedder)  # as METHOD's are
+    return models, plug
 
 
 def export(workdir: epath.PathLike, output: Path) -> None:
@@ -221,9 +223,9 @@ class Personalizer:
         """
         tokenizer, behind = self.models.tokenizer, self.layout.behind
         check_input(input)
-        ids = tokenizer.prompt(input, self.models.config.data.max_input_length, behind)
-        before = len(ids) if behind else len(tokenizer.prefix)
-        ids = [*ids, *(tokenizer.suffix if behind else [])]
+        prompt = tokenizer.prompt(input, self.models.config.data.max_input_length, behind)
+        before = len(prompt) if behind else len(tokenizer.prefix)
+        ids = [*prompt, *(tokenizer.suffix if behind else [])]
         padded, _ = row(ids, padded_length(len(ids)))
         text = np.asarray(_embed(self.models.embedding, padded), np.float32)[0, : len(ids)]
         return np.concatenate([text[:before], soft, text[before:]])
@@ -317,7 +319,7 @@ class Personalizer:
             InputError: as `soft_prompt`.
         """
         items = check_history(self.models.task, history, sort_by_date=False)
-        return self._encode([self.models.item_text(item) for item in items]).astype(np.float16)
+        return self._encode(self._texts(items)).astype(np.float16)
 
     def _soft_prompts(
         self, query: tuple[np.ndarray, np.ndarray], histories: Sequence[History]
@@ -362,12 +364,16 @@ class Personalizer:
         (ids,) = encoder.queries([text])
         return row(ids, min(padded_length(len(ids)), encoder.model.config.max_length))
 
+    def _texts(self, items: Sequence[str | Item]) -> list[str]:
+        text = self.models.item_text
+        return [item if isinstance(item, str) else text(item) for item in items]
+
     def _read(self, history: History) -> tuple[list[str], dict[str, np.ndarray]]:
         """Return the newest items' texts, and the features that the whole history gives them."""
         models = self.models
         by_date = models.config.data.sort_by_date
         history = check_history(models.task, history, sort_by_date=by_date)
-        texts = [item if isinstance(item, str) else models.item_text(item) for item in history]
+        texts = self._texts(history)
         items = [{} if isinstance(item, str) else item for item in history]
         newest = slice(-models.config.data.max_history, None)
         item_features = of_items(self.features, models.task, items)
@@ -377,6 +383,7 @@ class Personalizer:
         self, texts: Sequence[str], item_features: dict[str, np.ndarray], vectors: np.ndarray
     ) -> dict[str, np.ndarray]:
         def means() -> np.ndarray:
+            assert self.peers is not None  # as some feature compares with them
             store = self.models.store
             known = store.rows([text for text in texts if text in store])
             return self.peers.means_of(vectors, known)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from pplug_jax.feed.batches import Batch
 from pplug_jax.llm import LLM
 from pplug_jax.llm.prompts import Place
+from pplug_jax.plugs.base import Plug
 from pplug_jax.plugs.reading import Reading
 from pplug_jax.storage.scalars import read_scalars
 from pplug_jax.storage.workdir import METRICS
@@ -20,7 +21,7 @@ RISE = 1.0  # nats a token: 2.7 times the perplexity
 USELESS = 0.1  # nats above the LLM's own, at a training's end
 
 
-class _Nothing:
+class _Nothing(Plug):
     """Weights that change nothing: no soft tokens, wherever they would stand."""
 
     def adapt(self, llm: LLM, batch: Batch, reading: Reading, remat: bool) -> tuple[LLM, jax.Array]:

@@ -148,7 +148,7 @@ def admit(
     return Slots(values.cache, *updated), token[0], log_probability[0]
 
 
-def read(llm: LLM, rows: jax.Array, mask: jax.Array) -> Context:
+def read(llm: Decoder, rows: jax.Array, mask: jax.Array) -> Context:
     """Read what prompts begin with, (1, L, D) with mask (1, L) bool, for `admit` to go on from."""
     return llm.read(rows, mask)
 
