@@ -22,6 +22,10 @@ _ROOMS = {
 __all__ = ["Personalizer", "generate", "load_encoder", "load_llm", "score"]
 
 
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
 def __getattr__(name: str) -> Any:
     if name not in _ROOMS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

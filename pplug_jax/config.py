@@ -175,7 +175,8 @@ def _check_variant(config: Settings, variant: Method, settings: Changes) -> None
                 "plug and train make another plug"
             )
         kind = type(known[field])
-        if value is None or isinstance(value, bool) != (kind is bool):
+        accepted = {float: (float, int), tuple: (tuple, list)}.get(kind, kind)
+        if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
             raise ConfigError(f"{where} has {field} = {value!r}, which is no {kind.__name__}")
     try:
         changed = configured(config, variant, 0)

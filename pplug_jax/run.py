@@ -26,7 +26,7 @@ from pplug_jax.data.tasks import TASKS
 from pplug_jax.errors import ConfigError, DataError, InputError
 from pplug_jax.evaluate.compare import compare_methods
 from pplug_jax.evaluate.run import evaluate
-from pplug_jax.methods.table import asked_for, configured
+from pplug_jax.methods.table import asked_for, configured, read_variants
 from pplug_jax.plugs.base import parameter_count
 from pplug_jax.plugs.reading import soft_tokens
 from pplug_jax.runtime.console import say
@@ -130,7 +130,7 @@ def check_files(config: Settings, mode: str) -> None:
     bad = check_data(existing_directory(config, config.data.train_split), task, splits)
     if bad:
         raise InputError(
-            f"{bad} bad records, listed above; mend them, or leave them out with "
+            f"bad records, listed above: {bad}; mend them, or leave them out with "
             "--config.data.on_error=skip"
         )
 
@@ -143,6 +143,8 @@ def run(given: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
         return
     if mode in ("evaluate", "train_and_evaluate", "compare"):
         check_metrics(config.task)
+    if idle := [name for name in read_variants(config.variants) if name not in config.methods]:
+        say(f"config.variants: not in config.methods, and so not run: {', '.join(idle)}")
     bad: list[DataError] = []
     on_bad = bad.append if config.data.on_error == "skip" else raise_bad
     trained = any(method.trained for method in asked_for(config))

@@ -40,8 +40,12 @@ def check_data(directory: Path, task: Task, splits: Sequence[str] = ()) -> int:
         examples = lamp.read(directory, split, task, sort_by_date=False, on_bad=bad.append)
         _describe(split, examples, len(bad))
         for error in bad:
-            line = "" if error.line is None else f", line {error.line}"
-            say(f"  {Path(error.file).name}{line}: {error.where}: {error.problem}")
+            place = f"line {error.line}"
+            if error.line is None or error.where.startswith(place):
+                place = error.where
+            else:
+                place += f": {error.where}"
+            say(f"  {Path(error.file).name}: {place}: {error.problem}")
         count += len(bad)
     return count
 

@@ -59,8 +59,8 @@ def _field(record: Any, field: str, kind: type | tuple[type, ...], where: str) -
     # JSON's true and false are no numbers, though Python's are.
     if not isinstance(value, kind) or isinstance(value, bool):
         kinds = kind if isinstance(kind, tuple) else (kind,)
-        told = " or ".join(k.__name__ for k in kinds)
-        raise _Bad(where, f"the field {field!r} must be {told}, not {type(value).__name__}")
+        names = " or ".join(k.__name__ for k in kinds)
+        raise _Bad(where, f"the field {field!r} must be {names}, not {type(value).__name__}")
     if isinstance(value, float) and not math.isfinite(value):
         raise _Bad(where, f"the field {field!r} is {value}, no value; leave the field out")
     if isinstance(value, str):

@@ -51,7 +51,9 @@ def existing_directory(config: Settings, split: str) -> Path:
         names = lamp.expected_files(TASKS[config.task], part_of(split)[0])
         raise ConfigError(
             f"config.data.path: there is no directory {str(directory)!r}; it should hold "
-            f"{names} (docs/data.md); LaMP's public files come with --mode=download"
+            f"{names} (docs/data.md)"
+            + "; --mode=download brings LaMP's public files"
+            * config.task.startswith("LaMP_")
         )
     return directory
 
@@ -96,6 +98,6 @@ def report_bad(workdir: Path, bad: Sequence[DataError]) -> None:
         ({"file": e.file, "line": e.line, "record": e.where, "problem": e.problem} for e in bad),
     )
     say(
-        f"{len(bad)} bad records are left out (config.data.on_error=skip) and listed in {path}; "
+        f"bad records left out (config.data.on_error=skip): {len(bad)}, listed in {path}; "
         f"the first: {bad[0]}"
     )

@@ -31,7 +31,14 @@ from pplug_jax.session.inputs import history_rows, tokenize
 from pplug_jax.session.weights import restore_weights
 from pplug_jax.settings import Settings
 from pplug_jax.storage.files import write_json, write_text
-from pplug_jax.storage.workdir import METRICS, RESULTS, plot_path, predictions_path, seed_path
+from pplug_jax.storage.workdir import (
+    METRICS,
+    plot_path,
+    predictions_path,
+    results_path,
+    seed_path,
+    table_path,
+)
 from pplug_jax.train.inputs import TrainingInputs
 from pplug_jax.train.loop import Trainer
 from pplug_jax.train.meter import training_seconds
@@ -88,7 +95,7 @@ def compare_methods(models: Models, train: Sequence[Example], held_out: Sequence
                 )
     results = summary(models, held_out, runs)
     results["facts"] = facts(models)
-    write_json(workdir / f"{RESULTS}.json", results)
+    write_json(results_path(workdir), results)
     write_tables(results, workdir)
 
 
@@ -229,7 +236,8 @@ def write_tables(results: dict[str, Any], workdir: Path) -> None:
         "the paired bootstrap's over users; * is p < 0.05 by the paired permutation test."
     )
     parts = [f"## {caption}\n\n{markdown(*table)}" for caption, table in tables.items()]
-    write_text(workdir / f"{RESULTS}.md", "\n\n".join([*parts, note, ""]).removeprefix("#"))
+    path = results_path(workdir)
+    write_text(table_path(path), "\n\n".join([*parts, note, ""]).removeprefix("#"))
     say(note)
     if all(first in entry for entry in results["methods"].values()):
-        plot_results(results, first, plot_path(workdir, RESULTS))
+        plot_results(results, first, plot_path(workdir, path.stem))

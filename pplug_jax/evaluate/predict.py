@@ -39,7 +39,13 @@ from pplug_jax.session.weights import abstract_weights
 from pplug_jax.settings import Settings
 from pplug_jax.storage.checkpoint import Checkpoints
 from pplug_jax.storage.files import read_text, write_json
-from pplug_jax.storage.workdir import checkpoints_path, personas_path, predictions_path
+from pplug_jax.storage.workdir import (
+    about_path,
+    checkpoints_path,
+    judged_path,
+    personas_path,
+    predictions_path,
+)
 from pplug_jax.train.user_lora import UserLoras
 
 
@@ -198,7 +204,7 @@ def answer_examples(
     """
     task, split = models.task, config.data.eval_split
     path = predictions_path(directory, split, method.name)
-    about = path.with_suffix(".about.json")
+    about = about_path(path)
     step = None
     if method.plug:
         trained_path = checkpoints_path(directory, method.plug)
@@ -234,7 +240,7 @@ def answer_examples(
     )
     submission.write(path, task, answers.texts)
     if task.judged:
-        submission.write_judged(path.with_suffix(".judge.jsonl"), task, examples, answers.texts)
+        submission.write_judged(judged_path(path), task, examples, answers.texts)
     if isinstance(trained, UserEmbedder) and method.history == "own":
         write_personas(models, method, config, trained, examples, inputs, directory)
     write_json(about, {k: v for k, v in answers._asdict().items() if k != "texts"})

@@ -22,7 +22,7 @@ from pplug_jax.session.inputs import tokenize
 from pplug_jax.session.weights import restore_weights
 from pplug_jax.settings import Settings
 from pplug_jax.storage.files import read_object, write_json, write_text
-from pplug_jax.storage.workdir import CONFIG, RESULTS, plot_path
+from pplug_jax.storage.workdir import CONFIG, plot_path, results_path, table_path
 
 
 def statistics_of(
@@ -55,7 +55,7 @@ def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
     # Another split than the workdir's own leaves that one's results as they are.
     workdir_split = read_object(workdir / CONFIG)["data"]["eval_split"]
     split = config.data.eval_split
-    stem = RESULTS if split == workdir_split else f"{RESULTS}.{split}"
+    path = results_path(workdir, "" if split == workdir_split else split)
     results = empty_results(config, examples)
 
     @functools.cache
@@ -84,14 +84,14 @@ def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
         del facts["texts"], facts["losses"]
         results["methods"][name] = {"about": method.about} | facts
         results["methods"][name] |= scores(statistics[name], config.eval.bootstrap_samples, users)
-        write_json(workdir / f"{stem}.json", results)
+        write_json(path, results)
 
     if any(statistics.values()):
         remarks = verdicts(statistics, task.metrics[0], config.eval.bootstrap_samples, users)
         header, rows = _cells(results)
         lines = [markdown(header, rows), "", *(f"- {line}" for line in remarks)]
         show_table(title_of(results), header, rows)
-        plot_results(results, task.metrics[0], plot_path(workdir, stem))
+        plot_results(results, task.metrics[0], plot_path(workdir, path.stem))
     else:
         why = (
             "The split's outputs are withheld"
@@ -100,7 +100,7 @@ def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
         )
         lines = remarks = [f"{why}: predictions are written, nothing is scored."]
     title = f"# {title_of(results)}"
-    write_text(workdir / f"{stem}.md", "\n".join([title, "", *lines, ""]))
+    write_text(table_path(path), "\n".join([title, "", *lines, ""]))
     for line in remarks:
         say(line)
     show_examples(models, examples, texts)

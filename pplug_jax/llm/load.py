@@ -89,11 +89,12 @@ def _read_config(path: str | Path) -> tuple[Family, transformers.PreTrainedConfi
         config = transformers.CONFIG_MAPPING[model_type].from_dict(settings).get_text_config()
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path}/config.json: {error}") from error
-    file, told = Path(path) / "config.json", {}
+    # generation_config.json has the last word, as in transformers.
+    file, generating = Path(path) / "config.json", {}
     if (generation := Path(path) / "generation_config.json").is_file():
-        file, told = generation, read_object(generation)  # as in transformers, with the last word
+        file, generating = generation, read_object(generation)
     for field in ("eos_token_id", "pad_token_id"):
-        value = told.get(field, getattr(config, field, None))
+        value = generating.get(field, getattr(config, field, None))
         ids = value if isinstance(value, list) and field.startswith("eos") else [value]
         if not all(id is None or (isinstance(id, int) and not isinstance(id, bool)) for id in ids):
             raise InputError(f"{file}: {field} must be a token's id, not {value!r}")

@@ -15,8 +15,8 @@ import transformers
 from flax import nnx
 
 from pplug_jax.llm.decoder import (
-    Context,
     ACTIVATIONS,
+    Context,
     mean_norm,
     positions,
     rms_norm,

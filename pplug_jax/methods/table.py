@@ -169,18 +169,24 @@ def read_variants(text: str) -> dict[str, Changes]:
     """Read `config.variants`, as "{'k16': {'plug.num_persona_tokens': 16}}", as {name: settings}.
 
     Raises:
-        ConfigError: the text is malformed, or a name is another method's.
+        ConfigError: the text is malformed, a name is given twice, or it is another method's.
     """
     try:
         parsed = ast.literal_eval(text) if text else {}
         variants = {name: tuple(settings.items()) for name, settings in parsed.items()}
         assert all(isinstance(name, str) and re.fullmatch(r"[\w+-]+", name) for name in variants)
-        assert all(isinstance(field, str) for each in variants.values() for field, _ in each)
+        fields = (field for settings in variants.values() for field, _ in settings)
+        assert all(isinstance(field, str) for field in fields)
     except (ValueError, SyntaxError, AttributeError, AssertionError) as error:
         raise ConfigError(
             "config.variants must be names with the settings that they change, as in "
             "\"{'k16': {'plug.num_persona_tokens': 16}}\""
         ) from error
+    for node in ast.walk(ast.parse(text.strip() or "{}")):
+        if isinstance(node, ast.Dict):  # of equal keys, a dict keeps the last
+            names = [ast.unparse(key) for key in node.keys if key]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ConfigError(f"config.variants: {twice[0]} is given twice")
     if taken := sorted(variants.keys() & METHODS.keys()):
         raise ConfigError(f"config.variants: {taken[0]!r} is a method already; take another name")
     return variants

@@ -95,8 +95,8 @@ function swatch(method) {
 function intervals(place, rows, label) {
   const left = Math.min(170, 16 + 7.2 * Math.max(...rows.map((row) => row.name.length)));
   const height = 26 * rows.length + 44;
-  const told = rows.map((row) => `${row.name} ${number(row.value)}`).join(", ");
-  const { svg, width } = sheet(place, height, `${label}: ${told}`);
+  const values = rows.map((row) => `${row.name} ${number(row.value)}`).join(", ");
+  const { svg, width } = sheet(place, height, `${label}: ${values}`);
   const bottom = height - 40;
   const domain = extent(rows.flatMap((row) => [row.value, row.low, row.high]), 0.06);
   const x = scale(domain, left, width - 52);

@@ -18,7 +18,13 @@ from pplug_jax.errors import InputError
 from pplug_jax.scoring.metrics import METRICS
 from pplug_jax.settings import Settings, flatten
 from pplug_jax.storage.scalars import read_scalars
-from pplug_jax.storage.workdir import CONFIG, RESULTS, personas_path, predictions_path, seed_path
+from pplug_jax.storage.workdir import (
+    CONFIG,
+    personas_path,
+    predictions_path,
+    results_path,
+    seed_path,
+)
 from pplug_jax.storage.workdir import METRICS as CURVES
 
 # What the page shows of a split; the rest would only make it slow. All examples are scored.
@@ -125,7 +131,7 @@ def read_run(workdir: Path) -> Run:
         InputError: the workdir was not evaluated, or by an older version; the message says which
             file or field is missing.
     """
-    config, results = (_load(workdir / name) for name in (CONFIG, f"{RESULTS}.json"))
+    config, results = map(_load, (workdir / CONFIG, results_path(workdir)))
     if config.get("task") not in TASKS or not results.get("methods"):
         raise InputError(f"{workdir} has no results of a known task: evaluate again")
     settings = flatten(config)

@@ -34,7 +34,7 @@ from pplug_jax.session.weights import abstract_weights
 from pplug_jax.settings import Settings, upgraded
 from pplug_jax.storage.files import is_remote, read_object, write_json, write_text
 from pplug_jax.storage.hub import HUB_ID, local_directory
-from pplug_jax.storage.workdir import RESULTS
+from pplug_jax.storage.workdir import results_path
 
 METHOD = METHODS["pplug"]
 WEIGHTS, PLUG_CONFIG, CARD = "plug.safetensors", "plug_config.json", "README.md"
@@ -135,7 +135,7 @@ def _read_results(workdir: Path) -> dict[str, Any] | None:
     """Return the scores of the run, or those that its plug was handed on with."""
     if (workdir / PLUG_CONFIG).is_file():
         return read_object(workdir / PLUG_CONFIG)["results"]
-    path = workdir / f"{RESULTS}.json"
+    path = results_path(workdir)
     if not path.is_file():
         return None
     results = read_object(path)

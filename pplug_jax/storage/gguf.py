@@ -90,8 +90,8 @@ def directory_of(file: Path) -> Path:
     file = file.absolute()  # not where a link leads to: the hub's cache has links to nameless files
     about = file.stat()
     # A copy keeps size and mtime where it is told to, but gets a ctime or an inode of its own.
-    told = f"{file} {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns} {about.st_ino}"
-    key = f"{file.stem}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+    version = f"{file} {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns} {about.st_ino}"
+    key = f"{file.stem}-{hashlib.sha256(version.encode()).hexdigest()[:16]}"
     target = Path(huggingface_hub.constants.HF_HOME) / "gguf" / key
     if target.is_dir():
         return target

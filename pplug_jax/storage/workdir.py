@@ -6,7 +6,6 @@ A comparison has a directory like a workdir for each seed.
 from pathlib import Path
 
 CONFIG = "config.json"
-RESULTS = "results"  # with .json and .md; of another split than the config's `results.SPLIT`
 METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
 HISTORY = "history"
@@ -26,12 +25,32 @@ def predictions_path(directory: Path, split: str, method: str) -> Path:
     return directory / "predictions" / f"{split}.{method}.json"
 
 
+def about_path(predictions: Path) -> Path:
+    """Where losses and facts of the answers in `predictions` lie."""
+    return predictions.with_suffix(".about.json")
+
+
+def judged_path(predictions: Path) -> Path:
+    """Where answers lie as a judge reads them."""
+    return predictions.with_suffix(".judge.jsonl")
+
+
 def personas_path(directory: Path, split: str, method: str) -> Path:
     return directory / "personas" / f"{split}.{method}.npz"
 
 
 def plot_path(directory: Path, name: str) -> Path:
     return directory / "plots" / f"{name}.png"
+
+
+def results_path(workdir: Path, split: str = "") -> Path:
+    """Where scores lie; `split` is given if it is another than the config's."""
+    return workdir / ("results" + f".{split}" * bool(split) + ".json")
+
+
+def table_path(results: Path) -> Path:
+    """Where the table of these results lies."""
+    return results.with_suffix(".md")
 
 
 def seed_path(workdir: Path, seed: int) -> Path:
