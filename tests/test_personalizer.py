@@ -141,16 +141,17 @@ def test_soon_no_request_compiles_anything(models: Models, rate: float) -> None:
         {"eval.max_new_tokens": 4, "eval.num_beams": 1, "data.max_history": 40}
     )
 
-    def serve(words: int, items: int) -> None:
+    def request(words: int, items: int) -> tuple[str, list[str]]:
         history = [f"text {i}" + " and more" * (words % 7) for i in range(items)]
-        personalizer.generate(INPUT + " word" * words, history)
+        return INPUT + " word" * words, history
 
     for words in range(0, 120, 12):
-        for items in (0, 1, 2, 4, 8, 16, 32):
-            serve(words, items)
+        personalizer.generate(*request(words, 0))
+        for items in (1, 2, 4, 8, 16, 32):
+            personalizer.soft_prompt(*request(words, items))
     with noting_compiled() as compiled:
-        for request in range(10):
-            serve(11 * request + 5, 3 * request)
+        for number in range(10):
+            personalizer.generate(*request(11 * number + 5, 3 * number))
         assert not compiled
         jax.jit(lambda x: x + 1)(np.ones(3))
         assert compiled

@@ -23,6 +23,9 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_llvm_disable_expensive_passes=true",
     ]
 ).strip()
+# A program read from the cache may begin several collectives at once on a device, each of which
+# holds a thread until all devices have come: with a thread a device, a busy machine stands still.
+os.environ["PJRT_NPROC"] = "32"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # What one test, or a process that it starts, has compiled, the others need not.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache/compiled")
