@@ -205,10 +205,10 @@ def _network(url: str) -> Iterator[None]:
     try:
         yield
     except urllib.error.HTTPError as error:
-        said = f"HTTP {error.code} {error.reason}"
+        problem = f"HTTP {error.code} {error.reason}"
         if error.code < 500 and error.code not in (408, 416, 429):
-            raise InputError(f"{url}: {said}") from error
-        raise _Broken(said) from error
+            raise InputError(f"{url}: {problem}") from error
+        raise _Broken(problem) from error
     except (OSError, http.client.HTTPException) as error:
         cause = getattr(error, "reason", None) or error  # what urllib wraps
         raise _Broken(str(cause) or repr(cause)) from error

@@ -194,11 +194,11 @@ def _warned() -> list[str]:
     return []
 
 
-def _warn_of_dates(found: str) -> None:
+def _warn_of_dates(date: str) -> None:
     if not _warned():
-        _warned().append(found)
+        _warned().append(date)
         say(
-            f"warning: {found} is no date as 2024-01-31 or Unix time, so such items are not in the "
+            f"warning: {date} is no date as 2024-01-31 or Unix time, so such items are not in the "
             "order of time; write them as these, or give --config.data.sort_by_date=False where "
             "the items are in order already (--mode=check_data counts such dates)"
         )
@@ -245,11 +245,11 @@ class Examples(Sequence[Example]):
     """The examples at given places of a file, each read and parsed when it is asked for."""
 
     def __init__(
-        self, path: Path, task: Task, found: Sequence[tuple[Place, Example]], sort_by_date: bool
+        self, path: Path, task: Task, read: Sequence[tuple[Place, Example]], sort_by_date: bool
     ):
         self.path, self.task, self.sort_by_date = path, task, sort_by_date
-        self.places = [place for place, _ in found]
-        self.ids_and_targets = [(example.id, example.target) for _, example in found]
+        self.places = [place for place, _ in read]
+        self.ids_and_targets = [(example.id, example.target) for _, example in read]
 
     def __len__(self) -> int:
         return len(self.places)
@@ -355,7 +355,7 @@ def read(
         path = path if path.is_file() or not other_path.is_file() else other_path
         records_read = records(path, on_bad)
 
-    found: dict[str, tuple[Place, Example]] = {}
+    examples: dict[str, tuple[Place, Example]] = {}
     asked = set()
     for n, (place, record) in enumerate(records_read):
         try:
@@ -367,7 +367,7 @@ def read(
             else:
                 where = f"line {place.line}"
                 example = parse(task, record, where, default_id=str(n + 1))
-            if example.id in found:
+            if example.id in examples:
                 raise _Bad(where, TWICE)
             if outputs is not None and example.id not in outputs:
                 raise _Bad(where, f"it has no output in {outputs_path.name}")
@@ -376,18 +376,18 @@ def read(
             elif example.target is not None:
                 _check_label(task, example.target, where)
             # Its profile is read again when it is asked for.
-            found[example.id] = place, dataclasses.replace(example, profile=())
+            examples[example.id] = place, dataclasses.replace(example, profile=())
         except _Bad as bad:
             on_bad(bad.error(path, place.line))
     for id in sorted((outputs or {}).keys() - asked):
         on_bad(DataError(outputs_path, f"it has no question in {path.name}", f"id {id!r}"))
-    unanswered = [id for id, (_, example) in found.items() if example.target is None]
-    if len(unanswered) < len(found):
+    unanswered = [id for id, (_, example) in examples.items() if example.target is None]
+    if len(unanswered) < len(examples):
         for id in unanswered:
-            line = found.pop(id)[0].line
+            line = examples.pop(id)[0].line
             problem = f"the field {task.output_key!r} is missing, which other records have"
             on_bad(DataError(path, problem, f"line {line}", line))
-    return Examples(path, task, list(found.values()), sort_by_date)
+    return Examples(path, task, list(examples.values()), sort_by_date)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,19 +26,19 @@ FEWEST_TOKENS = 4 * BLOCK  # below, scores made a part at a time move as little 
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["there", "slides"], meta_fields=["window"]
+    jax.tree_util.register_dataclass, data_fields=["mask", "slides"], meta_fields=["window"]
 )
 @dataclasses.dataclass(frozen=True)
 class OwnText:
     """A mask by its meaning: each token sees the tokens of its text up to itself.
 
     Attributes:
-        there: (B, L) bool, False at padding, which stands on either side of a text.
+        mask: (B, L) bool, False at padding, which stands on either side of a text.
         slides: () bool, whether a token sees only the `window` newest.
         window: the length of the window; None is none.
     """
 
-    there: jax.Array
+    mask: jax.Array
     slides: jax.Array
     window: int | None
 
@@ -80,7 +80,7 @@ def splash(
         """Reorder (B, L, heads, D) to (B, heads, L in whole blocks, D)."""
         return jnp.pad(x, ((0, 0), (0, -L % BLOCK), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
 
-    arrays = *map(blocks, (query, key, value)), jnp.pad(mask.there, ((0, 0), (0, -L % BLOCK)))
+    arrays = *map(blocks, (query, key, value)), jnp.pad(mask.mask, ((0, 0), (0, -L % BLOCK)))
 
     def attend(window: int | None) -> jax.Array:
         local = functools.partial(_on_device, window=window, cap=cap, interpret=interpret)
@@ -102,7 +102,7 @@ def _on_device(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    there: jax.Array,
+    mask: jax.Array,
     window: int | None,
     cap: float | None,
     interpret: bool,
@@ -120,5 +120,5 @@ def _on_device(
         residual_checkpoint_name=KEPT,
         interpret=interpret,
     )
-    text = there.astype(jnp.int32)
+    text = mask.astype(jnp.int32)
     return jax.vmap(kernel)(query, key, value, SegmentIds(text, text))

@@ -178,24 +178,24 @@ def show_slices(config: Settings) -> None:
 _HEADER = ["slice", "mesh", "batch", "GiB a chip", "of", "bound by", "ms", "examples/s", "MFU"]
 
 
-def _row(where: Slice, found: TrainPlan) -> list[str]:
-    parts = f" in {found.accumulation}" if found.accumulation > 1 else ""
+def _row(where: Slice, plan: TrainPlan) -> list[str]:
+    parts = f" in {plan.accumulation}" if plan.accumulation > 1 else ""
     row = [
         where.name,
-        mesh_name(found.mesh),
-        f"{found.batch_size}{parts}",
-        f"{found.memory.peak / GIB:.2f}",
+        mesh_name(plan.mesh),
+        f"{plan.batch_size}{parts}",
+        f"{plan.memory.peak / GIB:.2f}",
         str(where.chip.hbm_gib),
     ]
-    if found.cost is None:
+    if plan.cost is None:
         return [*row, "does not fit", "", "", ""]
-    seconds = found.cost.seconds(where)
+    seconds = plan.cost.seconds(where)
     return [
         *row,
-        found.cost.bound_by(where),
+        plan.cost.bound_by(where),
         f"{1e3 * seconds:.3g}",
-        f"{found.batch_size / seconds:.3g}",
-        f"{found.mfu(where):.1%}",
+        f"{plan.batch_size / seconds:.3g}",
+        f"{plan.mfu(where):.1%}",
     ]
 
 

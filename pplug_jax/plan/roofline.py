@@ -118,7 +118,7 @@ def too_large(error: jax.errors.JaxRuntimeError) -> tuple[int, int]:
         r"HLO temporaries \((\S+)([KMGT])\) exceeds available HBM \((\S+)([KMGT])\)",
         r"Used (\S+)([KMGT]) of (\S+)([KMGT]) hbm",
     ):
-        if found := re.search(pattern, text):
-            used, used_unit, limit, limit_unit = found.groups()
+        if match := re.search(pattern, text):
+            used, used_unit, limit, limit_unit = match.groups()
             return int(float(used) * _UNITS[used_unit]), int(float(limit) * _UNITS[limit_unit])
     raise error

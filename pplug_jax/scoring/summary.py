@@ -64,31 +64,43 @@ def verdicts(
     """
     if "pplug" not in statistics:
         return []
-    said = []
+    lines = []
     judged = [name for name in ("loss", metric, "style") if name in statistics["pplug"]]
     for name in statistics:
         if name == "pplug":
             continue
         comparisons = [
             paired_difference(
-                each, statistics["pplug"][each], statistics[name][each], samples, users=users
+                measure,
+                statistics["pplug"][measure],
+                statistics[name][measure],
+                samples,
+                users=users,
             )
-            for each in judged
+            for measure in judged
         ]
-        found: dict[str, list[str]] = {"better": [], "worse": [], "not significantly different": []}
+        by_verdict: dict[str, list[str]] = {
+            "better": [],
+            "worse": [],
+            "not significantly different": [],
+        }
         p_values = holm([comparison.p_value for comparison in comparisons])
-        for each, comparison, p_value in zip(judged, comparisons, p_values, strict=True):
-            better = (comparison.difference > 0) != METRICS[each].lower_is_better
+        for measure, comparison, p_value in zip(judged, comparisons, p_values, strict=True):
+            better = (comparison.difference > 0) != METRICS[measure].lower_is_better
             word = "better" if better else "worse"
-            found[word if p_value < 0.05 else "not significantly different"].append(
-                f"{each} {comparison.difference:+.3f} "
+            by_verdict[word if p_value < 0.05 else "not significantly different"].append(
+                f"{measure} {comparison.difference:+.3f} "
                 f"[{comparison.low:+.3f}, {comparison.high:+.3f}] p = {p_value:.4f}"
             )
-        parts = (f"{word} in {', '.join(figures)}" for word, figures in found.items() if figures)
-        said.append(f"pplug against {name}: {'; '.join(parts)}")
-        if name == "shuffled_user" and not found["better"]:
-            said.append("So nothing here shows that the plug learnt the user rather than the task.")
-    return said
+        parts = (
+            f"{word} in {', '.join(figures)}" for word, figures in by_verdict.items() if figures
+        )
+        lines.append(f"pplug against {name}: {'; '.join(parts)}")
+        if name == "shuffled_user" and not by_verdict["better"]:
+            lines.append(
+                "So nothing here shows that the plug learnt the user rather than the task."
+            )
+    return lines
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

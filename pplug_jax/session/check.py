@@ -32,8 +32,8 @@ def check_methods(config: Settings, llm: LLM, tokenizer: Tokenizer) -> None:
             "once, so nothing is gained behind it; take 'front'"
         )
     soft = max(
-        PLUGS[method.kind].soft_tokens(own, method.reading)
-        for method, own in zip(methods, settings, strict=True)
+        PLUGS[method.kind].soft_tokens(changed, method.reading)
+        for method, changed in zip(methods, settings, strict=True)
     )
     prompt = len(tokenizer.prefix) + data.max_input_length + len(tokenizer.suffix)
     prompt += len(tokenizer.ids(tokenizer.joint)) if behind else 0

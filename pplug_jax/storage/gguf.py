@@ -256,15 +256,15 @@ def _tokenizer(file: Path, reader: Any) -> transformers.PreTrainedTokenizerBase:
         raise InputError(
             f"{file}: `pip install -U transformers`: this version lacks what reads its tokenizer"
         ) from error
-    found: dict[str, dict[str, Any]] = {}
+    parts: dict[str, dict[str, Any]] = {}
     for group, names in GGUF_TOKENIZER_MAPPING.items():
         values = {ours: _value(reader, f"tokenizer.{name}") for name, ours in names.items()}
-        found[group] = {name: value for name, value in values.items() if value is not None}
-    tokens = found["tokenizer"].get("tokens")
+        parts[group] = {name: value for name, value in values.items() if value is not None}
+    tokens = parts["tokenizer"].get("tokens")
     if tokens is None:
         raise InputError(f"{file}: there is no tokenizer in the file")
     try:
-        backend, _ = convert_gguf_tokenizer(_architecture(file), found["tokenizer"])
+        backend, _ = convert_gguf_tokenizer(_architecture(file), parts["tokenizer"])
     except ValueError as error:
         raise InputError(f"{file}: {error}") from error
     special = {
@@ -278,7 +278,7 @@ def _tokenizer(file: Path, reader: Any) -> transformers.PreTrainedTokenizerBase:
         if (id := _value(reader, f"tokenizer.ggml.{field}")) is not None
     }
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
-    tokenizer.chat_template = found["tokenizer_config"].get("chat_template")
+    tokenizer.chat_template = parts["tokenizer_config"].get("chat_template")
     return tokenizer
 
 

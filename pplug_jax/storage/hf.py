@@ -128,7 +128,7 @@ def _with_blanks(directory: str | Path) -> transformers.PreTrainedTokenizerBase:
             f"{directory}: the tokenizer loses the blanks between words; is it whole, and of this "
             "LLM?"
         )
-    said = str(failure).strip().partition("\n")[0] or type(failure).__name__
+    problem = str(failure).strip().partition("\n")[0] or type(failure).__name__
     pieces = next(Path(directory).glob("*.model"), None)
     if pieces and not (Path(directory) / "tokenizer.json").is_file():
         if not find_spec("sentencepiece"):
@@ -136,12 +136,12 @@ def _with_blanks(directory: str | Path) -> transformers.PreTrainedTokenizerBase:
                 f"{pieces}: `pip install sentencepiece` reads this file, or write a tokenizer.json "
                 "where it is, with transformers' save_pretrained"
             ) from failure
-        said = (
+        problem = (
             f"{pieces.name} is not a whole SentencePiece file, or of another kind; fetch it again"
         )
-    if "BOM" in said:
-        said = "a file begins with a byte order mark; save it as UTF-8 without one"
-    raise InputError(f"{directory}: the tokenizer cannot be read: {said}") from failure
+    if "BOM" in problem:
+        problem = "a file begins with a byte order mark; save it as UTF-8 without one"
+    raise InputError(f"{directory}: the tokenizer cannot be read: {problem}") from failure
 
 
 def weights_loader(

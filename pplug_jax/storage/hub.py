@@ -43,8 +43,8 @@ def local_directory(path: str | Path) -> Path:
             return gguf.directory_of(Path(name))
         if "://" in name:
             return _from_url(name)
-        if found := HUB_ID.fullmatch(name):
-            return _from_hub(*found.groups())
+        if match := HUB_ID.fullmatch(name):
+            return _from_hub(*match.groups())
     except OSError as error:
         raise InputError(
             f"{name} cannot be had: {error} (what is fetched or made of it goes to HF_HOME, "

@@ -79,11 +79,11 @@ def _parsed(line: str) -> dict[str, Any] | None:
 
 def read_scalars(path: Path, key: str) -> dict[str, dict[int, float]]:
     """Return {method: {step: value}} of a `metrics.jsonl`; a step's later value counts."""
-    found: dict[str, dict[int, float]] = defaultdict(dict)
+    series: dict[str, dict[int, float]] = defaultdict(dict)
     for record in map(_parsed, read_text(path).splitlines()):
         if record is None:
             continue
         method, _, name = record["name"].rpartition("/")
         if name == key:
-            found[method][record["step"]] = record["value"]
-    return found
+            series[method][record["step"]] = record["value"]
+    return series

@@ -37,8 +37,8 @@ def weight_files(directory: Path) -> list[Path]:
     Raises:
         FileNotFoundError: there is none, or one that the index names is missing.
     """
-    if found := sorted(path for path in directory.glob("*") if gguf.is_gguf(path.name)):
-        return found
+    if files := sorted(path for path in directory.glob("*") if gguf.is_gguf(path.name)):
+        return files
     for name in ("model.safetensors", "pytorch_model.bin"):
         whole, index = directory / name, directory / f"{name}.index.json"
         if whole.is_file():

@@ -65,16 +65,16 @@ class Start(NamedTuple):
         """Return whether a loss may have left; batches differ, so that `problem` must say."""
         return not loss <= max(self) + RISE
 
-    def problem(self, loss: float, own: float) -> str:
+    def problem(self, loss: float, llm_loss: float) -> str:
         """Return what is wrong with the loss of a batch, in words; empty if nothing is.
 
         Args:
             loss: the loss.
             own: the LLM's own on the same batch.
         """
-        if loss - own <= max(0.0, self.loss - self.llm_loss) + RISE:
+        if loss - llm_loss <= max(0.0, self.loss - self.llm_loss) + RISE:
             return ""
         return (
-            f"the loss is {loss:.3f}, where the LLM alone has {own:.3f}; it began at "
+            f"the loss is {loss:.3f}, where the LLM alone has {llm_loss:.3f}; it began at "
             f"{self.loss:.3f}, where the LLM has {self.llm_loss:.3f}"
         )
