@@ -5,7 +5,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -272,24 +272,44 @@ def test_one_input_for_many_people(server: Running, ann: str) -> None:
         assert line["answer"] == alone(server, ITEMS if known else [])
 
 
-def test_many_at_once_are_answered_as_alone(server: Running) -> None:
-    people = {f"person {i}": ITEMS[: i % 5] for i in range(12)}
-    for name, items in people.items():
+def until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not is_so() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert is_so()
+
+
+def test_many_at_once_are_answered_as_alone(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    persons = {f"person {i}": ITEMS[: i % 5] for i in range(12)}
+    for name, items in persons.items():
         assert server.ask("POST", f"/v1/personas/{name}/items", json={"items": items}).is_success
-    client = server.openai()
+    client, people = server.openai(), server.service.people
+    batcher, encode, calls = people._encode_inputs, people._encode_inputs._encode, []
+
+    def counted(inputs: Sequence[str]) -> np.ndarray:
+        calls.append(list(inputs))
+        return encode(inputs)
+
+    monkeypatch.setattr(batcher, "_encode", counted)
     with ThreadPoolExecutor(12) as pool:
-        answers = list(pool.map(lambda name: chat(client, user=name), people))
-    for answer, (name, items) in zip(answers, people.items(), strict=True):
+        with batcher._turn:  # as while others are encoded
+            asked = [pool.submit(chat, client, user=name) for name in persons]
+            until(lambda: len(batcher._waiting) == 12)
+        answers = [each.result() for each in asked]
+    assert calls == [[INPUT] * 12]
+    for answer, (name, items) in zip(answers, persons.items(), strict=True):
         assert answer.choices[0].message.content == alone(server, items)
         server.ask("DELETE", f"/v1/personas/{name}")
+    inputs = [INPUT, "Generate a title: it is short.", INPUT * 3]
+    for input, vector in zip(inputs, encode(inputs), strict=True):
+        np.testing.assert_allclose(vector, encode([input])[0], rtol=1e-5, atol=1e-6)
 
 
 def test_new_items_are_encoded_in_the_background(server: Running, ann: str) -> None:
     people = server.service.people
-    deadline = time.monotonic() + 30
-    while server.service.store.lacking(people.encoder, 1) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert server.service.store.lacking(people.encoder, 1) == []
+    until(lambda: server.service.store.lacking(people.encoder, 1) == [])
 
 
 def test_health_and_metrics(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
