@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from pplug_jax.serve.__main__ import main
 from pplug_jax.serve.app import LARGEST_BODY
-from pplug_jax.serve.build import make_service
+from pplug_jax.serve.build import load_plug, make_service
 from pplug_jax.serve.engine.torch_file import prompt_embeds
 from pplug_jax.serve.store import Store, StoreUnavailable
 from pplug_jax.serve.text import TextStream
@@ -439,7 +439,8 @@ def test_no_request_finds_a_fault(
 
 
 def test_an_ending_server_finishes_what_runs(finished: Path, tmp_path: Path) -> None:
-    running = Running(make_service(str(finished), Store(f"sqlite:///{tmp_path / 's'}"), slots=2))
+    store = Store(f"sqlite:///{tmp_path / 's'}")
+    running = Running(make_service("tiny", load_plug(str(finished)), store, slots=2))
     engine = running.service.engine
     step = engine._step
 
@@ -486,12 +487,19 @@ def test_the_command(finished: Path, tmp_path: Path, ending: signal.Signals) -> 
     assert lines[1:] == [f"serving {finished.name} at http://127.0.0.1:{port}/v1"]
 
 
-def test_a_command_that_cannot_be(tmp_path: Path) -> None:
+def test_a_command_that_cannot_be(finished: Path, tmp_path: Path) -> None:
     store = f"--store=sqlite:///{tmp_path / 'store'}"
-    with pytest.raises(SystemExit, match=r"--host=0\.0\.0\.0: without any API key the server list"):
-        main(["--plug=x", "--host=0.0.0.0", store])
+    with pytest.raises(
+        SystemExit, match=r"error: there is no plug 'nothing'; give a run's workdir"
+    ):
+        main(["--plug=nothing", store])
+    with pytest.raises(SystemExit, match=r"there is no plug 'runs/nothing'; .* hub id \("):
+        main(["--plug=runs/nothing", store])
     with pytest.raises(SystemExit, match=r"plug_config\.json: no such file; a plug to load is"):
         main([f"--plug={tmp_path}", store])
+    assert list(tmp_path.iterdir()) == []  # no store was made
+    with pytest.raises(SystemExit, match=r"--host=0\.0\.0\.0: without any API key the server list"):
+        main([f"--plug={finished}", "--host=0.0.0.0", store])
 
 
 @given(

@@ -12,7 +12,7 @@ import openai
 import uvicorn
 
 from pplug_jax.serve.app import Service, make_app
-from pplug_jax.serve.build import make_service
+from pplug_jax.serve.build import load_plug, make_service
 from pplug_jax.serve.store import Store
 
 
@@ -49,7 +49,7 @@ class Running:
 @contextlib.contextmanager
 def serving(finished: Path, store: Store, slots: int) -> Iterator[Running]:
     """A finished run's plug, which a `Personalizer` of the same models answers for greedily."""
-    running = Running(make_service(str(finished), store, slots=slots))
+    running = Running(make_service(finished.name, load_plug(str(finished)), store, slots=slots))
     models = running.service.people.personalizer.models
     models.config = models.config.changed({"eval.num_beams": 1})
     yield running
