@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import transformers
 
     from tests.support.postgres import Postgres
+    from tests.support.server import Running
 
 # What a shell starts in the background ignores Ctrl-C, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -122,6 +123,15 @@ def finished(once: Once) -> Path:
     from tests.support.runs import finish
 
     return once("finished", finish)
+
+
+@pytest.fixture(scope="module")
+def server(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Running]":
+    """A server of the small run's plug on loopback, with an empty store."""
+    from tests.support.server import serving
+
+    with serving(finished, tmp_path_factory.mktemp("served") / "store.sqlite") as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,20 +24,13 @@ from pplug_jax.serve.engine.torch_file import prompt_embeds
 from pplug_jax.serve.store import Store, StoreUnavailable
 from pplug_jax.serve.text import TextStream
 from tests.support.forks import Fork
-from tests.support.server import Running, serving
+from tests.support.server import Running, until
 
 INPUT = "Generate a title for the following abstract of a paper: Rivers are measured."
 ITEMS = [
     {"id": str(i), "title": f"On rivers {i}", "abstract": f"River {i} is long.", "date": f"200{i}"}
     for i in range(6)
 ]
-
-
-@pytest.fixture(scope="module")
-def server(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    store = Store(f"sqlite:///{tmp_path_factory.mktemp('served') / 'store.sqlite'}")
-    with serving(finished, store, slots=8) as running:
-        yield running
 
 
 @pytest.fixture
@@ -272,13 +265,6 @@ def test_one_input_for_many_people(server: Running, ann: str) -> None:
         assert line["answer"] == alone(server, ITEMS if known else [])
 
 
-def until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not is_so() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert is_so()
-
-
 def test_many_at_once_are_answered_as_alone(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -360,13 +346,11 @@ def test_a_client_that_goes_away_frees_its_place(
         return step(count)
 
     monkeypatch.setattr(engine, "_step", slow)
-    began = time.monotonic()
     with chat(server.openai(), stream=True) as stream:
         next(iter(stream))
     with pytest.raises(openai.APITimeoutError):
         chat(server.openai(timeout=0.4))
-    while engine.running and time.monotonic() < began + 30:
-        time.sleep(0.01)
+    until(lambda: not engine.running)
     text = server.http.get("/metrics").text
     cancelled = text.partition('request_success_total{finished_reason="cancelled"} ')[2]
     assert float(cancelled.partition("\n")[0]) >= 2

@@ -4,7 +4,6 @@ import io
 import os
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from pplug_jax.serve.engine.vllm_engine import VllmEngine
 from pplug_jax.serve.store import Store
 from tests.support.engines import LLAMA, LONGEST, Reader, T, alone, engine_of, llm_of, prompt
 from tests.support.parity import needs_torch, torch
+from tests.support.server import until
 
 if torch is not None:
     from tests.support.vllm import StandIn
@@ -65,13 +65,6 @@ def serve() -> Iterator[Serve]:
     yield make
     for each in reversed(made):
         each.close() if isinstance(each, VllmEngine) else each.stop()
-
-
-def until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not is_so() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert is_so()
 
 
 def rows_of(seed: int, family: str = LLAMA) -> np.ndarray:
