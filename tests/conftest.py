@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a slow machine is no failure
-hypothesis.settings.load_profile("untimed")
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=10_000)
+hypothesis.settings.load_profile("untimed")  # --hypothesis-profile=thorough loads the other
 
 # Of the 65,530 memory maps that Linux gives a process, beyond which it crashes. A compiled program
 # of a CPU takes dozens.

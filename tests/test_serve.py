@@ -1,5 +1,8 @@
 """The server, as clients meet it: OpenAI's own, and plain HTTP."""
 
+import collections
+import contextlib
+import itertools
 import json
 import signal
 import socket
@@ -10,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -452,23 +456,68 @@ def answers(port: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
-def test_the_command(finished: Path, tmp_path: Path, ending: signal.Signals) -> None:
+def start(finished: Path, store: Path) -> tuple[Fork, str]:
+    """Starts the command, and returns where it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    store = f"--store=sqlite:///{tmp_path / 'store'}"
-    server = Fork("pplug_jax.serve", f"--plug={finished}", f"--port={port}", store, "--slots=2")
+    options = [f"--plug={finished}", f"--port={port}", f"--store=sqlite:///{store}", "--slots=2"]
+    server = Fork("pplug_jax.serve", *options)
     while not answers(port):
         assert server.poll() is None, server.communicate(30)
         time.sleep(0.05)
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any")
-    assert chat(client).choices[0].message.content
+    return server, f"http://127.0.0.1:{port}/v1"
+
+
+def end(server: Fork, ending: signal.Signals) -> list[str]:
+    """Ends the command, and returns the lines that it printed."""
     server.send_signal(ending)
     lines = server.communicate(30)[0].splitlines()
     assert server.returncode in (0, -ending)
+    return lines
+
+
+def test_the_command(finished: Path, tmp_path: Path) -> None:
+    server, url = start(finished, tmp_path / "store")
+    assert chat(openai.OpenAI(base_url=url, api_key="any")).choices[0].message.content
+    lines = end(server, signal.SIGINT)
     assert lines[0].startswith("no API key is in use: whoever is on this machine may ask")
-    assert lines[1:] == [f"serving {finished.name} at http://127.0.0.1:{port}/v1"]
+    assert lines[1:] == [f"serving {finished.name} at {url}"]
+
+
+def test_a_killed_server_has_all_that_it_acknowledged(finished: Path, tmp_path: Path) -> None:
+    server, url = start(finished, tmp_path / "store")
+    told: set[str] = set()
+
+    def write(writer: int) -> None:
+        """Adds three items a call until the server is gone."""
+        with httpx.Client(base_url=url) as client, contextlib.suppress(httpx.HTTPError):
+            for call in itertools.count():
+                name = f"{writer}-{call}"
+                items = [ITEMS[k] | {"id": f"{name}-{k}"} for k in range(3)]
+                path = f"/personas/person {call % 3}/items"
+                client.post(path, json={"items": items}).raise_for_status()
+                told.add(name)
+
+    with ThreadPoolExecutor(8) as pool:
+        writers = [pool.submit(write, writer) for writer in range(8)]
+        until(lambda: 3 * len(told) >= 1000)
+        server.kill()
+        for writer in writers:
+            writer.result()
+    server.communicate(30)
+    server, url = start(finished, tmp_path / "store")
+    exported = [httpx.get(f"{url}/personas/person {i}/export").text for i in range(3)]
+    items = [json.loads(line) for lines in exported for line in lines.splitlines()]
+    calls = collections.Counter(item["id"].rpartition("-")[0] for item in items)
+    assert len({item["id"] for item in items}) == len(items)  # none twice
+    assert set(calls.values()) == {3}  # none half
+    assert told <= calls.keys()
+    assert len(calls) <= len(told) + 8  # at most one of each that was not told any more
+    for item in items:
+        assert item == ITEMS[int(item["id"][-1])] | {"id": item["id"]}
+    assert chat(openai.OpenAI(base_url=url, api_key="any"), user="person 1").choices[0]
+    end(server, signal.SIGTERM)
 
 
 def test_a_command_that_cannot_be(finished: Path, tmp_path: Path) -> None:
