@@ -26,7 +26,7 @@ from benchmarks.timing import report
 from configs import common
 from pplug_jax.methods.table import METHODS
 from pplug_jax.serve.app import Service, make_app
-from pplug_jax.serve.build import make_service
+from pplug_jax.serve.build import load_plug, make_service
 from pplug_jax.serve.handover import write_plug
 from pplug_jax.serve.store import Store
 from pplug_jax.session import Models
@@ -153,7 +153,8 @@ def main(_: list[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         write_untrained(Path(scratch) / "plug")
         store = Store(f"sqlite:///{scratch}/store.sqlite")
-        service = make_service(f"{scratch}/plug", store, llm=FLAGS.llm_path, slots=FLAGS.slots)
+        personalizer = load_plug(f"{scratch}/plug", FLAGS.llm_path)
+        service = make_service("any", personalizer, store, slots=FLAGS.slots)
         service.engine._stops = frozenset()  # so that all answers are as long
         people = service.people
         people.personalizer.models.llm.config = _endless(people.personalizer.models.llm.config)

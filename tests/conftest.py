@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     import transformers
 
     from tests.support.postgres import Postgres
+    from tests.support.server import Running
 
 # What a shell starts in the background ignores Ctrl-C, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a slow machine is no failure
-hypothesis.settings.load_profile("untimed")
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=10_000)
+hypothesis.settings.load_profile("untimed")  # --hypothesis-profile=thorough loads the other
 
 # Of the 65,530 memory maps that Linux gives a process, beyond which it crashes. A compiled program
 # of a CPU takes dozens.
@@ -122,6 +124,15 @@ def finished(once: Once) -> Path:
     from tests.support.runs import finish
 
     return once("finished", finish)
+
+
+@pytest.fixture(scope="module")
+def server(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Running]":
+    """A server of the small run's plug on loopback, with an empty store."""
+    from tests.support.server import serving
+
+    with serving(finished, tmp_path_factory.mktemp("served") / "store.sqlite") as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

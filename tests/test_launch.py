@@ -1,6 +1,7 @@
 """The launchers against a cloud that is a directory, by a `gcloud` and a `kubectl` of our own."""
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -910,11 +912,12 @@ def test_delete_of_jobset_asks(cloud: Cloud, answer: str) -> None:
 
 
 def test_the_servers_manifest() -> None:
-    """Its parts fit each other, the server's command line and its routes."""
+    """It fits the schemas; its parts fit each other, the server's command line and its routes."""
     manifest = (LAUNCH / "serve.yaml").read_text()
     deployment, service = yaml.safe_load_all(manifest)
-    assert (deployment["apiVersion"], deployment["kind"]) == ("apps/v1", "Deployment")
-    assert (service["apiVersion"], service["kind"]) == ("v1", "Service")
+    for resource in (deployment, service):
+        kubernetes_validate.validate(resource, kubernetes_validate.latest_version(), strict=True)
+    assert (deployment["kind"], service["kind"]) == ("Deployment", "Service")
     pods = deployment["spec"]["template"]
     labels = pods["metadata"]["labels"]
     assert labels == deployment["spec"]["selector"]["matchLabels"] == service["spec"]["selector"]
@@ -931,5 +934,25 @@ def test_the_servers_manifest() -> None:
         assert container[probe]["httpGet"] == {"path": "/health", "port": port["name"]}
     resources = container["resources"]
     assert resources["requests"] == resources["limits"] == {"google.com/tpu": 1}
-    dockerfile = (LAUNCH / "Dockerfile").read_text()
-    assert "--requirement=requirements-serve.txt" in dockerfile
+
+
+def test_the_image_has_what_its_commands_need(tmp_path: Path) -> None:
+    """As far as can be seen without building it."""
+    root, statements = LAUNCH.parent, {}
+    for line in (LAUNCH / "Dockerfile").read_text().splitlines():
+        name, _, rest = line.partition(" ")
+        statements[name] = rest
+        if name == "COPY":
+            *sources, target = rest.split()
+            for source in sources:
+                copy = shutil.copytree if (root / source).is_dir() else shutil.copy
+                copy(root / source, tmp_path / target)
+        elif "pip install" in rest:
+            needed = re.findall(r"--requirement=(\S+)", rest)
+            for file in needed:  # each names others
+                needed += re.findall(r"(?m)^-r (\S+)", (tmp_path / file).read_text())
+            assert "requirements-serve.txt" in needed
+    assert json.loads(statements["ENTRYPOINT"]) == ["python", "-m", "pplug_jax.main"]
+    assert (tmp_path / "pplug_jax/main.py").is_file()
+    command = [sys.executable, "-m", "pplug_jax.serve", "--help"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)

@@ -4,14 +4,12 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
 
 from pplug_jax.serve.app import make_app
-from pplug_jax.serve.store import Store
-from tests.support.server import Running, serving
+from tests.support.server import Running
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 
@@ -19,13 +17,6 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 INPUT = "Generate a title for the following abstract of a paper: Rivers are measured."
 NAME = "O'Hara <b>?#ü"
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def server(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    store = Store(f"sqlite:///{tmp_path_factory.mktemp('page') / 'store.sqlite'}")
-    with serving(finished, store, slots=4) as running:
-        yield running
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import io
 import os
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from pplug_jax.llm import load_llm
 from pplug_jax.llm.generate import generate
 from pplug_jax.serve.__main__ import main
 from pplug_jax.serve.app import make_app
-from pplug_jax.serve.build import make_service
+from pplug_jax.serve.build import load_plug, make_service
 from pplug_jax.serve.engine import Busy, Sampling, Unwell, tokens_of
 from pplug_jax.serve.engine.jax_engine import JaxEngine
 from pplug_jax.serve.engine.torch_file import torch_file
@@ -28,6 +27,7 @@ from pplug_jax.serve.engine.vllm_engine import VllmEngine
 from pplug_jax.serve.store import Store
 from tests.support.engines import LLAMA, LONGEST, Reader, T, alone, engine_of, llm_of, prompt
 from tests.support.parity import needs_torch, torch
+from tests.support.server import until
 
 if torch is not None:
     from tests.support.vllm import StandIn
@@ -65,13 +65,6 @@ def serve() -> Iterator[Serve]:
     yield make
     for each in reversed(made):
         each.close() if isinstance(each, VllmEngine) else each.stop()
-
-
-def until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not is_so() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert is_so()
 
 
 def rows_of(seed: int, family: str = LLAMA) -> np.ndarray:
@@ -238,7 +231,7 @@ def test_people_are_answered_as_by_a_personalizer(finished: Path, tmp_path: Path
     limits = {"longest_prompt": personalizer.longest_prompt, "max_new_tokens": 8, "slots": 2}
     server = StandIn(JaxEngine(models.llm, models.mesh, **limits), models.llm.config.hidden_size)
     store = Store(f"sqlite:///{tmp_path / 'store.sqlite'}")
-    service = make_service(str(finished), store, slots=2, engine_url=server.url)
+    service = make_service("tiny", load_plug(str(finished)), store, slots=2, engine_url=server.url)
     input = "Generate a title for the following abstract of a paper: Rivers are measured."
     items = [{"id": str(i), "title": f"River {i}", "abstract": "It is long."} for i in range(4)]
     with TestClient(make_app(service)) as client:

@@ -266,6 +266,7 @@ class Encoder:
         on_batch: Callable[[int], None] = lambda done: None,
         *,
         queries: bool = False,
+        model: bert.Bert | None = None,
     ) -> np.ndarray:
         """Return the vectors of texts, (N, E) float32, L2-normalised.
 
@@ -277,7 +278,9 @@ class Encoder:
             batch_size: texts at a time.
             on_batch: called with the number of texts of each batch.
             queries: whether the texts are inputs; otherwise they are history texts.
+            model: what encodes, if it is another than the frozen one: Enc_inp as a plug trained it.
         """
+        model = model or self.model
         prefix = self.query_prefix if queries else self.item_prefix
         tokens = self.tokenize([prefix + text for text in texts])
         self.cut_texts += sum(len(ids) == self.max_length for ids in tokens)
@@ -302,7 +305,7 @@ class Encoder:
             mine = local_rows(self.mesh, size)
             placed = (place_rows(x[mine], self.mesh) for x in (ids, lengths))
             with jax.set_mesh(self.mesh):
-                made = _forward(self.model, *placed, self.model.dtype)
+                made = _forward(model, *placed, model.dtype)
             vectors[rows] = fetch(made)[: len(rows)]
             on_batch(len(rows))
         return vectors

@@ -29,9 +29,9 @@ class PlugInputs(NamedTuple):
     """What a plug reads of B users, each at one input.
 
     Attributes:
-        query: (B, Q) int32, the input as Enc_inp's tokens; for a plug that trains no Enc_inp
-            (B, E) float32, the vector that the history's encoder makes of it. One row may serve
-            several consecutive rows of the history, equally many each.
+        query: (B, Q) int32, the input as Enc_inp's tokens; or (B, E) float32, the vector that was
+            made of it before: always so for a plug that trains no Enc_inp, by the history's
+            encoder. One row may serve several consecutive rows of the history, equally many each.
         query_mask: (B, Q) bool; anything beside vectors.
         history: (B, H, E), the encoded history; a row without items gets the null persona.
         history_mask: (B, H) bool.

@@ -211,7 +211,7 @@ class UserEmbedder(Plug):
             self.temperature if self.log_temperature is None else jnp.exp(self.log_temperature[...])
         )
         vectors = inputs.query
-        if self.input_encoder is not None:
+        if self.input_encoder is not None and jnp.issubdtype(vectors.dtype, jnp.integer):
             vectors = self.input_encoder(vectors, inputs.query_mask, remat)
         vectors = jnp.repeat(vectors, len(mask) // len(vectors), axis=0)
         history = jnp.where(mask[..., None], inputs.history, 0).astype(jnp.float32)

@@ -4,6 +4,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from pplug_jax.errors import InputError
 from pplug_jax.runtime.console import say
@@ -74,10 +75,13 @@ def serve(arguments: argparse.Namespace) -> None:
 
     from pplug_jax.runtime.compiled import keep_compiled
     from pplug_jax.serve.app import make_app
-    from pplug_jax.serve.build import make_service
+    from pplug_jax.serve.build import load_plug, make_service
 
     if (arguments.engine == "vllm") != (arguments.engine_url is not None):
         raise InputError("--engine=vllm and --engine_url belong together")
+    keep_compiled()
+    # Before the store, which is made if it is not there.
+    personalizer = load_plug(arguments.plug, arguments.llm, arguments.encoder)
     store = Store(arguments.store)
     has_keys, is_local = store.has_keys(), arguments.host in LOOPBACK
     if not has_keys and not is_local:
@@ -85,12 +89,10 @@ def serve(arguments: argparse.Namespace) -> None:
             f"--host={arguments.host}: without any API key the server listens on loopback alone; "
             "make one with `keys create --tenant=NAME`"
         )
-    keep_compiled()
     service = make_service(
-        arguments.plug,
+        Path(arguments.plug).name,
+        personalizer,
         store,
-        llm=arguments.llm,
-        encoder=arguments.encoder,
         slots=arguments.slots,
         engine_url=arguments.engine_url,
     )

@@ -16,6 +16,11 @@ from pplug_jax.storage.workdir import CONFIG
 def load_plug(plug: str, llm: str | None = None, encoder: str | None = None) -> Personalizer:
     """Load a run's workdir, or a plug that was handed on.
 
+    Args:
+        plug: the workdir, or the plug's directory, URL or hub id.
+        llm: the LLM of a plug that was handed on; None is the name that the plug knows.
+        encoder: its encoder; None likewise.
+
     Raises:
         InputError: it is neither, or its models are not there.
     """
@@ -26,28 +31,25 @@ def load_plug(plug: str, llm: str | None = None, encoder: str | None = None) -> 
 
 
 def make_service(
-    plug: str,
+    name: str,
+    personalizer: Personalizer,
     store: Store,
     *,
-    llm: str | None = None,
-    encoder: str | None = None,
     slots: int = 32,
     engine_url: str | None = None,
 ) -> Service:
-    """Load a plug and its models, and compile what answers.
+    """Load the LLM of a plug, and compile what answers.
 
     Args:
-        plug: a run's workdir, or what was handed on.
+        name: the model's name for clients.
+        personalizer: the plug.
         store: the histories.
-        llm: the LLM of a plug that was handed on; None is the name that the plug knows.
-        encoder: its encoder; None likewise.
         slots: how many are answered at a time.
         engine_url: of a vLLM server that has the LLM and answers; None is to answer here.
 
     Raises:
-        InputError: the plug or a model cannot be loaded, or the server does not do.
+        InputError: the LLM cannot be loaded, or the server does not do.
     """
-    personalizer = load_plug(plug, llm, encoder)
     models = personalizer.models
     metrics = Metrics()
     limits = {
@@ -63,4 +65,4 @@ def make_service(
     metrics.watch("num_requests_running", "Answers under way.", lambda: engine.running)
     metrics.watch("num_requests_waiting", "Answers that wait.", lambda: engine.waiting)
     people = People(personalizer, store, metrics)
-    return Service(Path(plug).name, people, engine, metrics)
+    return Service(name, people, engine, metrics)

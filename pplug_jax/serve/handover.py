@@ -168,7 +168,14 @@ def read_plug(
         InputError: a file is missing or bad, or a model is not the one that the plug was trained
             with; the message names both.
     """
-    directory = local_directory(path)
+    try:
+        directory = local_directory(path)
+    except InputError as error:
+        reason = f" ({error.__cause__})" if error.__cause__ else ""
+        raise InputError(
+            f"there is no plug {str(path)!r}; give a run's workdir, or a plug that was handed on "
+            f"(--mode=export) as a directory, URL or hub id{reason}"
+        ) from error
     about = _read_about(directory / PLUG_CONFIG)
     config = Settings.of(upgraded(about["config"]))
     for role, given in (("llm", llm), ("encoder", encoder)):

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pplug_jax.data.lamp import Item, check_history
+from pplug_jax.data.lamp import Item, check_history, check_input
 from pplug_jax.errors import InputError
+from pplug_jax.serve.batcher import Batcher
 from pplug_jax.serve.metrics import Metrics
 from pplug_jax.serve.personalizer import Personalizer
 from pplug_jax.serve.store import Store, StoredItem, StoreUnavailable, UnknownPersona
@@ -50,6 +51,8 @@ class People:
         # An item's vector depends on the text that is made of it too.
         form = hashlib.sha256(f"{models.task.name} {data.history_labels}".encode()).hexdigest()[:8]
         self.encoder = f"{models.encoder.fingerprint}-{form}"
+        self._encode_items = Batcher(personalizer.encode_items)
+        self._encode_inputs = Batcher(personalizer.encode_inputs)
         self._news, self._ending = threading.Event(), False
         self._thread = threading.Thread(target=self._encode_new, name="encoder", daemon=True)
         self._thread.start()
@@ -73,6 +76,7 @@ class People:
             InputError: the input is no text.
             StoreUnavailable: the store does not answer.
         """
+        check_input(input)
         known, stored = name is not None, list[StoredItem]()
         with self.metrics.store_seconds.time():
             try:
@@ -83,7 +87,8 @@ class People:
         vectors = self._vectors(stored)
         items = [each.item for each in stored]
         with self.metrics.persona_seconds.time():
-            soft, weights = self.personalizer.persona_of(input, items, vectors)
+            query = self._encode_inputs([input])
+            soft, weights = self.personalizer.persona_of(query, items, vectors)
         self.metrics.history_items.observe(len(items))
         return Persona(soft, known, [item["id"] for item in items], weights)
 
@@ -95,17 +100,16 @@ class People:
     def _vectors(self, stored: Sequence[StoredItem]) -> np.ndarray:
         """Return the items' vectors, (n, E) float16, and keep those that were lacking."""
         new = {i: each for i, each in enumerate(stored) if each.vector is None}
-        made = self._encoded(list(new.values()))
+        made = self._encoded(list(new.values())) if new else ()
         places = {i: at for at, i in enumerate(new)}
         size = self.personalizer.models.encoder.size
         rows = [made[places[i]] if i in new else each.vector for i, each in enumerate(stored)]
         return np.array(rows, np.float16).reshape(len(stored), size)
 
     def _encoded(self, items: Sequence[StoredItem]) -> np.ndarray:
-        vectors = self.personalizer.encode_items([each.item for each in items])
-        if len(items):
-            self.store.put_vectors(self.encoder, items, vectors)
-            self.metrics.encode_items.inc(len(items))
+        vectors = self._encode_items(self.personalizer.item_texts([each.item for each in items]))
+        self.store.put_vectors(self.encoder, items, vectors)
+        self.metrics.encode_items.inc(len(items))
         return vectors
 
     def added(self) -> None:

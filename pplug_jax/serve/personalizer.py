@@ -44,7 +44,7 @@ def _soft_prompts(plug: UserEmbedder, inputs: PlugInputs) -> jax.Array:
 
 @jax.jit
 def _soft_and_weights(plug: UserEmbedder, inputs: PlugInputs) -> tuple[jax.Array, jax.Array]:
-    return plug(inputs), plug.attention(inputs)  # XLA encodes the query once for both
+    return plug(inputs), plug.attention(inputs)
 
 
 @jax.jit
@@ -278,24 +278,39 @@ class Personalizer:
     ) -> Iterator[tuple[jax.Array, int]]:
         """Yield `_soft_prompts` of `config.eval.batch_size` users at a time, for one query."""
         check_input(input)
-        query, size = self._query(input), self.models.config.eval.batch_size
+        query, size = self.encode_inputs([input]), self.models.config.eval.batch_size
         for i in range(0, len(histories), size):
             yield self._soft_prompts(query, histories[i : i + size])
 
-    def _encode(self, texts: Sequence[str], **settings: Any) -> np.ndarray:
-        """Return the texts' vectors, (n, E) float32, in the store's precision.
+    def item_texts(self, history: Sequence[Item]) -> list[str]:
+        """Return items as the encoder reads them, in their order.
 
-        So a served persona is the one that was trained and tested.
+        Raises:
+            InputError: as `soft_prompt`.
         """
-        return self.models.encoder.encode(texts, **settings).astype(np.float16).astype(np.float32)
+        return self._texts(check_history(self.models.task, history, sort_by_date=False))
+
+    def encode_items(self, texts: Sequence[str]) -> np.ndarray:
+        """Return the vectors of items' texts, (n, E) float16.
+
+        In the store's precision, so that a served persona is the one that was trained and tested.
+        """
+        return self.models.encoder.encode(texts).astype(np.float16)
+
+    def encode_inputs(self, inputs: Sequence[str]) -> np.ndarray:
+        """Return the vectors of inputs, (n, E) float32, as the plug compares them with items."""
+        texts = [self.models.task.query_text(input) for input in inputs]
+        own = self.plug.input_encoder
+        vectors = self.models.encoder.encode(texts, queries=True, model=own)
+        return vectors.astype(np.float16).astype(np.float32) if own is None else vectors
 
     def persona_of(
-        self, input: str, history: Sequence[Item], vectors: np.ndarray
+        self, query: np.ndarray, history: Sequence[Item], vectors: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the soft tokens for one user whose vectors are known, and the items' weights.
 
         Args:
-            input: as in `soft_prompt`.
+            query: (1, E), the input's vector, as `encode_inputs` makes it.
             history: the user's newest items, in order.
             vectors: (n, E), the items' vectors, as `encode_items` makes them.
 
@@ -305,29 +320,19 @@ class Personalizer:
         Raises:
             InputError: as `soft_prompt`.
         """
-        check_input(input)
         texts, item_features = self._read(history)
         vectors = vectors.astype(np.float32)
         users = [(vectors, self._features(texts, item_features, vectors))]
-        soft, weights = _soft_and_weights(self.plug, self._inputs(self._query(input), users))
+        soft, weights = _soft_and_weights(self.plug, self._inputs(query, users))
         return np.asarray(soft, np.float32)[0], np.asarray(weights)[0, : len(vectors)]
 
-    def encode_items(self, history: Sequence[Item]) -> np.ndarray:
-        """Return the vectors of items, (n, E) float16, in their order.
-
-        Raises:
-            InputError: as `soft_prompt`.
-        """
-        items = check_history(self.models.task, history, sort_by_date=False)
-        return self._encode(self._texts(items)).astype(np.float16)
-
     def _soft_prompts(
-        self, query: tuple[np.ndarray, np.ndarray], histories: Sequence[History]
+        self, query: np.ndarray, histories: Sequence[History]
     ) -> tuple[jax.Array, int]:
         """Return the users' soft tokens, behind them rows that fill up, and the number of users."""
         read = [self._read(history) for history in histories]
         texts = [text for texts, _ in read for text in texts]
-        vectors = self._encode(texts)
+        vectors = self.encode_items(texts).astype(np.float32)
         ends = np.cumsum([len(texts) for texts, _ in read])[:-1]
         users = [
             (user_vectors, self._features(texts, item_features, user_vectors))
@@ -339,7 +344,7 @@ class Personalizer:
 
     def _inputs(
         self,
-        query: tuple[np.ndarray, np.ndarray],
+        query: np.ndarray,
         users: Sequence[tuple[np.ndarray, dict[str, np.ndarray]]],
     ) -> PlugInputs:
         """Return one query, and the users' vectors and features as padded batches."""
@@ -354,15 +359,7 @@ class Personalizer:
             name: batch([features[name] for _, features in users]) for name in self.features
         }
         history = batch([user_vectors for user_vectors, _ in users])
-        return PlugInputs(*query, history, batch(masks), features)
-
-    def _query(self, input: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the input as the plug reads it: `Batch.query` and its mask, of one row."""
-        encoder, text = self.models.encoder, self.models.task.query_text(input)
-        if self.layout.encoded:
-            return self._encode([text], queries=True), np.ones((1, 1), bool)
-        (ids,) = encoder.queries([text])
-        return row(ids, min(padded_length(len(ids)), encoder.model.config.max_length))
+        return PlugInputs(query, np.ones((1, 1), bool), history, batch(masks), features)
 
     def _texts(self, items: Sequence[str | Item]) -> list[str]:
         text = self.models.item_text

@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,16 @@ import openai
 import uvicorn
 
 from pplug_jax.serve.app import Service, make_app
-from pplug_jax.serve.build import make_service
+from pplug_jax.serve.build import load_plug, make_service
 from pplug_jax.serve.store import Store
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    """Waits for something, and fails if it does not come."""
+    deadline = time.monotonic() + 30
+    while not is_so() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert is_so()
 
 
 class Running:
@@ -47,10 +55,13 @@ class Running:
 
 
 @contextlib.contextmanager
-def serving(finished: Path, store: Store, slots: int) -> Iterator[Running]:
+def serving(finished: Path, store: Path) -> Iterator[Running]:
     """A finished run's plug, which a `Personalizer` of the same models answers for greedily."""
-    running = Running(make_service(str(finished), store, slots=slots))
-    models = running.service.people.personalizer.models
+    personalizer = load_plug(str(finished))
+    running = Running(
+        make_service(finished.name, personalizer, Store(f"sqlite:///{store}"), slots=8)
+    )
+    models = personalizer.models
     models.config = models.config.changed({"eval.num_beams": 1})
     yield running
     running.stop()
