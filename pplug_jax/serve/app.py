@@ -90,7 +90,7 @@ def _error(status: int, kind: str, message: str) -> JSONResponse:
     return JSONResponse(content, status, headers)
 
 
-def _told(error: Exception) -> JSONResponse:
+def _error_response(error: Exception) -> JSONResponse:
     """Return the response that tells of an error."""
     if isinstance(error, Unauthorized):
         return _error(401, "authentication_error", "no API key of this server's is given")
@@ -109,7 +109,7 @@ def _told(error: Exception) -> JSONResponse:
 
 
 def _line(error: Exception) -> str:
-    return bytes(_told(error).body).decode()
+    return bytes(_error_response(error).body).decode()
 
 
 class _TooLarge(Exception):
@@ -147,7 +147,7 @@ class Guard:
             text = f"the body is larger than {LARGEST_BODY} bytes; send less at a time"
             response = _error(413, "invalid_request_error", text)
         except Exception as error:  # noqa: BLE001  or uvicorn would log its text
-            response = _told(error)
+            response = _error_response(error)
         else:
             return
         if not begun:
@@ -186,7 +186,7 @@ class Answer:
         Raises:
             Unwell: the engine failed.
         """
-        metrics, told = self.service.metrics, 0
+        metrics, sent = self.service.metrics, 0
         try:
             while not self.reason:
                 event = await self._events.get()
@@ -202,8 +202,8 @@ class Answer:
                     if self.stream.stopped:
                         self.reason = "stop"
                 if new:
-                    yield new, self.tokens[told:]
-                    told = len(self.tokens)
+                    yield new, self.tokens[sent:]
+                    sent = len(self.tokens)
         except Unwell:
             self.reason = "error"
             raise
@@ -258,16 +258,16 @@ def make_app(service: Service, *, ui: bool = True) -> FastAPI:
     app = FastAPI(title="pplug_jax", lifespan=lifespan)
     app.add_middleware(Guard)
     for kind in (Unauthorized, RequestValidationError, HTTPException, *STATUS):
-        app.add_exception_handler(kind, lambda request, error: _told(error))
+        app.add_exception_handler(kind, lambda request, error: _error_response(error))
     local = Caller(store.tenant("local"))
 
     def caller(http: Request) -> Caller:
         """Return whose key the request has; without any key in use all are one tenant."""
         kind, _, key = http.headers.get("authorization", "").partition(" ")
-        found = store.caller(key.strip()) if kind.lower() == "bearer" else None
-        if found is None and store.has_keys():
+        caller = store.caller(key.strip()) if kind.lower() == "bearer" else None
+        if caller is None and store.has_keys():
             raise Unauthorized
-        return found or local
+        return caller or local
 
     Who = Annotated[Caller, Depends(caller)]
 
@@ -296,7 +296,7 @@ def make_app(service: Service, *, ui: bool = True) -> FastAPI:
         headers = {"x-pplug-persona": known, "x-pplug-items": str(len(persona.items))}
 
         def usage() -> dict[str, int]:
-            new = sum(len(each.tokens) for each in answers)
+            new = sum(len(answer.tokens) for answer in answers)
             prompt = len(rows)
             return {
                 "prompt_tokens": prompt,
@@ -323,18 +323,18 @@ def make_app(service: Service, *, ui: bool = True) -> FastAPI:
         def choice(
             index: int, text: str, tokens: list[Token], reason: str | None, *, part: bool
         ) -> dict[str, Any]:
-            said: dict[str, Any] = {"text": text}
+            content: dict[str, Any] = {"text": text}
             if chat:
                 message = {"role": "assistant", "content": text} if text or not part else {}
-                said = {"delta" if part else "message": message}
-            return said | {"index": index, "logprobs": logprobs(tokens), "finish_reason": reason}
+                content = {"delta" if part else "message": message}
+            return content | {"index": index, "logprobs": logprobs(tokens), "finish_reason": reason}
 
         if not ask.stream:
-            texts = await asyncio.gather(*(each.whole(http) for each in answers))
+            texts = await asyncio.gather(*(answer.whole(http) for answer in answers))
             kind = "chat.completion" if chat else "text_completion"
             choices = [
-                choice(i, text, each.tokens, each.reason, part=False)
-                for i, (text, each) in enumerate(zip(texts, answers, strict=True))
+                choice(i, text, answer.tokens, answer.reason, part=False)
+                for i, (text, answer) in enumerate(zip(texts, answers, strict=True))
             ]
             content = head | {"object": kind, "choices": choices, "usage": usage()}
             return JSONResponse(content, headers=headers)
@@ -360,12 +360,12 @@ def make_app(service: Service, *, ui: bool = True) -> FastAPI:
             try:
                 left = len(answers)
                 while left:
-                    told = await queue.get()
-                    if isinstance(told, Exception):
-                        yield f"data: {_line(told)}\n\n"
+                    piece = await queue.get()
+                    if isinstance(piece, Exception):
+                        yield f"data: {_line(piece)}\n\n"
                         return
-                    yield event(choice(*told, part=True))
-                    left -= told[3] is not None
+                    yield event(choice(*piece, part=True))
+                    left -= piece[3] is not None
                 if ask.stream_options and ask.stream_options.include_usage:
                     yield event(usage=usage())
                 yield "data: [DONE]\n\n"

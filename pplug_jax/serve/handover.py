@@ -226,13 +226,13 @@ def _check_same(
     role: str,
     about: dict[str, Any],
     given: str,
-    found: str,
+    actual: str,
 ) -> None:
     trained = about[role]
-    if found != trained["fingerprint"]:
+    if actual != trained["fingerprint"]:
         raise InputError(
             f"{path}: the plug was trained with the {role} {trained['name']!r} (fingerprint "
-            f"{trained['fingerprint']}), and {given!r} is another ({found}): what it "
+            f"{trained['fingerprint']}), and {given!r} is another ({actual}): what it "
             f"says to one means nothing to another; give the former, {role}=DIR"
         )
 

@@ -85,7 +85,7 @@ class People:
             except UnknownPersona:
                 known = False
         vectors = self._vectors(stored)
-        items = [each.item for each in stored]
+        items = [row.item for row in stored]
         with self.metrics.persona_seconds.time():
             query = self._encode_inputs([input])
             soft, weights = self.personalizer.persona_of(query, items, vectors)
@@ -99,15 +99,15 @@ class People:
 
     def _vectors(self, stored: Sequence[StoredItem]) -> np.ndarray:
         """Return the items' vectors, (n, E) float16, and keep those that were lacking."""
-        new = {i: each for i, each in enumerate(stored) if each.vector is None}
+        new = {i: row for i, row in enumerate(stored) if row.vector is None}
         made = self._encoded(list(new.values())) if new else ()
         places = {i: at for at, i in enumerate(new)}
         size = self.personalizer.models.encoder.size
-        rows = [made[places[i]] if i in new else each.vector for i, each in enumerate(stored)]
+        rows = [made[places[i]] if i in new else row.vector for i, row in enumerate(stored)]
         return np.array(rows, np.float16).reshape(len(stored), size)
 
     def _encoded(self, items: Sequence[StoredItem]) -> np.ndarray:
-        vectors = self._encode_items(self.personalizer.item_texts([each.item for each in items]))
+        vectors = self._encode_items(self.personalizer.item_texts([row.item for row in items]))
         self.store.put_vectors(self.encoder, items, vectors)
         self.metrics.encode_items.inc(len(items))
         return vectors

@@ -300,9 +300,9 @@ class Personalizer:
     def encode_inputs(self, inputs: Sequence[str]) -> np.ndarray:
         """Return the vectors of inputs, (n, E) float32, as the plug compares them with items."""
         texts = [self.models.task.query_text(input) for input in inputs]
-        own = self.plug.input_encoder
-        vectors = self.models.encoder.encode(texts, queries=True, model=own)
-        return vectors.astype(np.float16).astype(np.float32) if own is None else vectors
+        trained = self.plug.input_encoder
+        vectors = self.models.encoder.encode(texts, queries=True, model=trained)
+        return vectors.astype(np.float16).astype(np.float32) if trained is None else vectors
 
     def persona_of(
         self, query: np.ndarray, history: Sequence[Item], vectors: np.ndarray

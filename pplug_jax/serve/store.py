@@ -305,14 +305,14 @@ class Store:
         if not (number.isascii() and number.isdigit() and len(number) < 16):
             return None
         with self._reading() as connection:
-            found = connection.execute(
+            row = connection.execute(
                 sa.select(_keys.c.tenant, _keys.c.digest).where(
                     _keys.c.id == int(number), _keys.c.revoked.is_(None)
                 )
             ).first()
-        if found is None or not hmac.compare_digest(found.digest, _digest(secret)):
+        if row is None or not hmac.compare_digest(row.digest, _digest(secret)):
             return None
-        return Caller(found.tenant, int(number))
+        return Caller(row.tenant, int(number))
 
     def has_keys(self) -> bool:
         """Return whether any key is in use."""
@@ -444,14 +444,14 @@ class Store:
             connection.execute(made.on_conflict_do_nothing())
             # Whoever adds to a persona holds its row: so places and ids are given once.
             persona = self._persona(connection, tenant, name, lock=True)
-            there = dict(
+            known = dict(
                 connection.execute(
                     sa.select(_items.c.id, _items.c.body).where(
                         _items.c.persona == persona, _items.c.id.in_(rows)
                     )
                 ).all()
             )
-            for id, body in there.items():
+            for id, body in known.items():
                 if rows[id]["body"] != body:
                     raise Conflict(
                         f"an item {id!r} is there with other content; correct it with PUT, or give "
@@ -460,12 +460,12 @@ class Store:
             last = connection.scalar(
                 sa.select(sa.func.max(_items.c.place)).where(_items.c.persona == persona)
             )
-            new = [row for id, row in rows.items() if id not in there]
+            new = [row for id, row in rows.items() if id not in known]
             for place, row in enumerate(new, (last or 0) + 1):
                 row |= {"persona": persona, "place": place}
             if new:
                 connection.execute(_items.insert(), new)
-        return Added([row["id"] for row in new], len(there))
+        return Added([row["id"] for row in new], len(known))
 
     def replace(self, tenant: int, name: str, id: str, item: Item) -> None:
         """Correct an item, which keeps its place in order.

@@ -109,15 +109,15 @@ def admit(
         the slots, the token, () int32, and its log probability, () float32.
     """
     if context is None:
-        hidden, own = llm.prefill(rows, mask, 1)
+        hidden, cache = llm.prefill(rows, mask, 1)
     else:
         assert isinstance(llm, Decoder)
-        hidden, own = llm.prefill(rows, mask, 1, context=context)
-        own = own._replace(
-            keys=jnp.concatenate([context.keys, own.keys], axis=2),
-            values=jnp.concatenate([context.values, own.values], axis=2),
-            positions=jnp.concatenate([context.positions, own.positions], axis=1),
-            seen=jnp.concatenate([context.mask[:, None], own.seen], axis=2),
+        hidden, cache = llm.prefill(rows, mask, 1, context=context)
+        cache = cache._replace(
+            keys=jnp.concatenate([context.keys, cache.keys], axis=2),
+            values=jnp.concatenate([context.values, cache.values], axis=2),
+            positions=jnp.concatenate([context.positions, cache.positions], axis=1),
+            seen=jnp.concatenate([context.mask[:, None], cache.seen], axis=2),
         )
 
     def put(whole: jax.Array, part: jax.Array) -> jax.Array:
@@ -130,7 +130,7 @@ def admit(
 
     kept = {
         name: put(getattr(slots.cache, name), part)
-        for name, part in own._asdict().items()
+        for name, part in cache._asdict().items()
         if name not in ("length", "context")
     }
     sampling = temperature[None], top_p[None], seed[None], jnp.zeros(1, jnp.int32)
@@ -138,7 +138,7 @@ def admit(
     values = Slots(
         slots.cache._replace(**kept),
         token[0],
-        jnp.max(jnp.where(own.seen[:, 0], own.positions, -1)) + 1,
+        jnp.max(jnp.where(cache.seen[:, 0], cache.positions, -1)) + 1,
         jnp.int32(1),
         temperature,
         top_p,

@@ -282,11 +282,11 @@ def _refusal(status: int, content: bytes) -> Exception:
     if status >= 500:
         return ValueError(f"it answers {status}")
     try:
-        said = json.loads(content)["error"]
-        said = said["message"] if isinstance(said, dict) else said
+        reason = json.loads(content)["error"]
+        reason = reason["message"] if isinstance(reason, dict) else reason
     except (ValueError, LookupError, TypeError):
-        said = "no reason given"
-    return _Refused(f"it answers {status}: {said}")
+        reason = "no reason given"
+    return _Refused(f"it answers {status}: {reason}")
 
 
 def _said(error: BaseException) -> str:
