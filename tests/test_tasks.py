@@ -174,6 +174,7 @@ def test_the_best_plug_is_a_tasks_config_with_another_plug(argument: str):
     task, *llm = argument.split(":")
     plain = importlib.import_module(f"configs.{task}").get_config(*llm)
     assert config.plug != plain.plug
+    assert config.plug.place == ("front" if "t5" in argument else "behind")
     config.plug = plain.plug
     assert config == plain
 
