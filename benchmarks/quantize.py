@@ -53,7 +53,7 @@ def device_bytes(directory: Path, quantize: str) -> int:
 
 
 @jax.jit
-def logits(llm: LLM, tokens: jax.Array) -> jax.Array:
+def logits(llm: Decoder, tokens: jax.Array) -> jax.Array:
     return llm.logits(llm.embed(tokens), jnp.ones(tokens.shape, bool))
 
 

@@ -74,7 +74,7 @@ LLAMA = transformers.LlamaConfig(
     max_position_embeddings=1024,
     tie_word_embeddings=True,
 )
-T5 = transformers.T5Config(
+T5 = transformers.T5Config(  # type: ignore[call-arg]  # all take what their base takes
     vocab_size=VOCABULARY,
     d_model=384,
     d_kv=64,
@@ -183,7 +183,10 @@ def make_peers(scratch: Path) -> tuple[dict[str, Ours | Recipe], dict[str, list[
         return [(step, *batch) for step, batch in enumerate(batches)]
 
     weights = new_weights(models, method, config)
-    kind = {"llama": transformers.LlamaForCausalLM, "t5": transformers.T5ForConditionalGeneration}
+    kind: dict[str, Any] = {
+        "llama": transformers.LlamaForCausalLM,
+        "t5": transformers.T5ForConditionalGeneration,
+    }
     dtype = getattr(torch, FLAGS.dtype)
     llm = kind[FLAGS.llm].from_pretrained(scratch / "llm", dtype=dtype)
 

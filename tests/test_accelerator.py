@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="these compare with PyTorch")
@@ -24,6 +27,7 @@ from benchmarks.accelerator import (
     train,
 )
 from benchmarks.accelerator.record import Contest, Record
+from benchmarks.cards import CARDS
 
 pytestmark = pytest.mark.slow
 
@@ -261,3 +265,12 @@ ENTRY %main.1 (a: bf16[8,16], b: bf16[16,4]) -> bf16[8,4] {
 """  # noqa: E501
     moved = roofline.traffic(roofline.WORKSPACE.sub(") custom-call", text)).hbm
     assert moved == 2 * (8 * 16 + 16 * 4 + 8 * 4)
+
+
+def test_what_bounds_a_program_on_a_known_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "find_card", lambda kind: CARDS["H200"])
+    traced = jax.jit(jnp.matmul).trace(*np.ones((2, 256, 256), np.float32))
+    figures = roofline.predicted(traced, traced.lower().compile())
+    assert figures["flops"] == 2 * 256**3
+    assert figures["bound_by"] == "HBM"
+    assert figures["bound_seconds"] == pytest.approx(3 * 4 * 256**2 / 4.8e12, rel=0.1)

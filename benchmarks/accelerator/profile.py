@@ -92,14 +92,14 @@ def run(record: Record, rehearse: bool) -> None:
 
         record.attempt(f"training step, {case.llm}", step, case.needs)
         free()
-    case = (generate.TINY if rehearse else generate.REAL)[0]
+    prompts = (generate.TINY if rehearse else generate.REAL)[0]
 
     def decoding() -> None:
-        models = RandomModels(case.llm, case.encoder, case.dtype, {})
-        for count, beams in case.batches[:2]:
+        models = RandomModels(prompts.llm, prompts.encoder, prompts.dtype, {})
+        for count, beams in prompts.batches[:2]:
             embeds, mask = generate.draw_prompts(models, count)
-            settings = {"max_new_tokens": case.new_tokens, "num_beams": beams}
+            settings = {"max_new_tokens": prompts.new_tokens, "num_beams": beams}
             call = functools.partial(decode, models.llm, embeds, mask, **settings)
-            profiled(record, f"decoding, {case.llm}, {count} prompts, {beams} beams", call)
+            profiled(record, f"decoding, {prompts.llm}, {count} prompts, {beams} beams", call)
 
-    record.attempt(f"decoding, {case.llm}", decoding, case.needs)
+    record.attempt(f"decoding, {prompts.llm}", decoding, prompts.needs)

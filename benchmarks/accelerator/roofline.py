@@ -21,7 +21,7 @@ def this_card() -> Slice | None:
     card = find_card(device.device_kind)
     if card is None:
         return None
-    chip = Chip(card.flops, card.flops, card.hbm_gib, card.bandwidth, 0.0, (), "data sheet", {})
+    chip = Chip(card.flops, card.hbm_gib, card.bandwidth, 0.0, (), "data sheet", {})
     return Slice(device.device_kind, chip, (1,), [device])
 
 

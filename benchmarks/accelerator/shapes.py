@@ -109,7 +109,7 @@ def copy_weights(
     """Gives `theirs` our weights, without a way through the host."""
     state = {}
     for name, source in sources.items():
-        variable = functools.reduce(getattr, name.split("."), ours)
+        variable: Any = functools.reduce(getattr, name.split("."), ours)
         if variable is None:  # a family has it, this model has not
             continue
         tensor = torch.from_dlpack(variable.get_value())

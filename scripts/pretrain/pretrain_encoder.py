@@ -15,6 +15,7 @@ import random
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +125,7 @@ def main(_) -> None:
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, losses
 
-    def encode(texts: Iterable[str], length: int, **settings: bool) -> np.ndarray:
+    def encode(texts: Iterable[str], length: int, **settings: Any) -> np.ndarray:
         settings |= {"truncation": True, "max_length": length, "padding": "max_length"}
         return np.array(tokenizer(list(texts), **settings)["input_ids"], np.int32)
 

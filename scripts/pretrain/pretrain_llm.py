@@ -22,7 +22,7 @@ import itertools
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,7 +98,9 @@ def sample_authors(rng: random.Random) -> Iterator[Author]:
 
 def file_authors(rng: random.Random) -> Iterator[Author]:
     """Those of the training splits, or one for each line of a file, by share; over and over."""
-    sources, shares, outputs = [], [], set()
+    sources: list[tuple[Task, list[Sequence[Item]]]] = []
+    shares: list[float] = []
+    outputs: set[str] = set()
     for source in FLAGS.data:
         name, path, share = source.split(":")
         task, path = TASKS[name], Path(path)
@@ -164,11 +166,11 @@ def batches(
             rows.append((ids, weights))
         width = -(-max(len(ids) for ids, _ in rows) // 32) * 32
         tokens = np.full((len(rows), width), tokenizer.pad_token_id, np.int32)
-        weights = np.full((len(rows), width), -1, np.float32)
-        for row, (ids, weight) in enumerate(rows):
+        token_weights = np.full((len(rows), width), -1, np.float32)
+        for row, (ids, weights) in enumerate(rows):
             tokens[row, : len(ids)] = ids
-            weights[row, : len(ids)] = weight
-        yield form, tokens, weights
+            token_weights[row, : len(ids)] = weights
+        yield form, tokens, token_weights
 
 
 def loss_fn(llm: Decoder, tokens: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
