@@ -293,7 +293,7 @@ def test_many_at_once_are_answered_as_alone(
     for answer, (name, items) in zip(answers, persons.items(), strict=True):
         assert answer.choices[0].message.content == alone(server, items)
         server.ask("DELETE", f"/v1/personas/{name}")
-    inputs = [INPUT, "Generate a title: it is short.", INPUT * 3]
+    inputs = [INPUT, "Generate a title: it is short."]
     for input, vector in zip(inputs, encode(inputs), strict=True):
         np.testing.assert_allclose(vector, encode([input])[0], rtol=1e-5, atol=1e-6)
 

@@ -35,6 +35,7 @@ from pplug_jax.storage.files import read_object
 from pplug_jax.storage.workdir import CONFIG
 
 History = Sequence[str | dict[str, Any]]
+GROUPS = (16, 4, 1)  # inputs that are encoded together: few numbers, for each is compiled
 
 
 @jax.jit
@@ -299,9 +300,14 @@ class Personalizer:
 
     def encode_inputs(self, inputs: Sequence[str]) -> np.ndarray:
         """Return the vectors of inputs, (n, E) float32, as the plug compares them with items."""
+        trained, encode = self.plug.input_encoder, self.models.encoder.encode
         texts = [self.models.task.query_text(input) for input in inputs]
-        trained = self.plug.input_encoder
-        vectors = self.models.encoder.encode(texts, queries=True, model=trained)
+        groups = []
+        while texts:
+            size = next(size for size in GROUPS if size <= len(texts))
+            groups.append(encode(texts[:size], queries=True, model=trained))
+            texts = texts[size:]
+        vectors = np.concatenate(groups)
         return vectors.astype(np.float16).astype(np.float32) if trained is None else vectors
 
     def persona_of(
