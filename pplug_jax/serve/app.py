@@ -262,7 +262,7 @@ def make_app(service: Service, *, ui: bool = True) -> FastAPI:
     local = Caller(store.tenant("local"))
 
     def caller(http: Request) -> Caller:
-        """Return whose key the request has; without any key in use all are one tenant."""
+        """Return whose key the request has; before any key was made all are one tenant."""
         kind, _, key = http.headers.get("authorization", "").partition(" ")
         caller = store.caller(key.strip()) if kind.lower() == "bearer" else None
         if caller is None and store.has_keys():
