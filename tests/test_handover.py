@@ -61,6 +61,7 @@ def test_the_round_trip_is_bit_equal(trained: Personalizer, copy: Path) -> None:
         np.testing.assert_array_equal(loaded.soft_prompt(INPUT, history), soft)
         assert loaded.generate(INPUT, history) == trained.generate(INPUT, history)
     assert sorted(path.name for path in copy.iterdir()) == before == FILES  # nothing is left there
+    assert len({path.stat().st_mode for path in copy.iterdir()}) == 1  # whoever reads one reads all
     write_plug(loaded.models, loaded.plug, copy.parent / "again")
     for name in FILES:
         assert (copy.parent / "again" / name).read_bytes() == (copy / name).read_bytes(), name

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from pplug_jax.config import check_config
 from pplug_jax.errors import InputError
@@ -80,7 +80,8 @@ def write_plug(models: Models, plug: UserEmbedder, output: Path) -> None:
     about = describe(models, float(plug.scale[...]))
     try:
         output.mkdir(parents=True, exist_ok=True)
-        save_file(weights, output / WEIGHTS, metadata={"format": "np"})
+        # Not `save_file`, whose file nobody else may read.
+        (output / WEIGHTS).write_bytes(save(weights, metadata={"format": "np"}))
         write_json(output / PLUG_CONFIG, about)
         write_text(output / CARD, [card(about)])
     except (OSError, SafetensorError) as error:
