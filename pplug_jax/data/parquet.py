@@ -10,7 +10,6 @@ from pplug_jax.data.records import Place, raise_bad
 from pplug_jax.errors import DataError
 
 BATCH = 64  # records in memory
-BUFFER = 1 << 20  # bytes of a column that are read at a time
 
 
 def files(directory: Path) -> dict[str, list[Path]]:
@@ -33,7 +32,8 @@ def _batches(path: Path, row: int = 0) -> Iterator[tuple[int, Any]]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path, buffer_size=BUFFER) as file:
+        # Mapped, as Arrow would otherwise read the columns of a whole row group into memory.
+        with pq.ParquetFile(path, memory_map=True) as file:
             first, group = 0, 0
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
             while group < len(sizes) and first + sizes[group] <= row:
