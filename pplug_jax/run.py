@@ -12,7 +12,7 @@ from pplug_jax.config import check_own_items, checked, claim_workdir
 from pplug_jax.data.answers import learnt, task_of
 from pplug_jax.data.check import check_data
 from pplug_jax.data.download import download
-from pplug_jax.data.lamp import Example, Item
+from pplug_jax.data.lamp import Example
 from pplug_jax.data.records import raise_bad
 from pplug_jax.data.sources import (
     data_directory,
@@ -93,19 +93,14 @@ def describe(models: Models, train: Sequence[Example], held_out: Sequence[Exampl
 
 
 @dataclasses.dataclass(frozen=True)
-class ItemTexts:
-    """The history texts of examples, computed at each pass."""
+class Histories:
+    """Whose the examples' histories are and their texts, computed at each pass."""
 
     splits: Sequence[Sequence[Example]]
-    text: Callable[[Item], str]
+    texts: Callable[[Example], tuple[str, list[str]]]
 
-    def __iter__(self) -> Iterator[str]:
-        return (
-            self.text(item)
-            for split in self.splits
-            for example in split
-            for item in example.profile
-        )
+    def __iter__(self) -> Iterator[tuple[str, list[str]]]:
+        return (self.texts(example) for split in self.splits for example in split)
 
 
 def check_files(config: Settings, mode: str) -> None:
@@ -177,9 +172,9 @@ def _work(
         converted = models.convert_llm()
         say(f"{models.converted}: the converted LLM {'is' if converted else 'was already'} there")
         return
-    texts = ItemTexts((train, held_out), models.item_text)
-    new = models.store.add(texts, config.encoder.batch_size)
-    say(f"history store: {len(models.store)} unique texts, {new} of them new")
+    histories = Histories((train, held_out), models.history_texts)
+    new = models.store.add(histories, config.encoder.batch_size)
+    say(f"history store: {len(models.store)} texts of users; {new} were encoded now")
     if models.encoder.cut_texts:
         say(
             f"{models.encoder.cut_texts} of them reach the encoder's {models.encoder.max_length} "

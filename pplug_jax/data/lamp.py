@@ -6,6 +6,8 @@ memory.
 
 import dataclasses
 import functools
+import hashlib
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -38,6 +40,11 @@ class Example:
     target: str | None
     profile: tuple[Item, ...]
     user: str = ""
+
+    @property
+    def owner(self) -> str:
+        """Names whose items the history store keeps together: the user, or else this profile."""
+        return self.user or hashlib.sha256(json.dumps(self.profile).encode()).hexdigest()
 
 
 TWICE = "the id stands there more than once; ids must be unique"

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from pplug_jax.data.keys import text_keys
 from pplug_jax.data.lamp import Item, check_history, check_input
 from pplug_jax.errors import InputError
 from pplug_jax.feed.batches import PlugInputs, round_up
@@ -376,9 +377,5 @@ class Personalizer:
     def _features(
         self, texts: Sequence[str], item_features: dict[str, np.ndarray], vectors: np.ndarray
     ) -> dict[str, np.ndarray]:
-        def means() -> np.ndarray:
-            store = self.models.store
-            known = store.rows([text for text in texts if text in store])
-            return self.peers.means_of(vectors, known)
-
+        means = lambda: self.peers.means_once(text_keys(texts), vectors)
         return of_history(self.features, item_features, vectors, means)

@@ -9,9 +9,10 @@ from etils import epath
 
 from pplug_jax.config import check_batches
 from pplug_jax.data.answers import task_of
-from pplug_jax.data.lamp import Item
+from pplug_jax.data.lamp import Example, Item
 from pplug_jax.encoder import load_encoder
 from pplug_jax.errors import ConfigError, InputError
+from pplug_jax.feed.batches import history_texts
 from pplug_jax.feed.peers import Peers
 from pplug_jax.feed.store import HistoryStore
 from pplug_jax.llm import LLM, abstract_llm, llm_loader
@@ -137,10 +138,16 @@ class Models:
         """Return a history item as the encoder reads it."""
         return self.task.item_text(item, self.config.data.history_labels)
 
+    def history_texts(self, example: Example) -> tuple[str, list[str]]:
+        """Return whose history it is, and its texts as the encoder reads them."""
+        data = self.config.data
+        return history_texts(self.task, example, data.max_history, data.history_labels)
+
     @functools.cached_property
     def store(self) -> HistoryStore:
         """The store of the histories' vectors; most plugs are served without it."""
-        return HistoryStore(self._history_path, self.encoder)
+        newest = self.config.data.max_history
+        return HistoryStore(self._history_path, self.encoder, newest=newest)
 
     @functools.cached_property
     def queries(self) -> HistoryStore:
