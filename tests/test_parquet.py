@@ -1,6 +1,7 @@
 """Parquet files of people's own data: what JSON lines give, and what is said of bad rows."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,15 @@ def test_rows_are_what_lines_are(lines: Path, tmp_path: Path, names: list[str], 
     for index in (149, 0, 74, 75, 76, 12, 13):
         assert examples[index] == expected[index]
         assert examples.record(index)["input"] == f"in {index}"
+
+
+def test_examples_can_be_sent_to_another_process(lines: Path, tmp_path: Path):
+    write(tmp_path / "train.parquet", RECORDS)
+    expected = list(read(lines, "train", CUSTOM))
+    for directory in (lines, tmp_path):
+        examples = read(directory, "train", CUSTOM)
+        assert examples[100] == expected[100]
+        assert list(pickle.loads(pickle.dumps(examples))) == expected
 
 
 def test_one_batch_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

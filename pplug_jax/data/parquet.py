@@ -79,6 +79,9 @@ class Reader:
         self._batch: Any = None
         self._batches: Iterator[tuple[int, Any]] = iter(())
 
+    def __reduce__(self) -> tuple[type["Reader"], tuple[()]]:
+        return Reader, ()  # a copy for another process begins anew
+
     def load(self, place: Place) -> Any:
         """Return the record at `place`."""
         if place.path != self._path or place.start < self._first:
