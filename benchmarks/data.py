@@ -20,7 +20,7 @@ from absl import app, flags
 
 from configs import lamp4
 from pplug_jax.data.sources import read_split
-from pplug_jax.run import ItemTexts
+from pplug_jax.run import Histories
 from pplug_jax.session import Models
 from pplug_jax.session.inputs import tokenize
 from pplug_jax.settings import Settings
@@ -86,7 +86,7 @@ def main(_: list[str]) -> None:
         report("models loaded")
         examples = read_split(config, "train")
         report(f"{len(examples)} examples read")
-        new = models.store.add(ItemTexts([examples], models.item_text))
+        new = models.store.add(Histories([examples], models.history_texts))
         report(f"{new} unique texts tokenised and stored")
         tokenized = tokenize(models, examples)
         report(f"{len(tokenized)} examples tokenised")

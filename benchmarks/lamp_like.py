@@ -5,7 +5,7 @@ and 88 items (54) on average (Salemi et al. 2024, arXiv 2404.05970, table 1); a 
 tokens, and the paper cuts inputs at 256.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,29 +13,41 @@ import numpy as np
 
 from pplug_jax.encoder.bert import Bert
 from pplug_jax.feed.batches import Tokenized, with_queries
-from pplug_jax.feed.store import HistoryStore
+from pplug_jax.feed.store import History, HistoryStore
+
+EXAMPLES = 512  # of which buckets are made
+TEXTS = 4096  # different ones
 
 
-def draw_examples(count: int, texts: int, vocabulary: int = 30_000) -> list[Tokenized]:
-    """Random token ids below `vocabulary`, and rows of a store of so many `texts`."""
+def gamma(rng: np.random.Generator, mean: float, spread: float, low: int, high: int) -> int:
+    drawn = rng.gamma((mean / spread) ** 2, spread**2 / mean)
+    return int(np.clip(round(drawn), low, high))
+
+
+def draw_histories(count: int) -> Iterator[tuple[str, list[str]]]:
+    """Users and their texts, as a store takes them."""
+    rng = np.random.default_rng(1)
+    for user in range(count):
+        items = gamma(rng, 88, 54, 20, 512)
+        yield f"user {user}", [f"text {i}" for i in rng.permutation(TEXTS)[:items]]
+
+
+def draw_examples(count: int, vocabulary: int = 30_000) -> list[Tokenized]:
+    """Random token ids below `vocabulary`, and the histories of as many users."""
     rng = np.random.default_rng(0)
-
-    def gamma(mean: float, spread: float, low: int, high: int) -> int:
-        drawn = rng.gamma((mean / spread) ** 2, spread**2 / mean)
-        return int(np.clip(round(drawn), low, high))
 
     def ids(length: int) -> np.ndarray:
         return rng.integers(3, vocabulary, length, dtype=np.int32)
 
     examples = []
-    for _ in range(count):
-        prompt, items = gamma(210, 85, 20, 256), gamma(88, 54, 20, 512)
+    for history in draw_histories(count):
+        prompt = gamma(rng, 210, 85, 20, 256)
         examples.append(
             Tokenized(
                 ids(prompt + 2),
-                ids(gamma(14, 5, 4, 128)),
+                ids(gamma(rng, 14, 5, 4, 128)),
                 ids(max(8, prompt - 8)),
-                rng.integers(0, texts, items),
+                History.of(*history),
                 {},
             )
         )
@@ -57,7 +69,7 @@ def with_vectors(
     return with_queries(examples, [str(i) for i in range(len(examples))], queries)
 
 
-def fill_store(store: HistoryStore) -> None:
+def fill_store(store: HistoryStore, users: int) -> None:
     """Random unit vectors, for the histories' encoding is no part of a step."""
     rng = np.random.default_rng(1)
 
@@ -66,4 +78,4 @@ def fill_store(store: HistoryStore) -> None:
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
     store.encoder.encode = draw
-    store.add([str(i) for i in range(4096)])
+    store.add(draw_histories(users))

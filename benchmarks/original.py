@@ -145,11 +145,11 @@ class Recipe:
             tokens, mask = pad([x.prompt for x in examples], PROMPT - SOFT)
             labels = padded(targets, width(targets, TARGET), IGNORED)
         if self.plug.encoder is None:
-            vectors = [self.data.queries.vectors(x.query_row) for x in examples]
-            query = torch.tensor(np.stack(vectors)), torch.zeros(len(examples), 0)
+            vectors = [self.data.queries.vectors(x.asked) for x in examples]
+            query = torch.tensor(np.concatenate(vectors)), torch.zeros(len(examples), 0)
         else:
             query = pad([x.query for x in examples], QUERY)
-        history = pad([self.data.store.vectors(x.rows) for x in examples], HISTORY)
+        history = pad([self.data.store.vectors(x.history) for x in examples], HISTORY)
         device = self.plug.instruction.device
         return Inputs(*(x.to(device) for x in (tokens, mask, labels, *query, *history)))
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from benchmarks.lamp_like import draw_examples
+from benchmarks.lamp_like import draw_examples, draw_histories
 from benchmarks.timing import in_turn, report
 from configs import lamp5
 from pplug_jax.data.sources import read_split
@@ -29,7 +29,7 @@ from pplug_jax.feed.batches import (
 )
 from pplug_jax.feed.store import HistoryStore
 from pplug_jax.methods.table import METHODS, configured
-from pplug_jax.run import ItemTexts
+from pplug_jax.run import Histories
 from pplug_jax.scoring.tables import show_table
 from pplug_jax.session import Models
 from pplug_jax.session.inputs import assembler, tokenize
@@ -40,7 +40,6 @@ from pplug_jax.train.step import init_optimizer, jit_step, make_optimizer
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("examples", 5000, "LaMP-like examples.")
-flags.DEFINE_integer("texts", 50_000, "Unique history texts.")
 flags.DEFINE_integer("batch", 64, "Examples of a batch; 64 is the paper's.")
 flags.DEFINE_integer("batches", 20, "Batches of a timed call.")
 flags.DEFINE_integer("steps", 60, "Training steps whose waiting is measured.")
@@ -124,8 +123,8 @@ def waiting(models: Models, examples: Sequence[Tokenized]) -> tuple[float, float
 def main(_: list[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         store = HistoryStore(Path(scratch) / "made-up", MadeUp())
-        store.add(f"text {i}" for i in range(FLAGS.texts))
-        examples = draw_examples(FLAGS.examples, FLAGS.texts)
+        store.add(draw_histories(FLAGS.examples))
+        examples = draw_examples(FLAGS.examples)
         shares = {count: padding(examples, count) for count in range(1, 7)}
         show_table(
             f"Padding, LaMP-like (target: {TARGET:.0%})",
@@ -139,7 +138,7 @@ def main(_: list[str]) -> None:
         config = Settings.of(lamp5.get_config()).changed(changes)
         models = Models(config, Path(scratch) / "run")
         sample = read_split(config, "train")
-        models.store.add(ItemTexts([sample], models.item_text))
+        models.store.add(Histories([sample], models.history_texts))
         buckets = Buckets(examples, config.data.buckets, 512, target_cost=0)
         assemble = Assemble(examples, buckets, store, range(FLAGS.batch), history_dropout=0.5)
         data = training_batches(Plan(buckets.of, FLAGS.batch, 1000.0, 0), assemble)

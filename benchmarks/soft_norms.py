@@ -81,8 +81,7 @@ def main(_: list[str]) -> None:
     with tempfile.TemporaryDirectory() as workdir:
         config = learnt(config, Path(workdir), train)
         models = Models(config, Path(workdir))
-        texts = (models.item_text(item) for example in train for item in example.profile)
-        models.store.add(texts, config.encoder.batch_size)
+        models.store.add(map(models.history_texts, train), config.encoder.batch_size)
         config = configured(config, METHOD, config.seed)
         tokenized = tokenize(models, train, layout_of(METHOD, config))
         assemble = assembler(models, METHOD, config, tokenized, ROWS.value)

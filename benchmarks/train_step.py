@@ -34,7 +34,7 @@ import torch
 import transformers
 from absl import app, flags
 
-from benchmarks.lamp_like import draw_examples, fill_store, with_vectors
+from benchmarks.lamp_like import EXAMPLES, draw_examples, fill_store, with_vectors
 from benchmarks.original import SOFT, Planned, Plug, Recipe
 from benchmarks.ours import Ours
 from benchmarks.timing import in_turn, report
@@ -60,7 +60,6 @@ flags.DEFINE_bool("peak", False, "Measure each peer's memory too, in a process o
 flags.DEFINE_string("only", None, "Of --peak: print this peer's memory, and nothing else.")
 FLAGS.set_default("repeats", 2)
 
-EXAMPLES = 512  # of which the buckets are made
 VOCABULARY = 32000
 # transformers rounds a T5's loss to the LLM's dtype: of one about 10, bfloat16 keeps 0.06.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
@@ -171,8 +170,8 @@ def make_peers(scratch: Path) -> tuple[dict[str, Ours | Recipe], dict[str, list[
     write_models(scratch)
     config, method = read_settings(scratch), METHODS["pplug"]
     models = Models(config, scratch / "run")
-    fill_store(models.store)
-    examples = draw_examples(EXAMPLES, len(models.store))
+    fill_store(models.store, EXAMPLES)
+    examples = draw_examples(EXAMPLES)
     if FLAGS.encoder == "frozen":
         examples = with_vectors(examples, models.queries, models.encoder.model)
     data = assembler(models, method, config, examples, FLAGS.batch)
@@ -261,7 +260,11 @@ def main(_: list[str]) -> None:
     places = {name: sum(map(peer.places, plans[name])) for name, peer in peers.items()}
     examples = [ours.data.tokenized[i] for _, _, indices in plans["ours"] for i in indices]
     real = np.sum(
-        [(len(x.prompt) + SOFT + len(x.target), len(x.query), len(x.rows)) for x in examples], 0
+        [
+            (len(x.prompt) + SOFT + len(x.target), len(x.query), len(x.history.texts))
+            for x in examples
+        ],
+        0,
     )
     peaks = {name: measured_apart(name) if FLAGS.peak else None for name in peers}
     seconds, differences = in_turn(cases), loss_differences(losses)

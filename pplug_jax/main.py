@@ -1,5 +1,6 @@
 """The command: `python -m pplug_jax.main --config=configs/lamp5.py`."""
 
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -55,6 +56,16 @@ _SUGGEST = flags.DEFINE_bool(
 _OUTPUT = flags.DEFINE_string(
     "output", None, "Of --mode=export: the directory that the plug of --workdir is written to."
 )
+_ENGINE = flags.DEFINE_enum(
+    "engine", None, ["ray"], "Of --mode=encode: what histories are encoded on, if not here alone."
+)
+_WORKERS = flags.DEFINE_integer("workers", 1, "Of --engine=ray: how many workers encode.")
+_NEEDS = flags.DEFINE_string(
+    "needs",
+    '{"num_cpus": 1}',
+    "Of --engine=ray: what a worker needs, as JSON with Ray's names: num_cpus, num_gpus, or "
+    'resources, as in {"resources": {"TPU": 4}}.',
+)
 # The modes in which each process works for itself.
 ALONE = ("download", "check_data", "plan", "export")
 
@@ -91,8 +102,15 @@ def main(argv: list[str]) -> None:
         sys.exit("error: --mode=plan and --topology belong together")
     if (_MODE.value == "export") != bool(_OUTPUT.value):
         sys.exit("error: --mode=export and --output belong together")
+    if _ENGINE.value and _MODE.value != "encode":
+        sys.exit("error: --engine belongs to --mode=encode")
     if _MODE.value == "export" and (_CONFIG.value or not _WORKDIR.value):
         sys.exit("error: --mode=export reads the run in --workdir=RUN, and takes no --config")
+    try:
+        needs = json.loads(_NEEDS.value)
+    except ValueError as error:
+        sys.exit(f"error: --needs={_NEEDS.value}: not JSON: {error}")
+    ray = {"workers": _WORKERS.value, **needs} if _ENGINE.value else None
     _quiet()
     keep_compiled()
     config = _CONFIG.value
@@ -119,7 +137,7 @@ def main(argv: list[str]) -> None:
 
             export(workdir, Path(str(_OUTPUT.value)))
         else:
-            run(config, workdir, _MODE.value)
+            run(config, workdir, _MODE.value, ray)
     except (InputError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -1,9 +1,11 @@
 """Run the command: say what will be done, then encode, train and evaluate."""
 
 import dataclasses
+import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
@@ -12,7 +14,7 @@ from pplug_jax.config import check_own_items, checked, claim_workdir
 from pplug_jax.data.answers import learnt, task_of
 from pplug_jax.data.check import check_data
 from pplug_jax.data.download import download
-from pplug_jax.data.lamp import Example, Item
+from pplug_jax.data.lamp import Example
 from pplug_jax.data.records import raise_bad
 from pplug_jax.data.sources import (
     data_directory,
@@ -33,6 +35,8 @@ from pplug_jax.runtime.console import say
 from pplug_jax.scoring.metrics import check_metrics
 from pplug_jax.scoring.plots import plot_losses
 from pplug_jax.session import Models
+from pplug_jax.session.models import history_store
+from pplug_jax.session.on_ray import encode_on_ray
 from pplug_jax.session.weights import abstract_weights
 from pplug_jax.settings import Settings
 from pplug_jax.storage.lock import locked
@@ -93,19 +97,21 @@ def describe(models: Models, train: Sequence[Example], held_out: Sequence[Exampl
 
 
 @dataclasses.dataclass(frozen=True)
-class ItemTexts:
-    """The history texts of examples, computed at each pass."""
+class Histories(Sequence[tuple[str, list[str]]]):
+    """Whose the examples' histories are and their texts, read when they are asked for."""
 
     splits: Sequence[Sequence[Example]]
-    text: Callable[[Item], str]
+    texts: Callable[[Example], tuple[str, list[str]]]
 
-    def __iter__(self) -> Iterator[str]:
-        return (
-            self.text(item)
-            for split in self.splits
-            for example in split
-            for item in example.profile
-        )
+    def __len__(self) -> int:
+        return sum(map(len, self.splits))
+
+    def __getitem__(self, i: int) -> tuple[str, list[str]]:  # type: ignore[override]  # no slices
+        for split in self.splits:
+            if i < len(split):
+                return self.texts(split[i])
+            i -= len(split)
+        raise IndexError
 
 
 def check_files(config: Settings, mode: str) -> None:
@@ -135,8 +141,20 @@ def check_files(config: Settings, mode: str) -> None:
         )
 
 
-def run(given: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
-    """Do what `mode` says; started again, it goes on from where it stopped."""
+def run(
+    given: ml_collections.ConfigDict,
+    workdir: Path,
+    mode: str,
+    ray: dict[str, Any] | None = None,
+) -> None:
+    """Do what `mode` says; started again, it goes on from where it stopped.
+
+    Args:
+        given: the config.
+        workdir: the run's directory.
+        mode: a value of `--mode`.
+        ray: of the mode `encode`, the settings of `encode_on_ray`; None is to encode here.
+    """
     config = checked(given)
     if mode in ("download", "check_data"):
         check_files(config, mode)
@@ -158,7 +176,7 @@ def run(given: ml_collections.ConfigDict, workdir: Path, mode: str) -> None:
     config = learnt(config, workdir, train or held_out)
     check_own_items(config)
     with locked(workdir):
-        _work(config, workdir, mode, train, held_out, bad)
+        _work(config, workdir, mode, train, held_out, bad, ray)
 
 
 def _work(
@@ -168,6 +186,7 @@ def _work(
     train: Sequence[Example],
     held_out: Sequence[Example],
     bad: Sequence[DataError],
+    ray: dict[str, Any] | None,
 ) -> None:
     """Do the part of `run` that needs the lock on the workdir."""
     models = Models(config, workdir)
@@ -179,9 +198,13 @@ def _work(
         converted = models.convert_llm()
         say(f"{models.converted}: the converted LLM {'is' if converted else 'was already'} there")
         return
-    texts = ItemTexts((train, held_out), models.item_text)
-    new = models.store.add(texts, config.encoder.batch_size)
-    say(f"history store: {len(models.store)} unique texts, {new} of them new")
+    histories = Histories((train, held_out), models.history_texts)
+    if ray is None:
+        new = models.store.add(histories, config.encoder.batch_size)
+    else:
+        open_store = functools.partial(history_store, config, workdir)
+        new = encode_on_ray(open_store, histories, config.encoder.batch_size, **ray)
+    say(f"history store: {len(models.store)} texts of users; {new} were encoded now")
     if models.encoder.cut_texts:
         say(
             f"{models.encoder.cut_texts} of them reach the encoder's {models.encoder.max_length} "

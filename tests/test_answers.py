@@ -79,7 +79,7 @@ def test_what_is_learnt_is_used_everywhere(tmp_path: Path) -> None:
     task = task_of(learnt(CUSTOM, tmp_path, EXAMPLES))
     assert task.query_text(INPUTS[0]) == "Text: It rains {now}."
     assert task.query_text("Name it: x") == "Name it: x"
-    first, second = own_items(task, EXAMPLES[0])
+    first, second = own_items(task, EXAMPLES[0], 512)
     assert (first.input, first.target) == ("Write a title. Text: It rained.", "Rain today")
     assert second.profile == (RAIN,)
     assert task.demonstration(RAIN) == '"Rain today" is the title for "Text: It rained." '

@@ -36,7 +36,7 @@ from pplug_jax.feed.batches import (
 )
 from pplug_jax.feed.features import item_ages, item_forms
 from pplug_jax.feed.peers import Peers
-from pplug_jax.feed.store import HistoryStore
+from pplug_jax.feed.store import History, HistoryStore
 from pplug_jax.llm.prompts import Tokenizer
 from pplug_jax.runtime.mesh import make_mesh
 
@@ -67,10 +67,18 @@ def item(number: int) -> dict[str, str]:
     return {"title": f"title {number}", "abstract": "abstract"}
 
 
+ALL = [TASK.item_text(item(i)) for i in range(40)]
+
+
+def history(rng: np.random.Generator, count: int) -> History:
+    """Some of all texts."""
+    return History.of("everyone", [ALL[i] for i in rng.permutation(40)[:count]])
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> HistoryStore:
     store = HistoryStore(tmp_path, FakeEncoder())
-    store.add(TASK.item_text(item(i)) for i in range(40))
+    store.add([("everyone", ALL)])
     return store
 
 
@@ -85,7 +93,7 @@ def tokenized(rng: np.random.Generator, rows: int | None = None) -> Tokenized:
         "age": np.arange(rows, dtype=np.float32)[::-1, None],
         "form": rng.normal(size=(rows, SIZE)).astype(np.float32),
     }
-    return Tokenized(ids(2, 200), ids(1, 20), ids(2, 60), rng.integers(0, 40, rows), told)
+    return Tokenized(ids(2, 200), ids(1, 20), ids(2, 60), history(rng, rows), told)
 
 
 def many(count: int, seed: int = 0) -> list[Tokenized]:
@@ -96,32 +104,34 @@ def many(count: int, seed: int = 0) -> list[Tokenized]:
 # Tokens
 
 
-def test_tokenize(llama_tokenizer: transformers.PreTrainedTokenizerBase, store: HistoryStore):
+def test_tokenize(llama_tokenizer: transformers.PreTrainedTokenizerBase):
     tokenizer = Tokenizer(llama_tokenizer, separator=" =>")
     profile = tuple(item(i) for i in range(5))
     input = "Generate a title for the following abstract of a paper: Models."
-    examples = [Example("0", input, "Gold", profile), Example("1", "bare", None, ())]
+    examples = [Example("0", input, "Gold", profile, "user"), Example("1", "bare", None, ())]
     lengths = {"max_input_length": 99, "max_target_length": 9, "max_history": 3}
     lengths["features"] = ("age", "form")
-    first, second = tokenize(TASK, examples, tokenizer, store, **lengths)
+    first, second = tokenize(TASK, examples, tokenizer, FakeEncoder(), **lengths)
     assert first.prompt.tolist() == tokenizer.prompt(input, 99).tolist()
     assert first.target.tolist() == tokenizer.target("Gold", 9).tolist()
     assert first.query.tolist() == [1, *map(ord, "Models."), 2]
     # LaMP's newest come last, and the last are kept.
-    assert (
-        first.rows.tolist() == store.rows([TASK.item_text(each) for each in profile[2:]]).tolist()
-    )
+    newest = History.of("user", [TASK.item_text(each) for each in profile[2:]])
+    assert first.history.user == newest.user
+    assert first.history.texts.tolist() == newest.texts.tolist()
     assert second.target.tolist() == [1]  # no gold: EOS alone
-    assert second.rows.tolist() == second.item_features["age"].tolist() == []
+    assert second.history.texts.tolist() == second.item_features["age"].tolist() == []
     assert first.item_features["age"].tolist() == [[0], [0], [0]]
     expected = [form(each["title"]) for each in profile[2:]]
     np.testing.assert_array_equal(first.item_features["form"], expected)
     assert second.item_features["form"].shape == (0, SIZE)
 
     dated = tuple(item(i) | {"date": f"2001-0{i + 1}"} for i in range(5))
-    (third,) = tokenize(TASK, [Example("2", input, None, dated)], tokenizer, store, **lengths)
+    examples = [Example("2", input, None, dated)]
+    (third,) = tokenize(TASK, examples, tokenizer, FakeEncoder(), **lengths)
     assert third.item_features["age"].tolist() == [[2], [1], [0]]
-    assert third.rows.tolist() == first.rows.tolist()
+    assert third.history.texts.tolist() == first.history.texts.tolist()
+    assert third.history.user == History.of(examples[0].owner, []).user
 
 
 def test_the_form_is_that_of_what_the_user_wrote():
@@ -133,23 +143,21 @@ def test_the_form_is_that_of_what_the_user_wrote():
 
 
 def test_an_item_is_read_with_its_label_or_without(
-    llama_tokenizer: transformers.PreTrainedTokenizerBase, tmp_path: Path
+    llama_tokenizer: transformers.PreTrainedTokenizerBase,
 ):
     tagged = {"description": "A film.", "tag": "comedy"}
     examples = [Example("0", "which tag? description: A film.", "comedy", (tagged,))]
-    store = HistoryStore(tmp_path, FakeEncoder())
-    store.add(["A film. tag: comedy", "A film."])
     lengths = {"max_input_length": 99, "max_target_length": 9, "max_history": 3}
     for labels, row in ((True, "A film. tag: comedy"), (False, "A film.")):
         (made,) = tokenize(
             TASKS["LaMP_2"],
             examples,
             Tokenizer(llama_tokenizer),
-            store,
+            FakeEncoder(),
             history_labels=labels,
             **lengths,
         )
-        assert made.rows.tolist() == store.rows([row]).tolist()
+        assert made.history.texts.tolist() == History.of("", [row]).texts.tolist()
 
 
 @given(st.lists(st.integers(1, 12), max_size=20), st.randoms(use_true_random=False))
@@ -181,7 +189,7 @@ def test_every_example_fits_its_bucket_and_all_larger(count: int, buckets: int, 
             assert len(example.prompt) <= shape.prompt <= shape.text
             assert len(example.query) <= shape.query
             assert len(example.target) <= shape.target
-        assert len(example.rows) <= made.history
+        assert len(example.history.texts) <= made.history
         if bucket:  # and no smaller one would do
             smaller = made.shapes[bucket - 1]
             text, target = len(made.text(example)), len(example.target)
@@ -223,7 +231,9 @@ def test_no_other_edges_pad_less(lengths: list[tuple[int, int]], count: int, tar
 
 def test_buckets_of_no_history_and_short_texts_have_a_shape():
     empty = np.zeros(0, np.int32)
-    made = Buckets([Tokenized(np.ones(1, np.int32), *[empty] * 3, {})], 4, 512, 0)
+    made = Buckets(
+        [Tokenized(np.ones(1, np.int32), empty, empty, History(0, empty), {})], 4, 512, 0
+    )
     assert made.shapes == [(16, 16, 16, 16)]
     assert made.history == 16
 
@@ -332,8 +342,8 @@ def test_a_batch_holds_its_examples_and_nothing_else(store: HistoryStore, count:
             assert ids[: len(expected)].tolist() == expected.tolist()
             assert not ids[len(expected) :].any()
             assert mask.tolist() == [k < len(expected) for k in range(len(ids))]
-        n = len(example.rows)
-        np.testing.assert_array_equal(batch.history[i, :n], store.vectors(example.rows))
+        n = len(example.history.texts)
+        np.testing.assert_array_equal(batch.history[i, :n], store.vectors(example.history))
         assert not batch.history[i, n:].any()
         assert batch.history_mask[i].sum() == batch.history_mask[i, :n].sum() == n
     # A row that fills up has no target and no history, but a token to attend to.
@@ -383,7 +393,7 @@ def test_the_kept_items_stand_in_their_order_with_their_ages_and_differences(sto
     rng = np.random.default_rng(0)
     examples = [
         tokenized(rng, rows=12)._replace(
-            rows=rng.permutation(40)[:12],
+            history=history(rng, 12),
             item_features={
                 "age": rng.permutation(12)[:, None] + 1.0,
                 "form": rng.normal(size=(12, SIZE)).astype(np.float32),
@@ -391,7 +401,7 @@ def test_the_kept_items_stand_in_their_order_with_their_ages_and_differences(sto
         )
         for _ in range(50)
     ]
-    peers = Peers.of(store, [example.rows for example in examples])
+    peers = Peers.of(store, [example.history for example in examples])
     options = {"features": ("age", "difference", "form"), "peers": peers}
     batch = full_batch(examples, store, 0, history_dropout=0.5, **options)
     counts = batch.history_mask.sum(axis=1)
@@ -401,10 +411,10 @@ def test_the_kept_items_stand_in_their_order_with_their_ages_and_differences(sto
         ages = example.item_features["age"].tolist()  # each item's own
         kept = [ages.index(age) for age in batch.features["age"][i, :n].tolist()]
         assert kept == sorted(set(kept))
-        vectors = store.vectors(example.rows)
+        vectors = store.vectors(example.history)
         np.testing.assert_array_equal(batch.history[i, :n], vectors[kept])
         # Of the whole history: what was dropped is still no other user's.
-        differences = vectors - peers.means(example.rows)
+        differences = vectors - peers.means(example.history.texts, vectors)
         np.testing.assert_array_equal(batch.features["difference"][i, :n], differences[kept])
         np.testing.assert_array_equal(
             batch.features["form"][i, :n], example.item_features["form"][kept]
@@ -436,7 +446,7 @@ def test_training_goes_on_from_a_step(store: HistoryStore):
 
 
 def extensions(examples: Sequence[Tokenized], store: HistoryStore) -> dict[str, Any]:
-    peers = Peers.of(store, [example.rows for example in examples])
+    peers = Peers.of(store, [example.history for example in examples])
     return {"features": ("age", "difference", "form"), "peers": peers}
 
 

@@ -281,7 +281,7 @@ def test_an_evaluation_reads_a_prompt_once_for_its_users(
         )
         for i in range(12)
     ]
-    models.store.add(models.item_text(item) for x in examples for item in x.profile)
+    models.store.add(map(models.history_texts, examples))
     method = METHODS["pplug"]
     tokenized = tokenize(models, examples, layout_of(method, config))
     weights = new_weights(models, method, config)

@@ -12,6 +12,7 @@ from pplug_jax.data.sources import read_split
 from pplug_jax.errors import ConfigError
 from pplug_jax.evaluate.compare import commit
 from pplug_jax.feed.batches import PlugInputs, Tokenized
+from pplug_jax.feed.store import History
 from pplug_jax.methods.table import METHODS as ALL
 from pplug_jax.methods.table import configured
 from pplug_jax.run import run
@@ -130,7 +131,7 @@ def test_what_a_plug_made_of_the_users_is_written(compared: Path) -> None:
         profile = examples[i].profile
         input = models.task.query_text(examples[i].input)
         query = models.encoder.queries([input if name == "weights" else profile[-1]["abstract"]])
-        items = models.store.vectors(models.store.rows([models.item_text(x) for x in profile]))
+        items = models.store.vectors(History.of(*models.history_texts(examples[i])))
         there = np.ones((1, len(profile)), bool)
         inputs = PlugInputs(
             np.array(query), np.ones((1, len(query[0])), bool), items[None], there, {}

@@ -1,11 +1,14 @@
 """What a method's examples show, whose users count as seen, and users' own items."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from pplug_jax.data.lamp import Example, Subset
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.feed.batches import Tokenized
+from pplug_jax.feed.store import History
 from pplug_jax.methods.shown import shown
 from pplug_jax.methods.table import METHODS
 from pplug_jax.methods.users import own_items, split_users, unseen
@@ -23,7 +26,9 @@ def example(i: int, items: int) -> Example:
 def tokenized(*rows: list[int]) -> list[Tokenized]:
     token = np.array([1], np.int32)
     return [
-        Tokenized(token, token, token, np.array(r, int), {"age": np.array(r, np.float32)})
+        Tokenized(
+            token, token, token, History(0, np.array(r, int)), {"age": np.array(r, np.float32)}
+        )
         for r in rows
     ]
 
@@ -43,9 +48,9 @@ def test_whose_history_is_shown(method: str, rows: list[list[int] | None]) -> No
     config = Settings()
     found = shown(TASK, None, None, METHODS[method], config, [], tokenized([0, 1], [2], []))
     for each, wanted in zip(found, rows, strict=True):
-        assert wanted is None or each.rows.tolist() == wanted
+        assert wanted is None or each.history.texts.tolist() == wanted
         # An item's age goes with it.
-        assert each.item_features["age"].tolist() == each.rows.tolist()
+        assert each.item_features["age"].tolist() == each.history.texts.tolist()
 
 
 def test_users_with_half_a_history_in_common_are_one() -> None:
@@ -68,7 +73,7 @@ def test_a_share_of_the_users_is_held_out_with_all_they_have() -> None:
 
 
 def test_own_items_are_examples_of_the_task_without_their_answer() -> None:
-    found = list(own_items(TASK, example(3, 3)))
+    found = list(own_items(TASK, example(3, 3), 512))
     assert [e.target for e in found] == ["T3.0", "T3.1", "T3.2"]
     assert found[1].input == "Generate a title for the following abstract of a paper: about 1"
     assert [item["title"] for item in found[1].profile] == ["T3.0", "T3.2"]
@@ -76,25 +81,33 @@ def test_own_items_are_examples_of_the_task_without_their_answer() -> None:
     assert TASK.query_text(found[1].input) == "about 1"
 
 
+def test_own_items_are_in_the_history_of_their_user() -> None:
+    nameless = dataclasses.replace(example(3, 9), user="")
+    (found, *_), others = own_items(TASK, nameless, 4), own_items(TASK, example(3, 9), 4)
+    assert [item["title"] for item in found.profile] == ["T3.6", "T3.7", "T3.8"]
+    assert found.owner == nameless.owner != example(3, 9).owner
+    assert {other.owner for other in others} == {"name 3"}
+
+
 def test_an_item_that_stands_twice_is_no_history_of_itself() -> None:
     item = {"title": "T", "abstract": "A"}
     twice = Example("u", "", "", (item, dict(item), item | {"title": ""}))
-    found = list(own_items(TASK, twice))
+    found = list(own_items(TASK, twice, 512))
     assert len(found) == 2  # what has no answer is no example
     assert all(len(e.profile) == 1 for e in found)
 
 
 def test_some_own_items_stand_behind_the_examples() -> None:
     examples = [example(0, 5), example(1, 1), example(2, 0)]
-    assert list(WithOwnItems(TASK, examples, 0, 0)) == examples
-    more = WithOwnItems(TASK, examples, 2, seed=0)
+    assert list(WithOwnItems(TASK, examples, 0, 0, 9)) == examples
+    more = WithOwnItems(TASK, examples, 2, 0, 9)
     found = list(more)
     assert found[:3] == examples
     assert [e.user for e in found[3:]] == ["name 0", "name 0", "name 1"]
     assert found[3].target != found[4].target
     assert list(more) == found
-    other = WithOwnItems(TASK, [example(0, 50)], 2, seed=1)
-    first = WithOwnItems(TASK, [example(0, 50)], 2, seed=0)
+    other = WithOwnItems(TASK, [example(0, 50)], 2, 1, 99)
+    first = WithOwnItems(TASK, [example(0, 50)], 2, 0, 99)
     assert [e.id for e in other][1:] != [e.id for e in first][1:]
 
 

@@ -31,7 +31,7 @@ def own_rows(users: list[int]) -> list[np.ndarray]:
 def test_every_method_can_be_run_and_every_plug_trained():
     for name, method in METHODS.items():
         assert method.name == name
-        assert method.retrieval is None or method.retrieval in retrievers(None, True)
+        assert method.retrieval is None or method.retrieval in retrievers(None, 512, True)
         assert method.history in ("own", "another", "none")
         assert method.plug is None or METHODS[method.plug].trained
         assert method.kind in PLUGS

@@ -45,7 +45,7 @@ def test_a_list_is_read_as_json_reads_it(values: list[Any], layout: dict, start:
     try:
         found = list(array(path))
         assert [value for _, value in found] == values
-        assert [load(path, place) for place, _ in found] == values
+        assert [load(place) for place, _ in found] == values
         for place, _ in found:
             before = text.encode()[: place.start]
             assert place.line == before.count(b"\n") + 1
@@ -97,7 +97,7 @@ def test_lines_are_records(tmp_path: Path, end: str):
     found = list(records(path))
     assert [value for _, value in found] == [{"a": "\u2028 ü"}, {"a": 2}]
     assert [place.line for place, _ in found] == [1, 3]
-    assert [load(path, place) for place, _ in found] == [value for _, value in found]
+    assert [load(place) for place, _ in found] == [value for _, value in found]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -107,13 +107,13 @@ def test_a_byte_order_mark_is_no_content(tmp_path: Path, name: str, end: str):
     path.write_bytes(codecs.BOM_UTF8 + end.join(['{"a": "ü"}', '{"a": 2}']).encode())
     found = list(records(path, on_bad=[].append))
     assert [value for _, value in found] == [{"a": "ü"}, {"a": 2}]
-    assert [load(path, place) for place, _ in found] == [value for _, value in found]
+    assert [load(place) for place, _ in found] == [value for _, value in found]
     # As several files with marks, or such a blank line, one behind the other.
     marked = [codecs.BOM_UTF8 * n + f'{{"a": {n}}}'.encode() for n in (2, 1, 0)]
     path.write_bytes(end.encode().join([codecs.BOM_UTF8, *marked]))
     found = list(records(path))
     assert [value for _, value in found] == [{"a": 2}, {"a": 1}, {"a": 0}]
-    assert [load(path, place) for place, _ in found] == [value for _, value in found]
+    assert [load(place) for place, _ in found] == [value for _, value in found]
     path.write_bytes(codecs.BOM_UTF8 + b"not JSON\n")
     with pytest.raises(DataError, match="line 1: not JSON: Expecting value at column 1"):
         list(records(path))

@@ -10,7 +10,7 @@ import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pplug_jax.data.lamp import Item
+from pplug_jax.data.lamp import Example, Item
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.feed.retrieval import Dense, bm25, demonstration_prompt, random, recency
 from pplug_jax.feed.store import HistoryStore
@@ -21,6 +21,10 @@ INSTRUCTION = "Generate a title for the following abstract of a paper: "
 
 def item(title: str = "", abstract: str = "", **more: object) -> Item:
     return {"title": title, "abstract": abstract} | more
+
+
+def asked(input: str, profile: list[Item]) -> Example:
+    return Example("", input, None, tuple(profile))
 
 
 def bm25_score(query: str, text: str, texts: list[str]) -> float:
@@ -48,7 +52,7 @@ WORDS = st.lists(st.sampled_from("abcdeA"), min_size=1, max_size=8).map(" ".join
 def test_bm25_is_the_formulas_order(query: str, texts: list[str], top_k: int):
     profile = [item(text[:1], text[2:], number=i) for i, text in enumerate(texts)]
     texts = [TASK.document_text(each) for each in profile]
-    found = bm25(TASK, INSTRUCTION + query, profile, top_k)
+    found = bm25(TASK, asked(INSTRUCTION + query, profile), top_k)
     scores = [bm25_score(query, text, texts) for text in texts]
     assert [scores[each["number"]] for each in found] == pytest.approx(
         sorted(scores, reverse=True)[:top_k], abs=1e-5
@@ -59,12 +63,12 @@ def test_bm25_is_the_formulas_order(query: str, texts: list[str], top_k: int):
 
 def test_bm25_compares_the_users_text_not_the_instruction():
     profile = [item("following abstract of a paper:"), item("graph kernels")]
-    assert bm25(TASK, f"{INSTRUCTION}graph", profile, 1) == [profile[1]]
+    assert bm25(TASK, asked(f"{INSTRUCTION}graph", profile), 1) == [profile[1]]
 
 
 def test_bm25_keeps_the_profiles_order_among_equals():
     profile = [item("other", number=0), *(item("same words", number=i) for i in range(1, 40))]
-    found = bm25(TASK, f"{INSTRUCTION}words", profile, 40)
+    found = bm25(TASK, asked(f"{INSTRUCTION}words", profile), 40)
     assert [each["number"] for each in found] == [*range(1, 40), 0]
 
 
@@ -79,8 +83,8 @@ def test_bm25_keeps_the_profiles_order_among_equals():
     ],
 )
 def test_bm25_with_nothing_to_compare_takes_the_first(query: str, profile: list[Item]):
-    assert bm25(TASK, INSTRUCTION + query, profile, 1) == profile[:1]
-    assert bm25(TASK, INSTRUCTION + query, profile, 5) == profile
+    assert bm25(TASK, asked(INSTRUCTION + query, profile), 1) == profile[:1]
+    assert bm25(TASK, asked(INSTRUCTION + query, profile), 5) == profile
 
 
 @pytest.mark.parametrize(
@@ -97,27 +101,27 @@ def test_bm25_with_nothing_to_compare_takes_the_first(query: str, profile: list[
 )
 def test_recency_goes_by_date(dates: list[object], newest: str):
     profile = [item(str(i), date=date) for i, date in enumerate(dates)]
-    assert "".join(each["title"] for each in recency(TASK, "", profile, 3)) == newest
+    assert "".join(each["title"] for each in recency(TASK, asked("", profile), 3)) == newest
 
 
 def test_recency_without_dates_goes_by_place():
     profile = [item(str(i)) for i in range(4)]
-    assert recency(TASK, "", profile, 2) == [profile[3], profile[2]]
-    assert recency(TASK, "", profile, 9) == profile[::-1]
+    assert recency(TASK, asked("", profile), 2) == [profile[3], profile[2]]
+    assert recency(TASK, asked("", profile), 9) == profile[::-1]
     # A date that only some items have orders nothing.
     profile[0]["date"] = "2030-01-01"
-    assert recency(TASK, "", profile, 2) == [profile[3], profile[2]]
-    assert recency(TASK, "", [], 2) == []
+    assert recency(TASK, asked("", profile), 2) == [profile[3], profile[2]]
+    assert recency(TASK, asked("", []), 2) == []
 
 
 def test_random_items_are_the_same_each_time_and_all_can_come():
     profile = [item(str(i)) for i in range(6)]
-    first = {input: random(TASK, input, profile, 2) for input in map(str, range(60))}
-    assert all(random(TASK, input, profile, 2) == found for input, found in first.items())
+    first = {input: random(TASK, asked(input, profile), 2) for input in map(str, range(60))}
+    assert all(random(TASK, asked(input, profile), 2) == found for input, found in first.items())
     assert all(len(found) == 2 and found[0] != found[1] for found in first.values())
     assert {found[0]["title"] for found in first.values()} == set("012345")
-    assert sorted(each["title"] for each in random(TASK, "x", profile, 9)) == list("012345")
-    assert random(TASK, "x", [], 2) == []
+    assert sorted(each["title"] for each in random(TASK, asked("x", profile), 9)) == list("012345")
+    assert random(TASK, asked("x", []), 2) == []
 
 
 class AxisEncoder:
@@ -133,12 +137,12 @@ class AxisEncoder:
 def test_dense_takes_the_nearest_by_the_encoders_query(tmp_path: Path):
     profile = [item(str(i)) for i in (1, 4, 5, 8, 5)]
     store = HistoryStore(tmp_path, AxisEncoder())
-    store.add([TASK.item_text(each) for each in profile])
-    dense = Dense(store, labels=True)
+    store.add([(asked("", profile).owner, [TASK.item_text(each) for each in profile])])
+    dense = Dense(store, newest=9, labels=True)
     input = f"{INSTRUCTION}4"
-    assert dense(TASK, input, profile, 2) == [profile[2], profile[4]]
-    assert dense(TASK, input, profile, 9) == [profile[i] for i in (2, 4, 0, 1, 3)]
-    assert dense(TASK, input, [], 2) == []
+    assert dense(TASK, asked(input, profile), 2) == [profile[2], profile[4]]
+    assert dense(TASK, asked(input, profile), 9) == [profile[i] for i in (2, 4, 0, 1, 3)]
+    assert dense(TASK, asked(input, []), 2) == []
 
 
 class WordTokenizer:

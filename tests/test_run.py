@@ -112,7 +112,7 @@ def test_a_second_start_does_nothing_again(
     monkeypatch.setattr(Models, "llm", property(never))
     run(small_config(), workdir, "train_and_evaluate")
     assert (workdir / "results.json").read_text() == before
-    assert "0 of them new" in capsys.readouterr().out
+    assert " 0 were encoded now" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -11,7 +11,9 @@ from pathlib import Path
 import ml_collections
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
+import pplug_jax.data.tfds_builder  # noqa: F401  registers the builder
 from pplug_jax import Personalizer
 from pplug_jax.config import checked
 from pplug_jax.data import submission
@@ -305,13 +307,19 @@ def test_splits_in_a_directory(tmp_path: Path):
         write_task(tmp_path, "LaMP_4", split, 1)
         write_task(tmp_path, "custom", split, 1)
     assert splits(tmp_path, TASKS["LaMP_4"]) == ["dev", "train"]
+    for name in (
+        "test.parquet",
+        "a-00000-of-00002.parquet",
+        "a-00001-of-00002.parquet",
+        "b/x.parquet",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
     assert splits(tmp_path, TASKS["custom"])[:2] == ["dev", "train"]
+    assert splits(tmp_path, TASKS["custom"])[-3:] == ["a", "b", "test"]
 
 
 def test_a_tfds_data_set_is_read_as_its_files_are(tmp_path: Path):
-    tfds = pytest.importorskip("tensorflow_datasets", reason="needs tensorflow-datasets")
-    import pplug_jax.data.tfds_builder  # noqa: F401  registers the builder
-
     for split in ("train", "dev"):
         write_task(tmp_path / "files", "LaMP_4", split, 5)
     builder = tfds.builder("personal_texts/LaMP_4_time", data_dir=tmp_path / "tfds")

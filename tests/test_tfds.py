@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tensorflow_datasets as tfds
 
+from pplug_jax.data import tfds_builder
 from pplug_jax.data.lamp import read
 from pplug_jax.data.tasks import TASKS
-from pplug_jax.errors import DataError, InputError
-from tests.support.lamp_files import write_split
-
-tfds = pytest.importorskip("tensorflow_datasets", reason="needs pip install tensorflow-datasets")
-from pplug_jax.data import tfds_builder
 from pplug_jax.data.tfds_builder import read_tfds
+from pplug_jax.errors import DataError
+from tests.support.lamp_files import write_split
 
 QUESTIONS = [
     {
@@ -177,10 +176,3 @@ def test_files_without_questions_are_refused(tmp_path: Path):
         prepare("custom", files)
     with pytest.raises(DataError, match="no {split}_questions.json and {split}_outputs.json"):
         prepare("LaMP_4", files)
-
-
-def test_without_tfds_the_package_is_named(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    monkeypatch.delitem(sys.modules, tfds_builder.__name__)
-    with pytest.raises(InputError, match="pip install tensorflow-datasets"):
-        __import__(tfds_builder.__name__)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pplug_jax.feed.batches import Tokenized
+from pplug_jax.feed.store import History
 from pplug_jax.llm.prompts import Front
 from pplug_jax.plugs.lora import Lora
 from pplug_jax.settings import LoraSettings, Settings
@@ -31,7 +32,7 @@ def items(count: int = 8) -> list[Tokenized]:
     def tokens(length: int) -> np.ndarray:
         return rng.integers(2, 48, length, dtype=np.int32)
 
-    none = np.zeros(0, int)
+    none = History(0, np.zeros(0, int))
     return [Tokenized(tokens(5 + i), tokens(1 + i % 4), tokens(1), none, {}) for i in range(count)]
 
 

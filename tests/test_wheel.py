@@ -39,7 +39,7 @@ print(personalizer.soft_prompt("Rain falls.", items).shape[0], Path(pplug_jax.__
 """
 
 
-@pytest.mark.parametrize("extra", ["dev", "serve"])
+@pytest.mark.parametrize("extra", ["dev", "ray", "serve"])
 def test_an_extra_is_what_its_file_asks_for(extra: str) -> None:
     lines = (ROOT / f"requirements-{extra}.txt").read_text().splitlines()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -45,7 +45,7 @@ TINY = (Case("tiny-llama", "tiny-bert", "float32", 4, ((2, 1), (2, 4)), 1, 0),)
 
 def draw_prompts(models: RandomModels, count: int) -> tuple[jax.Array, jax.Array]:
     """Embeddings (B, L, D) and their mask (B, L), padded on the left as transformers wants them."""
-    examples = draw_examples(count, len(models.store), models.llm_shape.vocab_size)
+    examples = draw_examples(count, models.llm_shape.vocab_size)
     lengths = np.array([SOFT + len(example.prompt) for example in examples])
     longest = lengths.max()
     tokens = np.zeros((count, longest), np.int32)

@@ -18,7 +18,7 @@ import transformers
 from flax import nnx
 
 from benchmarks.fill import fill
-from benchmarks.lamp_like import fill_store
+from benchmarks.lamp_like import EXAMPLES, fill_store
 from configs import common
 from pplug_jax.encoder import bert
 from pplug_jax.encoder.encode import abstract_bert
@@ -89,7 +89,7 @@ class RandomModels(AbstractModels):
         )
         self.encoder = SimpleNamespace(size=size, fingerprint="random", model=model)
         self.store = HistoryStore(Path(self.directory.name), self.encoder)
-        fill_store(self.store)
+        fill_store(self.store, EXAMPLES)
 
 
 def random_weights(models: RandomModels) -> UserEmbedder:

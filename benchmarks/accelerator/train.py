@@ -25,7 +25,7 @@ from benchmarks.accelerator.shapes import (
     torch_llm,
     torch_peak,
 )
-from benchmarks.lamp_like import draw_examples
+from benchmarks.lamp_like import EXAMPLES, draw_examples
 from benchmarks.original import SOFT, Planned, Plug, Recipe
 from benchmarks.ours import Ours
 from benchmarks.timing import medians
@@ -37,7 +37,6 @@ from pplug_jax.session.inputs import assembler
 
 STEPS = 4  # updates of a timed call, of which the host waits for the last
 REPEATS = 3  # of which the median is taken; a rehearsal takes one
-EXAMPLES = 512
 
 # Where the soft tokens stand -> the fields of the config that say so.
 PLACES: dict[str, dict[str, Any]] = {"front": {}}
@@ -79,7 +78,7 @@ class Work:
 
     def __init__(self, models: RandomModels, rows: int):
         vocabulary = min(models.llm_shape.vocab_size, models.encoder_shape.vocab_size)
-        examples = draw_examples(EXAMPLES, len(models.store), vocabulary)
+        examples = draw_examples(EXAMPLES, vocabulary)
         self.rows, self.data = (
             rows,
             assembler(models, METHODS["pplug"], models.config, examples, rows),

@@ -1,4 +1,4 @@
-"""Read LaMP's files, and those of benchmarks with one file a split, as examples.
+"""Read LaMP's files, and those of benchmarks with one table a split, as examples.
 
 Examples are read from their file whenever they are asked for, as a split may be larger than the
 memory.
@@ -6,13 +6,16 @@ memory.
 
 import dataclasses
 import functools
+import hashlib
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pplug_jax.data.records import Place, array, document, load, raise_bad, records
+from pplug_jax.data import parquet, records
+from pplug_jax.data.records import Place, raise_bad
 from pplug_jax.data.tasks import Task
 from pplug_jax.errors import DataError, InputError
 from pplug_jax.runtime.console import say
@@ -37,6 +40,11 @@ class Example:
     target: str | None
     profile: tuple[Item, ...]
     user: str = ""
+
+    @property
+    def owner(self) -> str:
+        """Names whose items the history store keeps together: the user, or else this profile."""
+        return self.user or hashlib.sha256(json.dumps(self.profile).encode()).hexdigest()
 
 
 TWICE = "the id stands there more than once; ids must be unique"
@@ -242,12 +250,17 @@ def parse(
 
 
 class Examples(Sequence[Example]):
-    """The examples at given places of a file, each read and parsed when it is asked for."""
+    """The examples at given places of files, each read and parsed when it is asked for."""
 
     def __init__(
-        self, path: Path, task: Task, read: Sequence[tuple[Place, Example]], sort_by_date: bool
+        self,
+        path: Path,
+        task: Task,
+        read: Sequence[tuple[Place, Example]],
+        sort_by_date: bool,
+        load: Callable[[Place], Item],
     ):
-        self.path, self.task, self.sort_by_date = path, task, sort_by_date
+        self.path, self.task, self.sort_by_date, self.load = path, task, sort_by_date, load
         self.places = [place for place, _ in read]
         self.ids_and_targets = [(example.id, example.target) for _, example in read]
 
@@ -256,21 +269,21 @@ class Examples(Sequence[Example]):
 
     def record(self, index: int) -> Item:
         """Return the record as the file has it."""
-        return load(self.path, self.places[index])
+        return self.load(self.places[index])
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # no slices
         id, target = self.ids_and_targets[index]
         try:
             record = self.record(index)
             example = parse(self.task, record, "", default_id=id, sort_by_date=self.sort_by_date)
-        except (_Bad, ValueError) as error:
+        except (_Bad, ValueError, StopIteration) as error:
             raise DataError(self.path, "it was changed while it was in use; start again") from error
         return dataclasses.replace(example, target=target)
 
 
 def _outputs(path: Path, task: Task, on_bad: Callable[[DataError], None]) -> dict[str, str]:
     """Return the outputs by id, from a submission or, as in LongLaMP's e-mails, a list."""
-    golds = document(path)
+    golds = records.document(path)
     if not isinstance(golds, list):
         try:
             name = _field(golds, "task", str, "the file")
@@ -299,10 +312,13 @@ def _check_label(task: Task, output: str, where: str) -> None:
 
 
 def file_names(task: Task, split: str) -> list[str]:
-    """Return the names of a split's files; if it has one, the first name that exists."""
+    """Return the names of a split's files; if it has one, the first name that exists.
+
+    Parquet files may have the other names of `parquet.files` too.
+    """
     if task.questions_and_outputs:
         return [f"{split}_questions.json", f"{split}_outputs.json"]
-    return [f"{split}.jsonl", f"{split}.json"]
+    return [f"{split}.jsonl", f"{split}.json", f"{split}.parquet"]
 
 
 def expected_files(task: Task, split: str) -> str:
@@ -313,10 +329,10 @@ def expected_files(task: Task, split: str) -> str:
 def splits(directory: str | Path, task: Task) -> list[str]:
     """Return the splits whose files are in the directory."""
     ends = [name.removeprefix("*") for name in file_names(task, "*")]
-    if task.questions_and_outputs:
-        ends = ends[:1]
+    ends = ends[:1] if task.questions_and_outputs else ends[:2]
     names = sorted(path.name for path in Path(directory).iterdir())
-    return [name.removesuffix(end) for end in ends for name in names if name.endswith(end)]
+    splits = [name.removesuffix(end) for end in ends for name in names if name.endswith(end)]
+    return splits if task.questions_and_outputs else [*splits, *parquet.files(Path(directory))]
 
 
 def read(
@@ -344,20 +360,27 @@ def read(
             duplicate id, an output that is no label of the task, a question without an output or
             the reverse.
     """
-    path, other_path = (Path(directory) / name for name in file_names(task, split))
+    path, other_path = (Path(directory) / name for name in file_names(task, split)[:2])
+    load: Callable[[Place], Item] = records.load
+    rows: Iterable[tuple[Place, Any]]
     outputs: dict[str, str] | None = None
     if task.questions_and_outputs:
         outputs_path = other_path
         if split != "test" or outputs_path.is_file():
             outputs = _outputs(outputs_path, task, on_bad)
-        records_read = array(path)
+        rows = records.array(path)
+    elif path.is_file() or other_path.is_file():
+        path = path if path.is_file() else other_path
+        rows = records.records(path, on_bad)
+    elif tables := parquet.files(Path(directory)).get(split):
+        path = tables[0] if len(tables) == 1 else tables[0].parent
+        rows, load = parquet.records(tables, on_bad), parquet.Reader().load
     else:
-        path = path if path.is_file() or not other_path.is_file() else other_path
-        records_read = records(path, on_bad)
+        raise DataError(path, f"no such file, nor another of {expected_files(task, split)}")
 
     examples: dict[str, tuple[Place, Example]] = {}
     asked = set()
-    for n, (place, record) in enumerate(records_read):
+    for n, (place, record) in enumerate(rows):
         try:
             if task.questions_and_outputs:
                 if isinstance(record, dict) and isinstance(record.get("id"), str):
@@ -365,7 +388,7 @@ def read(
                 example = parse(task, record, f"question number {n}")
                 where = f"id {example.id!r}"
             else:
-                where = f"line {place.line}"
+                where = place.where
                 example = parse(task, record, where, default_id=str(n + 1))
             if example.id in examples:
                 raise _Bad(where, TWICE)
@@ -378,16 +401,16 @@ def read(
             # Its profile is read again when it is asked for.
             examples[example.id] = place, dataclasses.replace(example, profile=())
         except _Bad as bad:
-            on_bad(bad.error(path, place.line))
+            on_bad(bad.error(place.path, place.line))
     for id in sorted((outputs or {}).keys() - asked):
         on_bad(DataError(outputs_path, f"it has no question in {path.name}", f"id {id!r}"))
     unanswered = [id for id, (_, example) in examples.items() if example.target is None]
     if len(unanswered) < len(examples):
         for id in unanswered:
-            line = examples.pop(id)[0].line
+            place = examples.pop(id)[0]
             problem = f"the field {task.output_key!r} is missing, which other records have"
-            on_bad(DataError(path, problem, f"line {line}", line))
-    return Examples(path, task, list(examples.values()), sort_by_date)
+            on_bad(DataError(place.path, problem, place.where, place.line))
+    return Examples(path, task, list(examples.values()), sort_by_date, load)
 
 
 @dataclasses.dataclass(frozen=True)

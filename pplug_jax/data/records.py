@@ -22,11 +22,23 @@ LONGEST_TOKEN = 12  # characters: an escaped surrogate pair
 
 
 class Place(NamedTuple):
-    """The place of a record: its first byte, its bytes, and its line, counted from 1."""
+    """The place of a record.
 
+    Attributes:
+        path: its file.
+        start: its first byte; in Parquet its row, counted from 0.
+        size: its bytes; in Parquet 1 row.
+        line: its line, counted from 1; in Parquet None.
+    """
+
+    path: Path
     start: int
     size: int
-    line: int
+    line: int | None
+
+    @property
+    def where(self) -> str:
+        return f"row {self.start + 1}" if self.line is None else f"line {self.line}"
 
 
 def raise_bad(error: DataError) -> None:
@@ -34,9 +46,9 @@ def raise_bad(error: DataError) -> None:
     raise error
 
 
-def load(path: Path, place: Place) -> Any:
+def load(place: Place) -> Any:
     """Return the record at `place`."""
-    with open(path, "rb") as file:
+    with open(place.path, "rb") as file:
         file.seek(place.start)
         return json.loads(file.read(place.size).decode())
 
@@ -66,16 +78,16 @@ def _lines(path: Path, on_bad: Callable[[DataError], None]) -> Iterator[tuple[Pl
             data = line
             while data.startswith(codecs.BOM_UTF8):  # of each of the files that were put together
                 data = data.removeprefix(codecs.BOM_UTF8)
-            place = Place(start + len(line) - len(data), len(data), number)
+            place = Place(path, start + len(line) - len(data), len(data), number)
             start += len(line)
             try:
                 if data.strip():
                     yield place, json.loads(data.decode().rstrip())
             except UnicodeDecodeError as error:
                 problem = f"not UTF-8 at byte {error.start} of the line"
-                on_bad(DataError(path, problem, f"line {number}", number))
+                on_bad(DataError(path, problem, place.where, number))
             except (ValueError, RecursionError) as error:
-                on_bad(DataError(path, f"not JSON: {_said(error)}", f"line {number}", number))
+                on_bad(DataError(path, f"not JSON: {_said(error)}", place.where, number))
 
 
 def _said(error: Exception) -> str:
@@ -204,7 +216,7 @@ def array(path: Path) -> Iterator[tuple[Place, Any]]:
         while (character := text.skip()) != "]":
             start, line = text.start, text.line
             value = text.value()
-            yield Place(start, text.start - start, line), value
+            yield Place(path, start, text.start - start, line), value
             character = text.skip()
             if character == ",":
                 text.take(text.at + 1)

@@ -79,7 +79,7 @@ def read_split(
         return list(sample.users(config.seed, split, getattr(config.data, f"sample_{role}_users")))
     sort_by_date = config.data.sort_by_date
     if (epath.Path(data_name(config)) / "dataset_info.json").exists():
-        from pplug_jax.data.tfds_builder import read_tfds  # its package is not required
+        from pplug_jax.data.tfds_builder import read_tfds  # slow to import
 
         return read_tfds(data_name(config), split, task, sort_by_date=sort_by_date)
     directory = existing_directory(config, split)

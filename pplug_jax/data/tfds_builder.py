@@ -24,16 +24,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
+import tensorflow_datasets as tfds
 
 from pplug_jax.data import lamp
 from pplug_jax.data.lamp import Example, Examples, Item
 from pplug_jax.data.tasks import TASKS, Task
-from pplug_jax.errors import DataError, InputError
-
-try:
-    import tensorflow_datasets as tfds
-except ModuleNotFoundError as error:
-    raise InputError(f"TFDS data sets: {error}; pip install tensorflow-datasets") from error
+from pplug_jax.errors import DataError
 
 SHARD = 512  # examples a file; TFDS holds those of one in memory while it writes it
 MAY_LACK = ("id", "date")  # an item's fields that are no texts of the task
@@ -72,10 +68,10 @@ class PersonalTexts(tfds.core.ShardBasedBuilder):
     BUILDER_CONFIGS: ClassVar = list(_configs())
     MANUAL_DOWNLOAD_INSTRUCTIONS = """\
     manual_dir is the directory of this one task's files, of which every split is prepared:
-    {split}_questions.json and {split}_outputs.json for LaMP, {split}.jsonl or {split}.json for the
-    other tasks. `python -m pplug_jax.main --mode=download --config=configs/lamp4.py` brings LaMP's
-    time-based files to data/time/LaMP_4; with --config.data.time_based=False, the user-based ones
-    to data/LaMP_4.
+    {split}_questions.json and {split}_outputs.json for LaMP, {split}.jsonl, {split}.json or
+    {split}.parquet for the other tasks. `python -m pplug_jax.main --mode=download
+    --config=configs/lamp4.py` brings LaMP's time-based files to data/time/LaMP_4; with
+    --config.data.time_based=False, the user-based ones to data/LaMP_4.
     """
     # Nothing is downloaded, and to look for checksums would need a package that TFDS 4.9.10 forgets
     # to require (github.com/tensorflow/datasets/issues/11212).

@@ -27,7 +27,7 @@ from pplug_jax.scoring.plots import plot_losses, plot_results
 from pplug_jax.scoring.summary import mean_statistics, metric_columns, scores, title_of
 from pplug_jax.scoring.tables import markdown, show_table
 from pplug_jax.session import Models
-from pplug_jax.session.inputs import history_rows, tokenize
+from pplug_jax.session.inputs import histories, tokenize
 from pplug_jax.session.weights import restore_weights
 from pplug_jax.settings import Settings
 from pplug_jax.storage.files import write_json, write_text
@@ -71,7 +71,8 @@ def compare_methods(models: Models, train: Sequence[Example], held_out: Sequence
     training = None
     methods = asked_for(config)
     if any(method.trained for method in methods):
-        kept = unseen(history_rows(models, train), history_rows(models, held_out))
+        keys = ([x.texts for x in histories(models, split)] for split in (train, held_out))
+        kept = unseen(*keys)
         if not kept:
             raise ConfigError(
                 "config.data: all users of the training split are held out too; a comparison wants "

@@ -226,8 +226,10 @@ def answer_examples(
     user_items = []
     if method.user_lora:
         layout = layout_of(method, config)
+        newest = config.data.max_history
         user_items = [
-            show((), tokenize(models, own_items(task, example), layout)) for example in examples
+            show((), tokenize(models, own_items(task, example, newest), layout))
+            for example in examples
         ]
     texts, losses, milliseconds = predict(models, method, config, trained, inputs, user_items)
     answers = Answers(
@@ -261,7 +263,7 @@ def _bytes_per_user(
         texts = [[models.item_text(item) for item in example.profile] for example in examples]
         total += statistics.mean(sum(len(text.encode()) for text in items) for items in texts)
     if method.plug and PLUGS[method.kind].reads_input:
-        items = statistics.mean(len(arrays.rows) for arrays in inputs)
+        items = statistics.mean(len(arrays.history.texts) for arrays in inputs)
         total += items * models.encoder.size * 2
     if method.user_lora:
         weights: Any = abstract_weights(models, method, config)
@@ -294,7 +296,7 @@ def write_personas(
     is the mean of the persona tokens.
     """
     texts = [
-        example.profile[-1][models.task.cut] if len(arrays.rows) else ""
+        example.profile[-1][models.task.cut] if len(arrays.history.texts) else ""
         for example, arrays in zip(examples, inputs, strict=True)
     ]
     if layout_of(method, config).encoded:
@@ -317,12 +319,12 @@ def write_personas(
                 batch = place_batch(assemble((0, bucket, indices)), models.mesh)
                 items, persona = _personas(plug, batch, method.reading)
             for i, row in zip(indices, fetch(items), strict=False):
-                weights[i] = row[: len(tokenized[i].rows)]
+                weights[i] = row[: len(tokenized[i].history.texts)]
             personas[indices] = fetch(persona)[: len(indices)]
         results.append((np.concatenate(weights), personas))
     if not is_primary():
         return
-    lengths = np.array([len(arrays.rows) for arrays in inputs])
+    lengths = np.array([len(arrays.history.texts) for arrays in inputs])
     path = personas_path(directory, config.data.eval_split, method.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:

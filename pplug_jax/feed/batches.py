@@ -15,9 +15,10 @@ from jax.sharding import Mesh
 
 from pplug_jax.data.lamp import Example
 from pplug_jax.data.tasks import Task
+from pplug_jax.encoder import Encoder
 from pplug_jax.feed.features import FEATURES, of_history, of_items
 from pplug_jax.feed.peers import Peers
-from pplug_jax.feed.store import HistoryStore
+from pplug_jax.feed.store import History, HistoryStore
 from pplug_jax.llm.prompts import Tokenizer
 from pplug_jax.runtime.mesh import place_rows
 
@@ -99,40 +100,41 @@ class Tokenized(NamedTuple):
         prompt: the LLM's tokens, int32.
         target: the gold output's tokens, int32.
         query: the input encoder's tokens, int32.
-        rows: (n,) int64, the history's rows in the store.
+        history: the history, as the store knows it; n items.
         item_features: {name: (n, width)}, the features that need nothing but the history
             (`features.of_items`).
-        query_row: the query's row in the store of queries; -1 without such a store.
+        asked: the query, as the store of queries knows it; None without such a store.
     """
 
     prompt: np.ndarray
     target: np.ndarray
     query: np.ndarray
-    rows: np.ndarray
+    history: History
     item_features: dict[str, np.ndarray]
-    query_row: int = -1
+    asked: History | None = None
 
     def with_history_of(self, other: "Tokenized | None") -> "Tokenized":
         """Return the example with the history of `other`, or with an empty one if that is None."""
         if other is not None:
-            return self._replace(rows=other.rows, item_features=other.item_features)
+            return self._replace(history=other.history, item_features=other.item_features)
         none = {name: values[:0] for name, values in self.item_features.items()}
-        return self._replace(rows=self.rows[:0], item_features=none)
+        texts = self.history.texts[:0]
+        return self._replace(history=self.history._replace(texts=texts), item_features=none)
 
 
-def history_rows(
-    task: Task, example: Example, store: HistoryStore, max_history: int, history_labels: bool
-) -> np.ndarray:
-    """Return the store's rows of the newest `max_history` items, (n,) int64."""
+def history_texts(
+    task: Task, example: Example, max_history: int, history_labels: bool
+) -> tuple[str, list[str]]:
+    """Return whose history it is, and the texts of its newest `max_history` items."""
     items = example.profile[-max_history:]
-    return store.rows([task.item_text(item, history_labels) for item in items])
+    return example.owner, [task.item_text(item, history_labels) for item in items]
 
 
 def tokenize(
     task: Task,
     examples: Iterable[Example],
     tokenizer: Tokenizer,
-    store: HistoryStore,
+    encoder: Encoder,
     *,
     max_input_length: int,
     max_target_length: int,
@@ -148,7 +150,7 @@ def tokenize(
         task: the examples' task.
         examples: the examples, iterated once.
         tokenizer: the LLM's tokenizer.
-        store: the history store, which holds all items.
+        encoder: tokenises the queries.
         max_input_length: tokens kept of an input.
         max_target_length: tokens kept of a target.
         max_history: items kept of a history, the last ones, which are LaMP's newest.
@@ -165,8 +167,8 @@ def tokenize(
             Tokenized(
                 tokenizer.prompt(example.input, max_input_length, behind),
                 tokenizer.target(example.target or "", max_target_length),
-                np.array(store.encoder.queries(texts[-1:])[0], np.int32),
-                history_rows(task, example, store, max_history, history_labels),
+                np.array(encoder.queries(texts[-1:])[0], np.int32),
+                History.of(*history_texts(task, example, max_history, history_labels)),
                 {name: values[-max_history:] for name, values in item_features.items()},
             )
         )
@@ -180,9 +182,9 @@ def with_queries(
 
     All processes must call it together.
     """
-    queries.add(texts)
-    rows = queries.rows(texts).tolist()
-    return [x._replace(query_row=row) for x, row in zip(tokenized, rows, strict=True)]
+    asked = [(text, [text]) for text in texts]
+    queries.add(asked)
+    return [x._replace(asked=History.of(*y)) for x, y in zip(tokenized, asked, strict=True)]
 
 
 def round_up(length: int, multiple: int = ROUND) -> int:
@@ -285,7 +287,7 @@ class Buckets:
             Shape(int(text), round_up(prompt), min(round_up(query), longest_query), int(target))
             for (text, target), (prompt, query) in zip(edges, longest, strict=True)
         ]
-        self.history = round_up(max(len(e.rows) for e in tokenized))
+        self.history = round_up(max(len(e.history.texts) for e in tokenized))
 
     def text(self, example: Tokenized) -> np.ndarray:
         """Return what the LLM reads of an example: the prompt, and if joined the target behind it.
@@ -424,25 +426,24 @@ class Assemble:
                 batch[name][i, : len(ids)] = ids
                 batch[f"{name}_mask"][i, : len(ids)] = True
             if self.queries:
-                batch["query"][i] = self.queries.vectors(example.query_row)
+                batch["query"][i] = self.queries.vectors(example.asked)[0]
             rng = np.random.default_rng((self.seed, 1, step, int(row)))
-            kept = drop_history(len(example.rows), rng, self.history_dropout)
+            vectors = self.store.vectors(example.history)
+            kept = drop_history(len(vectors), rng, self.history_dropout)
             if self.persona_dropout and rng.random() < self.persona_dropout:
                 kept = kept[:0]
-            batch["history"][i, : len(kept)] = self.store.vectors(example.rows[kept])
+            batch["history"][i, : len(kept)] = vectors[kept]
             batch["history_mask"][i, : len(kept)] = True
             # Made of the whole history: a dropped item is older all the same, and never a peer.
-            for name, values in self._features(example).items():
+            for name, values in self._features(example, vectors).items():
                 batch["features"][name][i, : len(kept)] = values[kept]
             batch["index"][i] = index
             batch["weight"][i] = 1
         return Batch(**batch)
 
-    def _features(self, example: Tokenized) -> dict[str, np.ndarray]:
-        if not self.features:
-            return {}
-        vectors = self.store.vectors(example.rows)
-        means = lambda: self.peers.means(example.rows)  # type: ignore[union-attr]  # if there are
+    def _features(self, example: Tokenized, vectors: np.ndarray) -> dict[str, np.ndarray]:
+        texts = example.history.texts
+        means = lambda: self.peers.means(texts, vectors)  # type: ignore[union-attr]  # if there are
         return of_history(self.features, example.item_features, vectors, means)
 
 

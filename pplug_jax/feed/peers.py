@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pplug_jax.errors import InputError
-from pplug_jax.feed.store import HistoryStore
+from pplug_jax.feed.store import History, HistoryStore
 from pplug_jax.runtime.distributed import wait_for_all
 from pplug_jax.runtime.primary import is_primary
 from pplug_jax.storage.workdir import PEERS
@@ -31,26 +31,42 @@ class Peers:
 
     Args:
         store: the history store.
-        pool: (N,) int, rows of the store, each once.
+        pool: (N, 2) int64, the keys of users and of their texts, sorted by users; each text once.
+
+    Raises:
+        KeyError: the store lacks one of the texts.
     """
 
     def __init__(self, store: HistoryStore, pool: np.ndarray):
-        self.store, self.pool = store, pool
-        self._vectors = store.vectors(pool)
+        self.pool = pool
+        starts = np.flatnonzero(np.diff(pool[:, 0], prepend=pool[:1, 0] - 1))
+        self._vectors = np.concatenate(
+            [np.zeros((0, store.encoder.size), np.float32)]
+            + [
+                store.vectors(History(int(part[0, 0]), part[:, 1]))
+                for part in np.split(pool, starts)[1:]
+            ]
+        )
         self._places: dict[bytes, np.ndarray] = {}
 
     @classmethod
-    def of(cls, store: HistoryStore, histories: Iterable[np.ndarray]) -> "Peers":
-        """Make the pool of these histories, each (n,) int rows of the store."""
-        return cls(store, np.unique(np.concatenate([np.zeros(0, np.int64), *histories])))
+    def of(cls, store: HistoryStore, histories: Iterable[History]) -> "Peers":
+        """Make the pool of these histories."""
+        pairs = np.concatenate(
+            [np.zeros((0, 2), np.int64)]
+            + [np.stack(np.broadcast_arrays(*history), axis=1) for history in histories]
+        )
+        _, first = np.unique(pairs[:, 1], return_index=True)
+        pool = pairs[first]
+        return cls(store, pool[np.argsort(pool[:, 0], kind="stable")])
 
     def save(self, workdir: Path) -> None:
-        """Write the texts' keys to `workdir`/peers.npy; the vectors are in the store."""
+        """Write the pool to `workdir`/peers.npy; its vectors are in the store."""
         if is_primary():
             workdir.mkdir(parents=True, exist_ok=True)
             partial = workdir / f"{PEERS}.partial"
             with partial.open("wb") as file:
-                np.save(file, self.store.keys(self.pool))
+                np.save(file, self.pool)
             partial.replace(workdir / PEERS)
         wait_for_all("the peers are written")
 
@@ -65,34 +81,34 @@ class Peers:
         if not path.is_file():
             raise InputError(f"{path}: no such file; train first (--mode=train)")
         try:
-            return cls(store, store.rows_of(np.load(path)))
+            return cls(store, np.load(path))
         except KeyError as error:
             raise InputError(
                 f"{path}: the history store {store.directory} lacks texts of the training; "
                 "name the one of then (config.data.history_store)"
             ) from error
 
-    def means(self, rows: np.ndarray) -> np.ndarray:
-        """Return the mean of each item's peers, for rows of the store: (n,) -> (n, E) float32."""
-        key = rows.tobytes()
-        if key not in self._places:
-            self._places[key] = self._search(self.store.vectors(rows), rows)
-        return self._mean(self._places[key], self.store.vectors(rows))
-
-    def means_of(self, vectors: np.ndarray, user_rows: np.ndarray) -> np.ndarray:
-        """Return the mean of each item's peers, for items that the store may lack, (n, E) float32.
+    def means(self, texts: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+        """Return the mean of each item's peers, (n, E) float32.
 
         Args:
-            vectors: (n, E) float32, unit norm.
-            user_rows: (m,) int, the rows of the user's items in the store.
+            texts: (n,) int64, the keys of the texts of a history.
+            vectors: (n, E) float32, their vectors, unit norm.
         """
-        return self._mean(self._search(vectors, user_rows), vectors)
+        key = texts.tobytes()
+        if key not in self._places:
+            self._places[key] = self._search(texts, vectors)
+        return self._mean(self._places[key], vectors)
 
-    def _search(self, vectors: np.ndarray, user_rows: np.ndarray) -> np.ndarray:
+    def means_once(self, texts: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+        """Return the same, and remember nothing."""
+        return self._mean(self._search(texts, vectors), vectors)
+
+    def _search(self, texts: np.ndarray, vectors: np.ndarray) -> np.ndarray:
         """Return the peers' places in the pool, (n, COUNT) int32; -1 stands for a missing peer."""
         places = np.full((len(vectors), COUNT), -1, np.int32)
         scores = np.full((len(vectors), COUNT), -np.inf, np.float32)
-        is_users = np.isin(self.pool, user_rows)
+        is_users = np.isin(self.pool[:, 1], texts)
         for start in range(0, len(self.pool), CHUNK):
             part = slice(start, start + CHUNK)
             candidates = vectors @ self._vectors[part].T

@@ -8,12 +8,13 @@ import numpy as np
 import transformers
 
 from pplug_jax.data.keys import text_key
-from pplug_jax.data.lamp import Item, by_date
+from pplug_jax.data.lamp import Example, Item, by_date
 from pplug_jax.data.tasks import Task
-from pplug_jax.feed.store import HistoryStore
+from pplug_jax.feed.batches import history_texts
+from pplug_jax.feed.store import History, HistoryStore
 
 
-def bm25(task: Task, input: str, profile: Sequence[Item], top_k: int) -> list[Item]:
+def bm25(task: Task, example: Example, top_k: int) -> list[Item]:
     """Return the items nearest to the input by BM25, best first; equals in the profile's order.
 
     k1 1.5, b 0.75 and words split at white space are LaMP's. The idf is bm25s' (Lucene's), which
@@ -22,8 +23,9 @@ def bm25(task: Task, input: str, profile: Sequence[Item], top_k: int) -> list[It
     import bm25s  # importing it takes hold of the devices, before several processes could meet
 
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it reports every index it builds
+    profile = example.profile
     corpus = [task.document_text(item).split() for item in profile]
-    query = task.retrieval_text(input).split()
+    query = task.retrieval_text(example.input).split()
     if not any(corpus) or not query:
         return list(profile[:top_k])
     index = bm25s.BM25(k1=1.5, b=0.75)
@@ -32,21 +34,21 @@ def bm25(task: Task, input: str, profile: Sequence[Item], top_k: int) -> list[It
     return [profile[i] for i in best[:top_k]]
 
 
-def recency(task: Task, input: str, profile: Sequence[Item], top_k: int) -> list[Item]:
+def recency(task: Task, example: Example, top_k: int) -> list[Item]:
     """Return the newest items, newest first.
 
     Items are ordered by `date` if all have one, else by place, since LaMP's lists end with the
     newest.
     """
-    del task, input
-    return list(by_date(profile))[::-1][:top_k]
+    del task
+    return list(by_date(example.profile))[::-1][:top_k]
 
 
-def random(task: Task, input: str, profile: Sequence[Item], top_k: int) -> list[Item]:
+def random(task: Task, example: Example, top_k: int) -> list[Item]:
     """Return random items, each at most once; equal inputs get equal items."""
     del task
-    rng = np.random.default_rng(list(text_key(input)))
-    return [profile[i] for i in rng.permutation(len(profile))[:top_k]]
+    rng = np.random.default_rng(list(text_key(example.input)))
+    return [example.profile[i] for i in rng.permutation(len(example.profile))[:top_k]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,26 +58,29 @@ class Dense:
     LaMP's Contriever compares un-normalised vectors of texts without labels.
 
     Attributes:
-        store: the history store, which holds all items.
+        store: the history store.
+        newest: how many of a profile's items the store holds, and this retrieves among.
         labels: whether the store holds the items with their labels.
     """
 
     store: HistoryStore
+    newest: int
     labels: bool
 
-    def __call__(self, task: Task, input: str, profile: Sequence[Item], top_k: int) -> list[Item]:
-        rows = self.store.rows([task.item_text(item, self.labels) for item in profile])
-        query = self.store.encoder.encode([task.retrieval_text(input)], 1, queries=True)[0]
-        best = np.argsort(-(self.store.vectors(rows) @ query), kind="stable")
-        return [profile[i] for i in best[:top_k]]
+    def __call__(self, task: Task, example: Example, top_k: int) -> list[Item]:
+        history = History.of(*history_texts(task, example, self.newest, self.labels))
+        query = self.store.encoder.encode([task.retrieval_text(example.input)], 1, queries=True)[0]
+        best = np.argsort(-(self.store.vectors(history) @ query), kind="stable")
+        return [example.profile[-self.newest :][i] for i in best[:top_k]]
 
 
-Retriever = Callable[[Task, str, Sequence[Item], int], list[Item]]
+Retriever = Callable[[Task, Example, int], list[Item]]
 
 
-def retrievers(store: HistoryStore, labels: bool) -> dict[str, Retriever]:
+def retrievers(store: HistoryStore, newest: int, labels: bool) -> dict[str, Retriever]:
     """Return all retrievers by name; each returns up to `top_k` items of a profile, best first."""
-    return {"bm25": bm25, "recency": recency, "random": random, "dense": Dense(store, labels)}
+    dense = Dense(store, newest, labels)
+    return {"bm25": bm25, "recency": recency, "random": random, "dense": dense}
 
 
 def demonstration_prompt(

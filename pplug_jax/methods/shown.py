@@ -70,13 +70,14 @@ def shown(
     """
     length, behind = config.data.max_input_length, layout_of(method, config).behind
     if method.retrieval:
-        retrieve = retrievers(store, config.data.history_labels)[method.retrieval]
+        data = config.data
+        retrieve = retrievers(store, data.max_history, data.history_labels)[method.retrieval]
         top_k = method.top_k or config.eval.top_k
         prompts = (
             demonstration_prompt(
                 task,
                 example.input,
-                retrieve(task, example.input, example.profile, top_k),
+                retrieve(task, example, top_k),
                 tokenizer.tokenizer,
                 length,
             )
@@ -91,7 +92,7 @@ def shown(
     if not reads or method.history == "none":
         readers = [None] * len(tokenized)
     elif method.history == "another":
-        readers = strangers([arrays.rows for arrays in tokenized], config.seed)
+        readers = strangers([arrays.history.texts for arrays in tokenized], config.seed)
     else:
         readers = range(len(tokenized))
     return [

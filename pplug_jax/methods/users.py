@@ -13,7 +13,7 @@ def strangers(histories: Sequence[np.ndarray], seed: int) -> list[int | None]:
     """Choose for each example another whose history shares no text with it; None if there is none.
 
     Args:
-        histories: (n,) int for each example, its history's rows in the history store.
+        histories: (n,) int for each example, the keys of its history's texts.
         seed: of the choice.
     """
     # A random cycle over the examples gives everyone another's history. One user may have several
@@ -36,7 +36,7 @@ class SameUser:
     name users, and co-authors share some.
 
     Args:
-        histories: (n,) int each, rows of the history store.
+        histories: (n,) int each, the keys of their texts.
     """
 
     def __init__(self, histories: Sequence[np.ndarray]):
@@ -57,7 +57,7 @@ def unseen(train: Sequence[np.ndarray], held_out: Sequence[np.ndarray]) -> list[
     """Return the training examples whose users are not held out.
 
     Args:
-        train: (n,) int for each training example, its history's rows in the store.
+        train: (n,) int for each training example, the keys of its history's texts.
         held_out: the same of each held-out example.
     """
     held = SameUser(held_out)
@@ -79,10 +79,11 @@ def split_users(
     return [rest[i] for i in kept], sorted(held)
 
 
-def own_items(task: Task, example: Example) -> Iterator[Example]:
-    """Yield each of the user's items as an example, whose history is all the others."""
-    for i, item in enumerate(example.profile):
+def own_items(task: Task, example: Example, newest: int) -> Iterator[Example]:
+    """Yield each of the user's `newest` items as an example, whose history is the others."""
+    profile = example.profile[-newest:]
+    for i, item in enumerate(profile):
         if item[task.answer].strip():
             input, target = task.own_example(item)
-            rest = tuple(other for other in example.profile if other != item)
-            yield Example(f"{example.id}/{i}", input, target, rest, example.user)
+            rest = tuple(other for other in profile if other != item)
+            yield Example(f"{example.id}/{i}", input, target, rest, example.owner)

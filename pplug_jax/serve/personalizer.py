@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from pplug_jax.data.keys import text_keys
 from pplug_jax.data.lamp import Item, check_history, check_input
 from pplug_jax.errors import InputError
 from pplug_jax.feed.batches import PlugInputs, round_up
@@ -387,8 +388,6 @@ class Personalizer:
     ) -> dict[str, np.ndarray]:
         def means() -> np.ndarray:
             assert self.peers is not None  # as some feature compares with them
-            store = self.models.store
-            known = store.rows([text for text in texts if text in store])
-            return self.peers.means_of(vectors, known)
+            return self.peers.means_once(text_keys(texts), vectors)
 
         return of_history(self.features, item_features, vectors, means)

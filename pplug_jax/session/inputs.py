@@ -3,12 +3,11 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
-
 from pplug_jax.data.lamp import Example
 from pplug_jax.feed import batches
 from pplug_jax.feed.batches import Assemble, Buckets, Tokenized
 from pplug_jax.feed.features import compare_with_peers
+from pplug_jax.feed.store import History
 from pplug_jax.llm.prompts import Place
 from pplug_jax.methods.shown import PLAIN, Layout, layout_of
 from pplug_jax.methods.table import Method
@@ -17,15 +16,9 @@ from pplug_jax.session.models import Models
 from pplug_jax.settings import Settings
 
 
-def history_rows(models: Models, examples: Iterable[Example]) -> list[np.ndarray]:
-    """Return the store's rows of each example's history, without tokenising anything."""
-    data = models.config.data
-    return [
-        batches.history_rows(
-            models.task, example, models.store, data.max_history, data.history_labels
-        )
-        for example in examples
-    ]
+def histories(models: Models, examples: Iterable[Example]) -> list[History]:
+    """Return each example's history, as the store knows it, without tokenising anything."""
+    return [History.of(*models.history_texts(example)) for example in examples]
 
 
 def tokenize(
@@ -37,7 +30,7 @@ def tokenize(
         models.task,
         examples,
         models.tokenizer,
-        models.store,
+        models.encoder,
         max_input_length=data.max_input_length,
         max_target_length=data.max_target_length,
         max_history=data.max_history,

@@ -1,17 +1,20 @@
 """What a config names, built: mesh, LLM, tokenizer, encoder, stores."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 
 from pplug_jax.config import check_batches
 from pplug_jax.data.answers import task_of
-from pplug_jax.data.lamp import Item
-from pplug_jax.encoder import load_encoder
+from pplug_jax.data.lamp import Example, Item
+from pplug_jax.encoder import Encoder, load_encoder
 from pplug_jax.errors import ConfigError, InputError
+from pplug_jax.feed.batches import history_texts
 from pplug_jax.feed.peers import Peers
 from pplug_jax.feed.store import HistoryStore
 from pplug_jax.llm import LLM, abstract_llm, llm_loader
@@ -40,6 +43,41 @@ def model_path(path: str, field: str) -> Path:
         return local_directory(path)
     except InputError as error:
         raise ConfigError(f"config.{field}.path: {error}") from error
+
+
+def history_encoder(config: Settings, mesh: Mesh) -> Encoder:
+    """Load the frozen encoder that a config names.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    settings = config.encoder
+    return load_encoder(
+        model_path(settings.path, "encoder"),
+        mesh=mesh,
+        dtype=settings.dtype,
+        pooling=settings.pooling or None,
+        max_length=settings.max_length,
+        query_prefix=settings.query_prefix,
+        item_prefix=settings.item_prefix,
+    )
+
+
+def history_store(
+    config: Settings, workdir: Path, encoder: Encoder | None = None, queries: bool = False
+) -> HistoryStore:
+    """Open the store that a run keeps histories in, or inputs' vectors.
+
+    Args:
+        config: the settings.
+        workdir: the run's directory.
+        encoder: the config's; None is to load it on all of this process' devices.
+        queries: open the store of inputs.
+    """
+    encoder = encoder or history_encoder(config, make_mesh())
+    local = HISTORY if is_remote(workdir) else workdir / HISTORY
+    path, newest = config.data.history_store or local, config.data.max_history
+    return HistoryStore(path, encoder, queries, newest)
 
 
 class Models:
@@ -85,17 +123,7 @@ class Models:
             chat=config.llm.chat,
         )
         check_methods(config, llm, self.tokenizer)
-        self.encoder = load_encoder(
-            self.encoder_path,
-            mesh=self.mesh,
-            dtype=config.encoder.dtype,
-            pooling=config.encoder.pooling or None,
-            max_length=config.encoder.max_length,
-            query_prefix=config.encoder.query_prefix,
-            item_prefix=config.encoder.item_prefix,
-        )
-        local = HISTORY if is_remote(workdir) else workdir / HISTORY
-        self._history_path = config.data.history_store or local
+        self.encoder = history_encoder(config, self.mesh)
 
     @functools.cached_property
     def llm(self) -> LLM:
@@ -137,15 +165,26 @@ class Models:
         """Return a history item as the encoder reads it."""
         return self.task.item_text(item, self.config.data.history_labels)
 
+    @property
+    def history_texts(self) -> Callable[[Example], tuple[str, list[str]]]:
+        """What returns whose an example's history is, and its texts as the encoder reads them."""
+        data = self.config.data
+        return functools.partial(
+            history_texts,
+            self.task,
+            max_history=data.max_history,
+            history_labels=data.history_labels,
+        )
+
     @functools.cached_property
     def store(self) -> HistoryStore:
         """The store of the histories' vectors; most plugs are served without it."""
-        return HistoryStore(self._history_path, self.encoder)
+        return history_store(self.config, self.workdir, self.encoder)
 
     @functools.cached_property
     def queries(self) -> HistoryStore:
         """The store of inputs' vectors, for plugs that do not train Enc_inp."""
-        return HistoryStore(self._history_path, self.encoder, queries=True)
+        return history_store(self.config, self.workdir, self.encoder, queries=True)
 
     @functools.cached_property
     def peers(self) -> Peers:

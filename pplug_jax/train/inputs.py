@@ -16,7 +16,7 @@ from pplug_jax.methods.table import Method, asked_for, configured
 from pplug_jax.methods.users import own_items, split_users
 from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.session import Models
-from pplug_jax.session.inputs import history_rows, tokenize
+from pplug_jax.session.inputs import histories, tokenize
 from pplug_jax.settings import Settings
 
 
@@ -28,11 +28,12 @@ class WithOwnItems:
     examples: Sequence[Example]
     count: int
     seed: int
+    newest: int  # of a user's items
 
     def __iter__(self) -> Iterator[Example]:
         yield from self.examples
         for i, example in enumerate(self.examples if self.count else ()):
-            items = list(own_items(self.task, example))
+            items = list(own_items(self.task, example, self.newest))
             rng = np.random.default_rng((self.seed, i))
             yield from (items[place] for place in rng.permutation(len(items))[: self.count])
 
@@ -51,8 +52,8 @@ class TrainingInputs:
         self._shown = functools.partial(shown, models.task, models.tokenizer, models.store)
         self.held_out: Sequence[Example] = ()
         if share := models.config.train.validation:
-            rows = history_rows(models, examples)
-            kept, held_out = split_users(rows, share, models.config.seed)
+            texts = [history.texts for history in histories(models, examples)]
+            kept, held_out = split_users(texts, share, models.config.seed)
             self.examples, self.held_out = Subset(examples, kept), Subset(examples, held_out)
         self.tokenized = functools.cache(
             lambda count, layout: tokenize(models, self._with_own_items(count), layout)
@@ -62,7 +63,9 @@ class TrainingInputs:
         )
 
     def _with_own_items(self, count: int) -> WithOwnItems:
-        return WithOwnItems(self.models.task, self.examples, count, self.models.config.seed)
+        config = self.models.config
+        newest = config.data.max_history
+        return WithOwnItems(self.models.task, self.examples, count, config.seed, newest)
 
     def save_peers(self) -> None:
         """Write the pool of peers, if a method of the config needs it.
@@ -76,8 +79,8 @@ class TrainingInputs:
             if method.plug
         )
         if any(map(compare_with_peers, read)):
-            rows = history_rows(self.models, self.examples)
-            Peers.of(self.models.store, rows).save(self.models.workdir)
+            pool = Peers.of(self.models.store, histories(self.models, self.examples))
+            pool.save(self.models.workdir)
 
     def __call__(self, method: Method, config: Settings) -> list[Tokenized]:
         count, layout = config.train.own_items, layout_of(method, config)

@@ -1,26 +1,29 @@
-"""Adds texts to a store as on a slow disk, where opening the vectors takes long: DIR FIRST LAST."""
+"""Adds texts to a store as on a slow disk, in small shards, merged often: DIR FIRST LAST."""
 
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from pplug_jax.feed import shards
 from pplug_jax.feed import store as history
 from tests.support.encoders import FakeEncoder
 
-whole = Path.open
+digest = shards.digest
 
 
-def slow(path: Path, *args: Any, **kwargs: Any) -> Any:
-    if path.name == "vectors":
-        time.sleep(0.03)
-    return whole(path, *args, **kwargs)
+def slow(path: Path) -> Any:
+    time.sleep(0.03)
+    return digest(path)
 
 
 if __name__ == "__main__":
-    history.CHUNK = 20
-    Path.open = slow
+    history.CHUNK, history.SECONDS = 20, -1
+    shards.digest = slow
     directory, first, last = Path(sys.argv[1]), *map(int, sys.argv[2:])
+    histories = [(f"user {i // 10}", [f"text {i}"]) for i in range(first, last)]
     store = history.HistoryStore(directory, FakeEncoder())
-    store.add([f"text {i}" for i in range(first, last)])
-    assert len(store.rows([f"text {i}" for i in range(first, last)])) == last - first
+    for part in (histories[:60], histories[60:]):
+        store.add(part)
+    for user, texts in histories:
+        assert len(store.vectors(history.History.of(user, texts))) == 1
