@@ -274,6 +274,6 @@ def test_a_killed_process_leaves_no_lock_and_no_wrong_vector(tmp_path: Path):
     said = other.communicate(timeout=120)
     assert other.returncode == 0, said
     store = HistoryStore(tmp_path, FakeEncoder())
-    assert len(store) > 100
+    assert len(store) >= 100  # the other's, at least
     store.add(filled(0, 400))
     check(store, filled(0, 400))

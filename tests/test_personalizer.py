@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -145,10 +146,10 @@ def test_soon_no_request_compiles_anything(models: Models, rate: float) -> None:
         history = [f"text {i}" + " and more" * (words % 7) for i in range(items)]
         return INPUT + " word" * words, history
 
-    for words in range(0, 120, 12):
+    for words in range(0, 120, 4):
         personalizer.generate(*request(words, 0))
-        for items in (1, 2, 4, 8, 16, 32):
-            personalizer.soft_prompt(*request(words, items))
+    for words, items in itertools.product(range(7), (1, 2, 4, 8, 16, 32)):
+        personalizer.soft_prompt(*request(words, items))
     with noting_compiled() as compiled:
         for number in range(10):
             personalizer.generate(*request(11 * number + 5, 3 * number))
