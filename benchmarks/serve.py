@@ -8,8 +8,8 @@ after another, from the same histories. At last one long input is answered for m
 
 Servers and clients share a process and its machine, which counts against the servers. The plugs are
 untrained, which changes no time, and no answer ends early. By default LLM and encoder are the
-bundled ones. Where others use the machine, give it one core (`taskset --cpu-list 0`): threads that
-wait for each other suffer unequally.
+bundled ones. Ratios are of tokens a second of CPU time, which others on the machine hardly change
+if the benchmark has one core (`taskset --cpu-list 0`); threads of several wait for each other.
 """
 
 import asyncio
@@ -56,7 +56,7 @@ flags.DEFINE_list("users", ["1", "8", "32", "128"], "People at a time.")
 flags.DEFINE_integer("alone", 3, "People who are answered one after another.")
 flags.DEFINE_integer("tokens", 32, "New tokens of an answer.")
 flags.DEFINE_integer("slots", 32, "Of the engine.")
-flags.DEFINE_integer("shared", 16, "People who get an answer to one input.")
+flags.DEFINE_integer("shared", 8, "People who get an answer to one input.")
 
 INPUT = 256  # tokens of the longest input
 PLACES = ("front", "behind")
@@ -68,8 +68,9 @@ HEADER = (
     "answered by",
     "people",
     "tokens/s",
+    "of CPU",
     "over one by one",
-    "first token p50",
+    "first text p50",
     "p99",
     "answer p50",
     "p99",
@@ -211,7 +212,7 @@ async def ask(client: openai.AsyncOpenAI, person: int) -> Told:
     return Told(text, first, time.perf_counter() - began, tokens)
 
 
-async def ask_all(url: str, at_once: int, requests: int) -> tuple[list[Told], float]:
+async def ask_all(url: str, at_once: int, requests: int) -> list[Told]:
     places = asyncio.Semaphore(at_once)
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=3600) as client:
 
@@ -219,9 +220,7 @@ async def ask_all(url: str, at_once: int, requests: int) -> tuple[list[Told], fl
             async with places:
                 return await ask(client, person)
 
-        began = time.perf_counter()
-        told = await asyncio.gather(*map(one, range(requests)))
-        return told, time.perf_counter() - began
+        return await asyncio.gather(*map(one, range(requests)))
 
 
 def start(service: Service) -> tuple[uvicorn.Server, threading.Thread, str]:
@@ -242,24 +241,36 @@ def totals(service: Service) -> np.ndarray:
     return np.array(parts, float)
 
 
-def one_by_one(personalizer: Personalizer, items: list[list[dict[str, Any]]]) -> float:
-    """Tokens a second of a Personalizer that is asked for one person after another."""
+class Clock:
+    """Tells tokens a second since it was made, of time and of CPU time."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter(), time.process_time()
+
+    def rates(self, tokens: int) -> dict[str, float]:
+        wall, cpu = time.perf_counter() - self._began[0], time.process_time() - self._began[1]
+        return {"tokens/s": tokens / wall, "tokens/CPU s": tokens / cpu}
+
+
+def one_by_one(personalizer: Personalizer, items: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """The figures of a Personalizer that is asked for one person after another."""
     few = items[: FLAGS.alone]
     for _ in range(2):  # the first round compiles
-        began = time.perf_counter()
+        clock = Clock()
         for person, history in enumerate(few):
             personalizer.generate(question(person), history)
-    return len(few) * FLAGS.tokens / (time.perf_counter() - began)
+    return {"people": 1} | clock.rates(len(few) * FLAGS.tokens)
 
 
 def under_load(service: Service, url: str, at_once: int) -> tuple[dict[str, Any], list[str]]:
     """The figures of so many people at a time, and what they were told."""
-    before = totals(service)
-    told, seconds = asyncio.run(ask_all(url, at_once, max(4, at_once)))
+    before, clock = totals(service), Clock()
+    told = asyncio.run(ask_all(url, at_once, max(4, at_once)))
+    rates = clock.rates(sum(one.tokens for one in told))
     shares = (totals(service) - before) / sum(one.whole for one in told)
     return {
         "people": at_once,
-        "tokens/s": sum(one.tokens for one in told) / seconds,
+        **rates,
         "first": np.percentile([one.first for one in told], (50, 99)).tolist(),
         "whole": np.percentile([one.whole for one in told], (50, 99)).tolist(),
         "shares": shares.tolist(),
@@ -272,10 +283,9 @@ def for_many(service: Service, url: str) -> dict[str, Any]:
     body = {"input": input, "users": [f"person {p}" for p in range(FLAGS.shared)]}
     service.people.personalizer.encode_inputs([input] * sum(GROUPS))  # compiles for each
     for _ in range(2):  # the first round compiles the rest
-        began = time.perf_counter()
+        clock = Clock()
         httpx.post(f"{url}/v1/personalize", json=body, timeout=3600).raise_for_status()
-    rate = FLAGS.shared * FLAGS.tokens / (time.perf_counter() - began)
-    return {"people": FLAGS.shared, "tokens/s": rate}
+    return {"people": FLAGS.shared} | clock.rates(FLAGS.shared * FLAGS.tokens)
 
 
 def prompt_tokens(personalizer: Personalizer, history: list[dict[str, Any]]) -> dict[str, int]:
@@ -293,9 +303,9 @@ def prompt_tokens(personalizer: Personalizer, history: list[dict[str, Any]]) -> 
 def row(record: dict[str, Any], alone: float) -> tuple[str, ...]:
     times = [f"{1000 * x:.0f} ms" for x in (*record.get("first", ()), *record.get("whole", ()))]
     shares = [f"{share:.1%}" for share in record.get("shares", ())]
-    rate = record["tokens/s"]
-    ratio = f"{rate / alone:.1f}x"
-    cells = (record["by"], str(record["people"]), f"{rate:.0f}", ratio, *times, *shares)
+    rates = [f"{record[of]:.1f}" for of in ("tokens/s", "tokens/CPU s")]
+    ratio = f"{record['tokens/CPU s'] / alone:.1f}x"
+    cells = (record["by"], str(record["people"]), *rates, ratio, *times, *shares)
     return *cells, *[""] * (len(HEADER) - len(cells))
 
 
@@ -318,7 +328,7 @@ def main(_: list[str]) -> None:
         peer = dataclasses.replace(front, engine=theirs, metrics=Metrics())
         fill(store, front.people, items)
         alone = one_by_one(personalizer, items)
-        records = [{"by": "Personalizer", "people": 1, "tokens/s": alone}]
+        records = [{"by": "Personalizer"} | alone]
         servers = [start(service) for service in (front, peer, behind)]
         ours_url, peer_url, behind_url = (url for _, _, url in servers)
         personalizer.encode_inputs([question(0)] * sum(GROUPS))  # compiles for each
@@ -344,7 +354,9 @@ def main(_: list[str]) -> None:
     records.append({"prompt_tokens": read})
     told = ", ".join(f"{count} ({what})" for what, count in read.items())
     title = f"answers of {FLAGS.tokens} tokens, {FLAGS.slots} slots; tokens of a prompt: {told}"
-    report("serve", title, HEADER, [row(each, alone) for each in records[:-1]], records)
+    report(
+        "serve", title, HEADER, [row(each, alone["tokens/CPU s"]) for each in records[:-1]], records
+    )
 
 
 if __name__ == "__main__":
