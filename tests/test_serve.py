@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import numpy as np
@@ -188,7 +189,7 @@ def test_items_are_added_listed_corrected_and_erased(server: Running, ann: str) 
 
 
 def test_names_and_ids_may_have_slashes(server: Running) -> None:
-    path, item = "/v1/personas/acme%2Fann/x", ITEMS[0] | {"id": "doc/1"}
+    path, item = "/v1/personas/acme%2Fann%2Fx", ITEMS[0] | {"id": "doc/1"}
     assert server.ask("PUT", path).json() == {"id": "acme/ann/x", "items": 0}
     assert server.ask("POST", f"{path}/items", json={"items": [item]}).json()["added"] == ["doc/1"]
     assert server.ask("GET", f"{path}/items").json()["items"] == [item]
@@ -196,6 +197,47 @@ def test_names_and_ids_may_have_slashes(server: Running) -> None:
     assert server.ask("DELETE", f"{path}/items/doc/1").json()["erased"] == 1
     assert server.ask("GET", f"{path}/export").text == ""
     assert server.ask("DELETE", path).json() == {"id": "acme/ann/x", "erased": 0}
+
+
+@pytest.mark.parametrize("name", ["team/items/1", "team/items", "team/export", "100%2F"])
+def test_a_name_is_no_route(server: Running, name: str) -> None:
+    for persona in ("team", name):
+        path = f"/v1/personas/{quote(persona, safe='')}"
+        assert server.ask("POST", f"{path}/items", json={"items": ITEMS[:1]}).status_code == 200
+    assert server.ask("DELETE", path).json() == {"id": name, "erased": 1}
+    assert server.ask("GET", path).status_code == 404
+    assert server.ask("DELETE", "/v1/personas/team").json() == {"id": "team", "erased": 1}
+
+
+@pytest.mark.parametrize("field", ["echo", "presence_penalty", "top_logprobs", "foo"])
+def test_what_is_not_supported_is_refused_whatever_it_says(server: Running, field: str) -> None:
+    for value in (True, 1, 1.0, 2):
+        body = {"prompt": "x", "max_tokens": 1, field: value}
+        answer = server.ask("POST", "/v1/completions", json=body)
+        assert answer.status_code == 400, answer.text
+        assert field in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/completions"),
+        ("POST", "/v1/personalize"),
+        ("PUT", "/v1/personas/ann/items/1"),
+        ("POST", "/v1/personas/ann/soft_prompt"),
+    ],
+)
+def test_a_body_that_is_too_large(server: Running, method: str, path: str) -> None:
+    answer = server.ask(method, path, json={"prompt": "x" * (5 << 20)})
+    assert answer.status_code == 413
+    assert "the body is larger than" in answer.json()["error"]["message"]
+
+
+def test_one_bad_name_of_many_is_refused_before_any_answer(server: Running) -> None:
+    body = {"input": "x", "users": ["ann", "bad\u0001"]}
+    answer = server.ask("POST", "/v1/personalize", json=body)
+    assert answer.status_code == 400
+    assert "a persona's name must be" in answer.json()["error"]["message"]
 
 
 def test_what_is_no_item(server: Running, ann: str) -> None:

@@ -1,6 +1,7 @@
 """The commands: `python -m pplug_jax.serve --plug=PLUG`, and `... keys create --tenant=NAME`."""
 
 import argparse
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -79,6 +80,7 @@ def serve(arguments: argparse.Namespace) -> None:
 
     if (arguments.engine == "vllm") != (arguments.engine_url is not None):
         raise InputError("--engine=vllm and --engine_url belong together")
+    bound = _bound(arguments.host, arguments.port)
     keep_compiled()
     # Before the store, which is made if it is not there.
     personalizer = load_plug(arguments.plug, arguments.llm, arguments.encoder)
@@ -90,7 +92,7 @@ def serve(arguments: argparse.Namespace) -> None:
             "make one with `keys create --tenant=NAME`"
         )
     service = make_service(
-        Path(arguments.plug).name,
+        Path(arguments.plug).resolve().name,
         personalizer,
         store,
         slots=arguments.slots,
@@ -99,13 +101,21 @@ def serve(arguments: argparse.Namespace) -> None:
     if not has_keys:
         say("no API key is in use: whoever is on this machine may ask (`keys create` changes that)")
     say(f"serving {service.name} at http://{arguments.host}:{arguments.port}/v1")
-    uvicorn.run(  # its log of requests would name people
-        make_app(service, ui=not arguments.no_ui),
-        host=arguments.host,
-        port=arguments.port,
-        access_log=False,
-        log_level="warning",
-    )
+    app = make_app(service, ui=not arguments.no_ui)
+    # Its log of requests would name people.
+    config = uvicorn.Config(app, access_log=False, log_level="warning")
+    uvicorn.Server(config).run(sockets=[bound])
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """Return a socket at this address, before anything that takes time is done."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        raise InputError(f"--host={host} --port={port}: {error}; take another") from error
+    return bound
 
 
 def manage_keys(arguments: argparse.Namespace) -> None:

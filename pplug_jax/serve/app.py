@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
+from urllib.parse import unquote
 
 import numpy as np
 import safetensors.numpy
@@ -21,9 +22,11 @@ from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from pydantic import AfterValidator
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pplug_jax.data.lamp import check_input
 from pplug_jax.errors import InputError
 from pplug_jax.serve.engine import Busy, Engine, Event, Finished, Sampling, Token, Unwell
 from pplug_jax.serve.engine.torch_file import prompt_embeds
@@ -38,6 +41,7 @@ from pplug_jax.serve.store import (
     StoreUnavailable,
     UnknownItem,
     UnknownPersona,
+    check_name,
     read_lines,
 )
 from pplug_jax.serve.text import TextStream
@@ -112,6 +116,10 @@ def _line(error: Exception) -> str:
     return bytes(_error_response(error).body).decode()
 
 
+# A part of a path, which is quoted until then.
+Name = Annotated[str, AfterValidator(lambda text: unquote(text))]
+
+
 class _TooLarge(Exception):
     """A request's body is larger than may be."""
 
@@ -126,6 +134,8 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        # Matched before it is unquoted, for a name may have slashes.
+        scope["path"] = scope["raw_path"].decode("ascii", "replace")
         size, begun = 0, False
 
         async def bounded() -> Message:
@@ -138,20 +148,20 @@ class Guard:
 
         async def noting(message: Message) -> None:
             nonlocal begun
-            begun = True
-            await send(message)
+            if size <= LARGEST_BODY:  # FastAPI makes another answer of `_TooLarge`
+                begun = True
+                await send(message)
 
         try:
             await self.app(scope, bounded, noting)
         except _TooLarge:
-            text = f"the body is larger than {LARGEST_BODY} bytes; send less at a time"
-            response = _error(413, "invalid_request_error", text)
+            pass
         except Exception as error:  # noqa: BLE001  or uvicorn would log its text
-            response = _error_response(error)
-        else:
-            return
-        if not begun:
-            await response(scope, receive, send)
+            if not begun:
+                await _error_response(error)(scope, receive, send)
+        if size > LARGEST_BODY and not begun:
+            text = f"the body is larger than {LARGEST_BODY} bytes; send less at a time"
+            await _error(413, "invalid_request_error", text)(scope, receive, send)
 
 
 class Answer:
@@ -212,6 +222,10 @@ class Answer:
             metrics.generation_tokens.inc(len(self.tokens))
             metrics.latency.observe(time.monotonic() - self.began)
             metrics.request_success.labels(self.reason or "cancelled").inc()
+
+    def cancel(self) -> None:
+        """Give up an answer that nobody reads."""
+        self._request.cancel()
 
     async def whole(self, http: Request) -> str:
         """Return the whole text; give up if the client goes away.
@@ -283,7 +297,14 @@ def make_app(service: Service, *, ui: bool = True) -> FastAPI:
         rows = await run_in_threadpool(people.personalizer.inputs_embeds, input, persona.soft)
         chat = isinstance(ask, Chat)
         samplings = ask.samplings(engine.max_new_tokens)
-        answers = [Answer(service, rows, sampling, ask.stops) for sampling in samplings]
+        answers: list[Answer] = []
+        try:
+            for sampling in samplings:
+                answers.append(Answer(service, rows, sampling, ask.stops))
+        except Busy:
+            for begun_answer in answers:
+                begun_answer.cancel()
+            raise
         head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
             "created": began,
@@ -387,6 +408,9 @@ def make_app(service: Service, *, ui: bool = True) -> FastAPI:
     async def personalize(ask: Personalize, who: Who, http: Request) -> Response:
         most = ask.max_tokens or engine.max_new_tokens
         sampling = Sampling(most, ask.temperature, ask.top_p, ask.seed)
+        check_input(ask.input)
+        for name in ask.users:
+            check_name(name, "a persona's name")
         if most > engine.max_new_tokens:
             raise InputError(f"max_tokens must be from 1 to {engine.max_new_tokens}, not {most}")
         # Some at a time, so that others find places.
@@ -432,8 +456,8 @@ def make_app(service: Service, *, ui: bool = True) -> FastAPI:
         names = store.personas(who.tenant, after, limit)
         return {"personas": names, "next": names[-1] if len(names) == limit else None}
 
-    @app.get("/v1/personas/{name:path}/export")
-    def export(name: str, who: Who) -> Response:
+    @app.get("/v1/personas/{name}/export")
+    def export(name: Name, who: Who) -> Response:
         store.count(who.tenant, name)  # an unknown one is an error, not an empty file
         lines = store.export(who.tenant, name)
         return StreamingResponse(lines, media_type="application/x-ndjson")
@@ -446,7 +470,7 @@ def make_app(service: Service, *, ui: bool = True) -> FastAPI:
         return {"added": added.new, "known": added.known}
 
     @app.post(
-        "/v1/personas/{name:path}/items",
+        "/v1/personas/{name}/items",
         openapi_extra={
             "requestBody": {
                 "content": {
@@ -456,7 +480,7 @@ def make_app(service: Service, *, ui: bool = True) -> FastAPI:
             }
         },
     )
-    async def add_items(name: str, who: Who, http: Request) -> Any:
+    async def add_items(name: Name, who: Who, http: Request) -> Any:
         try:
             text = (await http.body()).decode()
         except UnicodeDecodeError as error:
@@ -473,9 +497,9 @@ def make_app(service: Service, *, ui: bool = True) -> FastAPI:
             items = list(read_lines(text))
         return await run_in_threadpool(add, who, name, items)
 
-    @app.get("/v1/personas/{name:path}/items")
+    @app.get("/v1/personas/{name}/items")
     def list_items(
-        name: str,
+        name: Name,
         who: Who,
         after: Annotated[int, Query(ge=0, lt=2**62)] = 0,
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
@@ -484,24 +508,24 @@ def make_app(service: Service, *, ui: bool = True) -> FastAPI:
         following = rows[-1].place if len(rows) == limit else None
         return {"items": [stored.item for stored in rows], "next": following}
 
-    @app.get("/v1/personas/{name:path}/items/{id:path}")
-    def get_item(name: str, id: str, who: Who) -> Any:
+    @app.get("/v1/personas/{name}/items/{id:path}")
+    def get_item(name: Name, id: Name, who: Who) -> Any:
         return store.item(who.tenant, name, id)
 
-    @app.put("/v1/personas/{name:path}/items/{id:path}")
-    def put_item(name: str, id: str, item: dict[str, Any], who: Who) -> Any:
+    @app.put("/v1/personas/{name}/items/{id:path}")
+    def put_item(name: Name, id: Name, item: dict[str, Any], who: Who) -> Any:
         people.check([item])
         store.replace(who.tenant, name, id, item)
         people.added()
         return store.item(who.tenant, name, id)
 
-    @app.delete("/v1/personas/{name:path}/items/{id:path}")
-    def remove_item(name: str, id: str, who: Who) -> Any:
+    @app.delete("/v1/personas/{name}/items/{id:path}")
+    def remove_item(name: Name, id: Name, who: Who) -> Any:
         store.remove(who.tenant, name, id)
         return {"id": id, "erased": 1}
 
-    @app.post("/v1/personas/{name:path}/soft_prompt")
-    def soft_prompt(name: str, ask: SoftPrompt, who: Who) -> Response:
+    @app.post("/v1/personas/{name}/soft_prompt")
+    def soft_prompt(name: Name, ask: SoftPrompt, who: Who) -> Response:
         store.count(who.tenant, name)  # an unknown one is an error here
         personalizer = people.personalizer
         persona = people.persona(who.tenant, name, ask.input)
@@ -521,19 +545,17 @@ def make_app(service: Service, *, ui: bool = True) -> FastAPI:
         content = safetensors.numpy.save({"inputs_embeds": rows}, metadata=about)
         return Response(content, media_type="application/octet-stream", headers=headers)
 
-    # Last, for a name may have slashes, and the first route that fits is taken.
-
-    @app.put("/v1/personas/{name:path}")
-    def put_persona(name: str, who: Who, response: Response) -> Any:
+    @app.put("/v1/personas/{name}")
+    def put_persona(name: Name, who: Who, response: Response) -> Any:
         response.status_code = 201 if store.put_persona(who.tenant, name) else 200
         return {"id": name, "items": store.count(who.tenant, name)}
 
-    @app.get("/v1/personas/{name:path}")
-    def get_persona(name: str, who: Who) -> Any:
+    @app.get("/v1/personas/{name}")
+    def get_persona(name: Name, who: Who) -> Any:
         return {"id": name, "items": store.count(who.tenant, name)}
 
-    @app.delete("/v1/personas/{name:path}")
-    def erase_persona(name: str, who: Who) -> Any:
+    @app.delete("/v1/personas/{name}")
+    def erase_persona(name: Name, who: Who) -> Any:
         return {"id": name, "erased": store.erase(who, name)}
 
     # About the server

@@ -12,7 +12,7 @@ MOST_CHOICES = 16
 # Fields that clients send and that change nothing here.
 IGNORED = ("safety_identifier", "prompt_cache_key", "service_tier", "store", "parallel_tool_calls")
 # What a field may say that is not supported: what it says by default.
-NEUTRAL: tuple[Any, ...] = (None, False, 0, 1, "", [], {}, {"type": "text"}, "none", "auto")
+NEUTRAL: tuple[Any, ...] = (None, False, 0, "", [], {}, {"type": "text"}, "none", "auto")
 
 
 class Explain(BaseModel):
