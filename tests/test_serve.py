@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from pplug_jax.serve.__main__ import main
 from pplug_jax.serve.app import LARGEST_BODY
 from pplug_jax.serve.build import load_plug, make_service
+from pplug_jax.serve.engine import Busy
 from pplug_jax.serve.engine.torch_file import prompt_embeds
 from pplug_jax.serve.store import Store, StoreUnavailable
 from pplug_jax.serve.text import TextStream
@@ -382,6 +383,26 @@ def test_a_full_queue_is_429_and_openais_client_tries_again(
     assert chat(server.openai(max_retries=5)).choices[0].message.content == alone(server, [])
 
 
+def test_choices_that_find_no_room_leave_none_of_them_running(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, begun = server.service.engine, []
+
+    def submit(*arguments: Any) -> Any:
+        if len(begun) == 2:
+            raise Busy("3 wait already; try again later")
+        request = submit_one(*arguments)
+        monkeypatch.setattr(request, "cancel", lambda: cancelled.append(request))
+        begun.append(request)
+        return request
+
+    submit_one, cancelled = engine.submit, []
+    monkeypatch.setattr(engine, "submit", submit)
+    with pytest.raises(openai.RateLimitError):
+        chat(server.openai(), n=3)
+    assert len(begun) == len(cancelled) == 2
+
+
 def test_a_client_that_goes_away_frees_its_place(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -582,6 +603,10 @@ def test_a_command_that_cannot_be(finished: Path, tmp_path: Path) -> None:
         main(["--plug=runs/nothing", store])
     with pytest.raises(SystemExit, match=r"plug_config\.json: no such file; a plug to load is"):
         main([f"--plug={tmp_path}", store])
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SystemExit, match=rf"--port={port}: .*Address already in use"):
+            main([f"--plug={finished}", f"--port={port}", store])
     assert list(tmp_path.iterdir()) == []  # no store was made
     with pytest.raises(SystemExit, match=r"--host=0\.0\.0\.0: without any API key the server list"):
         main([f"--plug={finished}", "--host=0.0.0.0", store])
