@@ -40,11 +40,9 @@ def check_data(directory: Path, task: Task, splits: Sequence[str] = ()) -> int:
         examples = lamp.read(directory, split, task, sort_by_date=False, on_bad=bad.append)
         _describe(split, examples, len(bad))
         for error in bad:
-            place = f"line {error.line}"
-            if error.line is None or error.where.startswith(place):
-                place = error.where
-            else:
-                place += f": {error.where}"
+            line, place = f"line {error.line}", error.where
+            if error.line is not None and not place.startswith(line):
+                place = f"{line}: {place}"
             say(f"  {Path(error.file).name}: {place}: {error.problem}")
         count += len(bad)
     return count

@@ -312,24 +312,25 @@ def _check_label(task: Task, output: str, where: str) -> None:
 
 
 def file_names(task: Task, split: str) -> list[str]:
-    """Return the names of a split's files; if it has one, the first name that exists.
-
-    Parquet files may have the other names of `parquet.files` too.
-    """
+    """Return the names of a split's JSON files; if it has one, the first name that exists."""
     if task.questions_and_outputs:
         return [f"{split}_questions.json", f"{split}_outputs.json"]
-    return [f"{split}.jsonl", f"{split}.json", f"{split}.parquet"]
+    return [f"{split}.jsonl", f"{split}.json"]
 
 
 def expected_files(task: Task, split: str) -> str:
     """Return the names of a split's files in words."""
-    return (" and " if task.questions_and_outputs else " or ").join(file_names(task, split))
+    names = file_names(task, split)
+    if task.questions_and_outputs:
+        return " and ".join(names)
+    return " or ".join([*names, f"{split}.parquet"])  # or by another name of `parquet.files`
 
 
 def splits(directory: str | Path, task: Task) -> list[str]:
     """Return the splits whose files are in the directory."""
     ends = [name.removeprefix("*") for name in file_names(task, "*")]
-    ends = ends[:1] if task.questions_and_outputs else ends[:2]
+    if task.questions_and_outputs:
+        ends = ends[:1]
     names = sorted(path.name for path in Path(directory).iterdir())
     splits = [name.removesuffix(end) for end in ends for name in names if name.endswith(end)]
     return splits if task.questions_and_outputs else [*splits, *parquet.files(Path(directory))]
@@ -360,7 +361,7 @@ def read(
             duplicate id, an output that is no label of the task, a question without an output or
             the reverse.
     """
-    path, other_path = (Path(directory) / name for name in file_names(task, split)[:2])
+    path, other_path = (Path(directory) / name for name in file_names(task, split))
     load: Callable[[Place], Item] = records.load
     rows: Iterable[tuple[Place, Any]]
     outputs: dict[str, str] | None = None

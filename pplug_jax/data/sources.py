@@ -49,11 +49,11 @@ def existing_directory(config: Settings, split: str) -> Path:
     directory = data_directory(config)
     if directory is None or not directory.is_dir():
         names = lamp.expected_files(TASKS[config.task], part_of(split)[0])
+        is_lamp = config.task.startswith("LaMP_")
+        hint = "; --mode=download brings LaMP's public files" if is_lamp else ""
         raise ConfigError(
             f"config.data.path: there is no directory {str(directory)!r}; it should hold "
-            f"{names} (docs/data.md)"
-            + "; --mode=download brings LaMP's public files"
-            * config.task.startswith("LaMP_")
+            f"{names} (docs/data.md){hint}"
         )
     return directory
 

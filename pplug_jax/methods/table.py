@@ -172,7 +172,8 @@ def read_variants(text: str) -> dict[str, Changes]:
         ConfigError: the text is malformed, a name is given twice, or it is another method's.
     """
     try:
-        parsed = ast.literal_eval(text) if text else {}
+        tree = ast.parse(text.strip() or "{}", mode="eval")
+        parsed = ast.literal_eval(tree)
         variants = {name: tuple(settings.items()) for name, settings in parsed.items()}
         assert all(isinstance(name, str) and re.fullmatch(r"[\w+-]+", name) for name in variants)
         fields = (field for settings in variants.values() for field, _ in settings)
@@ -182,7 +183,7 @@ def read_variants(text: str) -> dict[str, Changes]:
             "config.variants must be names with the settings that they change, as in "
             "\"{'k16': {'plug.num_persona_tokens': 16}}\""
         ) from error
-    for node in ast.walk(ast.parse(text.strip() or "{}")):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Dict):  # of equal keys, a dict keeps the last
             names = [ast.unparse(key) for key in node.keys if key]
             if twice := [name for name in names if names.count(name) > 1]:

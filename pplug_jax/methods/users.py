@@ -81,9 +81,9 @@ def split_users(
 
 def own_items(task: Task, example: Example, newest: int) -> Iterator[Example]:
     """Yield each of the user's `newest` items as an example, whose history is the others."""
-    profile = example.profile[-newest:]
+    profile, owner = example.profile[-newest:], example.owner
     for i, item in enumerate(profile):
         if item[task.answer].strip():
             input, target = task.own_example(item)
             rest = tuple(other for other in profile if other != item)
-            yield Example(f"{example.id}/{i}", input, target, rest, example.owner)
+            yield Example(f"{example.id}/{i}", input, target, rest, owner)

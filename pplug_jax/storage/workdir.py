@@ -45,7 +45,7 @@ def plot_path(directory: Path, name: str) -> Path:
 
 def results_path(workdir: Path, split: str = "") -> Path:
     """Where scores lie; `split` is given if it is another than the config's."""
-    return workdir / ("results" + f".{split}" * bool(split) + ".json")
+    return workdir / (f"results.{split}.json" if split else "results.json")
 
 
 def table_path(results: Path) -> Path:
