@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -207,13 +207,17 @@ def write_store(path: Path, users: np.ndarray) -> None:
 
 
 @dataclasses.dataclass
-class Histories:
+class Histories(Sequence[tuple[str, list[str]]]):
     """Users and their texts, made at each pass."""
 
     users: list[int]
 
-    def __iter__(self) -> Iterator[tuple[str, list[str]]]:
-        return ((str(user), [f"{user} {i}" for i in range(ITEMS)]) for user in self.users)
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def __getitem__(self, i: int) -> tuple[str, list[str]]:  # type: ignore[override]  # no slices
+        user = self.users[i]
+        return str(user), [f"{user} {item}" for item in range(ITEMS)]
 
 
 def open_store(path: Path) -> Read:
@@ -222,7 +226,7 @@ def open_store(path: Path) -> Read:
 
 def history_of(user: int) -> History:
     """What a job asks the store for."""
-    return History.of(*next(iter(Histories([user]))))
+    return History.of(*Histories([user])[0])
 
 
 FORMS = {

@@ -12,6 +12,7 @@ from pplug_jax.data.tasks import TASKS
 from pplug_jax.encoder.bert import POOLINGS
 from pplug_jax.errors import ConfigError
 from pplug_jax.feed.features import FEATURES
+from pplug_jax.feed.shards import NUMBERS
 from pplug_jax.llm.quantize import KINDS
 from pplug_jax.methods.table import (
     PAPER_PLUG,
@@ -72,6 +73,7 @@ CHOICES = {
     "llm.dtype": DTYPES,
     "encoder.dtype": DTYPES,
     "plug.dtype": DTYPES,
+    "data.history_numbers": tuple(NUMBERS),
     "llm.quantize": ("", *KINDS),
     "plug.place": ("front", "behind"),
     "encoder.pooling": ("", *POOLINGS),

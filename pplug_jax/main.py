@@ -110,6 +110,10 @@ def main(argv: list[str]) -> None:
         needs = json.loads(_NEEDS.value)
     except ValueError as error:
         sys.exit(f"error: --needs={_NEEDS.value}: not JSON: {error}")
+    if not isinstance(needs, dict) or needs.keys() - {"num_cpus", "num_gpus", "resources"}:
+        sys.exit(
+            f"error: --needs={_NEEDS.value}: expected an object of num_cpus, num_gpus or resources"
+        )
     ray = {"workers": _WORKERS.value, **needs} if _ENGINE.value else None
     _quiet()
     keep_compiled()

@@ -40,9 +40,10 @@ class DataSettings:
     answer: str = ""
     instruction: str = ""  # of `custom`, what every input begins with; empty: as the data say
     buckets: int = 6  # padded lengths of texts; more pad less, and compile more programs
-    # Directory on a disk for the history's vectors; empty: WORKDIR/history, or history/ where the
+    # Directory for the history's vectors, also gs://; empty: WORKDIR/history, or history/ where the
     # workdir is gs://...
     history_store: str = ""
+    history_numbers: str = "float16"  # what they are kept in; int8 halves the store
 
 
 @dataclasses.dataclass(frozen=True)

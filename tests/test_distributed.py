@@ -15,6 +15,7 @@ import pytest
 
 from pplug_jax.errors import InputError
 from pplug_jax.runtime import distributed
+from pplug_jax.storage.files import read_json
 from tests.support.environment import ROOT
 from tests.support.forks import Fork
 from tests.support.once import Once
@@ -128,8 +129,8 @@ def alone(once: Once) -> Path:
 
 def items_in(host: Path) -> int:
     """The items of the host's history store."""
-    (manifest,) = (host / "history").glob("*/manifest.json")
-    return sum(shard["items"] for shard in json.loads(manifest.read_text()))
+    commits = map(read_json, (host / "history").glob("*/*.json"))
+    return sum(shard["items"] for commit in commits for shard in commit["shards"])
 
 
 @pytest.mark.slow

@@ -1,14 +1,17 @@
 """The history store: texts once a job, whatever happens to the processes that fill it."""
 
+import contextlib
 import itertools
 import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
+from pplug_jax.errors import InputError
 from pplug_jax.feed import shards
 from pplug_jax.feed import store as history
 from pplug_jax.feed.shards import Shard
@@ -31,14 +34,26 @@ def check(store: HistoryStore, histories: Sequence[tuple[str, Sequence[str]]]) -
 
 
 def listed(store: HistoryStore) -> list[dict]:
-    """The manifest, of whose shards all are whole, and no others there."""
-    manifest = store.directory / "manifest.json"
-    found = json.loads(manifest.read_text()) if manifest.is_file() else []
+    """What the commits list, of whose shards all are whole, and no others there."""
+    files, root = fsspec.url_to_fs(store.directory)
+    names = [path.rpartition("/")[2] for path in files.ls(root, detail=False)]
+    commits = [json.loads(files.cat(f"{root}/{x}")) for x in sorted(names) if x.endswith(".json")]
+    found = [shard for commit in commits for shard in commit["shards"]]
     for shard in found:
-        assert shards.digest(store.directory / shard["name"]) == shard["digest"]
-    names = {path.name for path in store.directory.iterdir() if path.is_dir()}
-    assert names == {shard["name"] for shard in found}
+        assert store._copied(shard, contextlib.ExitStack())
+    assert {name for name in names if files.isdir(f"{root}/{name}")} == {x["name"] for x in found}
     return found
+
+
+def opened(store: HistoryStore, entry: dict) -> Shard:
+    files, root = fsspec.url_to_fs(store.directory)
+    return Shard(files, f"{root}/{entry['name']}", shards.row_dtype("float16", 6))
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where stores are kept."""
+    return str(tmp_path) if request.param == "disk" else f"memory://bucket{tmp_path}"
 
 
 @pytest.fixture
@@ -48,44 +63,43 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(history, "SECONDS", -1)
 
 
-def test_a_text_of_several_users_is_encoded_once(tmp_path: Path):
+def test_a_text_of_several_users_is_encoded_once(place: str):
     encoder = FakeEncoder()
-    store = HistoryStore(tmp_path, encoder)
+    store = HistoryStore(place, encoder)
     assert store.add(USERS + [("user 0", TEXTS[::-1])]) == 10
     assert sorted(encoder.encoded) == sorted(TEXTS)
     assert len(store) == 7 * 4 + 6
     check(store, [*USERS, ("user 0", TEXTS[3:] + TEXTS[:5])])
 
 
-def test_a_text_is_encoded_once_though_its_users_are_in_different_shards(
-    tmp_path: Path, small: None
-):
+def test_a_text_is_encoded_once_though_its_users_are_in_different_shards(place: str, small: None):
     encoder = FakeEncoder()
-    store = HistoryStore(tmp_path, encoder)
+    store = HistoryStore(place, encoder)
     assert store.add(iter(USERS)) == 10
     assert sorted(encoder.encoded) == sorted(TEXTS)
     assert len(listed(store)) == 7
     check(store, USERS)
 
 
-def test_a_users_items_are_one_range_in_their_order(tmp_path: Path):
-    store = HistoryStore(tmp_path, FakeEncoder())
+def test_a_users_items_are_one_range_in_their_order(place: str):
+    store = HistoryStore(place, FakeEncoder())
     store.add(USERS)
     (entry,) = listed(store)
-    shard = Shard(store.directory / entry["name"])
+    shard = opened(store, entry)
     for user, texts in USERS:
         expected = History.of(user, texts)
-        assert shard.texts(expected.user).tolist() == expected.texts.tolist()
-    assert len(shard.texts(entry["first"] - 1)) == len(shard.vectors(entry["last"] + 1)) == 0
+        assert shard.read(expected.user)[0].tolist() == expected.texts.tolist()
+    for user in (entry["first"] - 1, entry["last"] + 1):
+        assert [len(part) for part in shard.read(user)] == [0, 0]
     keys = sorted(History.of(user, ()).user for user, _ in USERS)
     assert (entry["first"], entry["last"], entry["items"]) == (keys[0], keys[-1], 28)
-    assert shard.users(keys[1], keys[4]).tolist() == keys[1:4]
+    assert shard.users.tolist() == keys
 
 
-def test_what_is_there_is_not_encoded_again(tmp_path: Path):
-    HistoryStore(tmp_path, FakeEncoder()).add([("u", TEXTS[:6])])
+def test_what_is_there_is_not_encoded_again(place: str):
+    HistoryStore(place, FakeEncoder()).add([("u", TEXTS[:6])])
     encoder = FakeEncoder()
-    store = HistoryStore(tmp_path, encoder)
+    store = HistoryStore(place, encoder)
     assert store.add([("u", TEXTS[:6])]) == 0
     assert encoder.calls == 0
     assert store.add([("u", TEXTS)]) == 4
@@ -93,10 +107,10 @@ def test_what_is_there_is_not_encoded_again(tmp_path: Path):
     check(store, [("u", TEXTS), ("u", TEXTS[::-1]), ("u", TEXTS[4:7])])
 
 
-def test_encoders_do_not_share_vectors(tmp_path: Path):
-    first = HistoryStore(tmp_path, FakeEncoder("a"))
+def test_encoders_do_not_share_vectors(place: str):
+    first = HistoryStore(place, FakeEncoder("a"))
     first.add(USERS)
-    second = HistoryStore(tmp_path, FakeEncoder("b"))
+    second = HistoryStore(place, FakeEncoder("b"))
     assert first.directory != second.directory
     assert len(second) == 0
     assert second.add(USERS) == 10
@@ -104,8 +118,8 @@ def test_encoders_do_not_share_vectors(tmp_path: Path):
     check(second, USERS)
 
 
-def test_the_order_of_adding_does_not_matter(tmp_path: Path):
-    one, other = (HistoryStore(tmp_path / name, FakeEncoder()) for name in "ab")
+def test_the_order_of_adding_does_not_matter(place: str):
+    one, other = (HistoryStore(f"{place}/{name}", FakeEncoder()) for name in "ab")
     one.add([("u", TEXTS)])
     for text in TEXTS[::-1]:
         other.add([("u", [text])])
@@ -113,16 +127,16 @@ def test_the_order_of_adding_does_not_matter(tmp_path: Path):
     np.testing.assert_array_equal(one.vectors(asked), other.vectors(asked))
 
 
-def test_texts_and_users_are_told_apart_exactly(tmp_path: Path):
-    store = HistoryStore(tmp_path, FakeEncoder())
+def test_texts_and_users_are_told_apart_exactly(place: str):
+    store = HistoryStore(place, FakeEncoder())
     names = ["", " ", "a", "A", "a ", "ä", "a\u0308", "😀", "a\0"]
     histories = [(user, [user + text for text in names]) for user in names]
     assert store.add(histories) == len({text for _, texts in histories for text in texts})
     check(store, histories)
 
 
-def test_no_texts(tmp_path: Path):
-    store = HistoryStore(tmp_path, FakeEncoder())
+def test_no_texts(place: str):
+    store = HistoryStore(place, FakeEncoder())
     assert store.add([]) == store.add([("u", [])]) == 0
     assert store.vectors(History.of("u", [])).shape == (0, 6)
     store.add(USERS)
@@ -130,8 +144,8 @@ def test_no_texts(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("user", "text"), [("user 0", "never added"), ("nobody", TEXTS[0])])
-def test_what_was_never_added_is_a_key_error(tmp_path: Path, user: str, text: str):
-    store = HistoryStore(tmp_path, FakeEncoder())
+def test_what_was_never_added_is_a_key_error(place: str, user: str, text: str):
+    store = HistoryStore(place, FakeEncoder())
     store.add(USERS)
     with pytest.raises(KeyError):
         store.vectors(History.of(user, [text]))
@@ -139,14 +153,15 @@ def test_what_was_never_added_is_a_key_error(tmp_path: Path, user: str, text: st
 
 @pytest.mark.parametrize("name", ["index.npy", "texts.npy", "vectors.npy", ""])
 def test_a_damaged_shard_is_encoded_again(
-    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+    place: str, name: str, capsys: pytest.CaptureFixture[str]
 ):
-    store = HistoryStore(tmp_path, FakeEncoder())
+    store = HistoryStore(place, FakeEncoder())
     store.add(USERS[:3])
     store.add(USERS)
-    path = store.directory / listed(store)[0]["name"] / name
-    path.write_bytes(path.read_bytes()[:-1]) if name else path.rename(tmp_path / "gone")
-    store = HistoryStore(tmp_path, FakeEncoder())
+    files, root = fsspec.url_to_fs(store.directory)
+    path = f"{root}/{listed(store)[0]['name']}/{name}"
+    files.pipe_file(path, files.cat_file(path)[:-1]) if name else files.rm(path, recursive=True)
+    store = HistoryStore(place, FakeEncoder())
     assert store.add(USERS) == 6
     assert "is damaged: it is encoded again" in capsys.readouterr().out
     listed(store)
@@ -154,14 +169,14 @@ def test_a_damaged_shard_is_encoded_again(
 
 
 @pytest.mark.parametrize("same_store", [True, False])
-def test_an_interrupted_run_keeps_what_it_had(tmp_path: Path, same_store: bool):
-    store = HistoryStore(tmp_path, FakeEncoder(dies_at=2))
+def test_an_interrupted_run_keeps_what_it_had(place: str, same_store: bool):
+    store = HistoryStore(place, FakeEncoder(dies_at=2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(history, "CHUNK", 4)
         with pytest.raises(KeyboardInterrupt):
             store.add([("u", TEXTS)])
     if not same_store:
-        store = HistoryStore(tmp_path, FakeEncoder())
+        store = HistoryStore(place, FakeEncoder())
     assert len(store) == 4
     check(store, [("u", TEXTS[:4])])
     assert store.add([("u", TEXTS)]) == 6
@@ -172,30 +187,45 @@ def test_an_interrupted_run_keeps_what_it_had(tmp_path: Path, same_store: bool):
 # Merging
 
 
-def test_many_shards_are_merged_by_users(
-    tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(history, "ITEMS", 40)
-    store = HistoryStore(tmp_path, FakeEncoder())
-    histories = [(f"user {i}", [f"{i} {k}" for k in range(5)]) for i in range(40)]
-    reader = HistoryStore(tmp_path, FakeEncoder())
+def test_commits_of_a_size_are_merged(place: str, small: None, monkeypatch: pytest.MonkeyPatch):
+    written = []
+    write = shards.write
+    monkeypatch.setattr(shards, "write", lambda *x: written.append(about := write(*x)) or about)
+    store = HistoryStore(place, FakeEncoder())
+    histories = [(f"user {i}", [f"{i} {k}" for k in range(5)]) for i in range(80)]
+    reader = HistoryStore(place, FakeEncoder())
     store.add(histories[:2])
     reader.add([])
     check(reader, histories[:2])
     store.add(histories)
+    assert sum(entry["items"] for entry in listed(store)) == len(store) == 400
+    assert all(len(names) <= 8 for names in store._by_size())
+    # Of 4 items at first, then of about 36, and of 324.
+    assert sum(entry["items"] for entry in written) <= 3 * 400
+    check(store, histories)
+    check(reader, histories)  # which had the shards open that are gone
+
+
+def test_a_merged_shard_has_users_of_its_own(
+    place: str, small: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(history, "ITEMS", 40)
+    store = HistoryStore(place, FakeEncoder())
+    histories = [(f"user {i}", [f"{i} {k}" for k in range(5)]) for i in range(40)]
+    store.add(histories)
+    store._merge(list(store._commits), None)
     entries = listed(store)
     assert len(entries) == 5
     assert sum(entry["items"] for entry in entries) == len(store) == 200
     assert all(a["last"] < b["first"] for a, b in itertools.pairwise(entries))
     check(store, histories)
-    check(reader, histories)  # which had the shards open that are gone
 
 
 def test_merging_keeps_the_newest_of_a_user_but_all_that_the_job_reads(
-    tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+    place: str, small: None, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(history, "NEWEST", 6)
-    store = HistoryStore(tmp_path, FakeEncoder(), newest=3)
+    store = HistoryStore(place, FakeEncoder(), newest=3)
     for n in range(6):
         assert store.add([("u", [f"{n} {k}" for k in range(2)]), ("v", ["same"])]) == 2 + (n == 0)
     assert len(listed(store)) == 2  # merged before the sixth was added
@@ -204,44 +234,122 @@ def test_merging_keeps_the_newest_of_a_user_but_all_that_the_job_reads(
         store.vectors(History.of("u", ["1 1"]))
     long = [("u", [f"long {k}" for k in range(60)])]
     assert store.add(long) == 60
-    assert len(listed(store)) == 1
     check(store, long)
 
 
-def test_what_has_a_wrong_checksum_is_not_merged(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    store = HistoryStore(tmp_path, FakeEncoder())
+def test_what_has_a_wrong_checksum_is_not_merged(place: str, capsys: pytest.CaptureFixture[str]):
+    store = HistoryStore(place, FakeEncoder())
     for texts in (TEXTS[:6], TEXTS):
         store.add([("u", texts)])
-    path = store.directory / listed(store)[0]["name"] / "vectors.npy"
-    content = path.read_bytes()
-    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    store._merge(0, None)
-    assert f"{path.parent} is damaged: it is encoded again" in capsys.readouterr().out
+    files, root = fsspec.url_to_fs(store.directory)
+    name = listed(store)[0]["name"]
+    path = f"{root}/{name}/vectors.npy"
+    content = files.cat_file(path)
+    files.pipe_file(path, content[:-1] + bytes([content[-1] ^ 1]))
+    store._merge(list(store._commits), None)
+    assert f"/{name} is damaged: it is encoded again" in capsys.readouterr().out
     assert store.add([("u", TEXTS)]) == 6
     check(store, [("u", TEXTS)])
 
 
-def test_of_two_that_merge_one_does(tmp_path: Path, small: None):
-    store = HistoryStore(tmp_path, FakeEncoder())
+@pytest.mark.parametrize(("before", "items"), [("_copied", 4), ("_commit", 8)])
+def test_two_merge_the_same(
+    place: str, small: None, monkeypatch: pytest.MonkeyPatch, before: str, items: int
+):
+    """As jobs in a bucket may: one is done just before the other reads, or lists, the shards."""
+    store, other = (HistoryStore(place, FakeEncoder()) for _ in range(2))
     for text in TEXTS[:4]:
         store.add([("u", [text])])
-    old = listed(store)
-    other = HistoryStore(tmp_path, FakeEncoder())
-    other._merge(2, None)
-    merged = listed(other)
-    assert len(merged) == 1
-    late = shards.write(store.directory, 6, [(1, np.array([2]), np.ones((1, 6)))])
-    store._replace(old, [late])
-    assert listed(store) == merged
-    with other._merging:
-        store._merge(0, None)
-    assert listed(store) == merged
-    check(store, [("u", TEXTS[:4])])
+    step = getattr(other, before)
+
+    def late(*given: object) -> object:
+        if len(store._commits) == 4:
+            store._merge(list(store._commits), None)
+        return step(*given)
+
+    monkeypatch.setattr(other, before, late)
+    other._tidy(2, None)
+    assert len(store._commits) == 1
+    other = HistoryStore(place, FakeEncoder())
+    assert len(other) == items
+    check(other, [("u", TEXTS[:4])])
+    other._merge(list(other._commits), None)
+    assert len(other) == 4
+    check(other, [("u", TEXTS[:4])])
+
+
+def test_what_killed_jobs_left_is_deleted_in_time(place: str, monkeypatch: pytest.MonkeyPatch):
+    store = HistoryStore(place, FakeEncoder())
+    store.add(USERS)
+    left = shards.pack(np.ones((2, 6)), shards.row_dtype("float16", 6))
+    store._write([(1, np.array([1, 2]), left)])
+    with store._placed("other") as made:
+        made.write_text("")
+    with pytest.raises(AssertionError):
+        listed(store)
+    for later, is_left in ((3600, True), (25 * 3600, False)):
+        clock = time.time() + later
+        monkeypatch.setattr(history.time, "time", lambda clock=clock: clock)
+        store = HistoryStore(place, FakeEncoder())
+        store.add([])
+        assert len([name for name in store._names() if name[0].isdigit()]) == 2 + is_left
+    assert "other" in store._names()
+    check(store, USERS)
+
+
+def test_a_commit_that_is_no_json(place: str):
+    store = HistoryStore(place, FakeEncoder())
+    store.add(USERS)
+    files, root = fsspec.url_to_fs(store.directory)
+    (path,) = files.glob(f"{root}/*.json")
+    files.pipe_file(path, files.cat_file(path)[:-2])
+    with pytest.raises(InputError, match=r"\.json: not JSON: .*; delete it, and what it lists is"):
+        HistoryStore(place, FakeEncoder())
+
+
+def test_int8(place: str):
+    store, halves = (HistoryStore(place, FakeEncoder(), numbers=x) for x in ("int8", "float16"))
+    histories = [*USERS, ("v", TEXTS)]
+    store.add(histories)
+    halves.add(histories)
+    assert store.directory != halves.directory
+    store._merge(list(store._commits), None)
+    assert len(listed(store)) == 1
+    for user, texts in histories:
+        expected = np.array([store.encoder.vector(text) for text in texts])
+        step = np.abs(expected).max(axis=1, keepdims=True) / 127
+        assert np.all(np.abs(store.vectors(History.of(user, texts)) - expected) <= step * 0.501)
+    rows = shards.pack(np.zeros((1, 6), np.float32), shards.row_dtype("int8", 6))
+    assert rows.nbytes == 10
+    np.testing.assert_array_equal(shards.unpack(rows), np.zeros((1, 6)))
 
 
 # Processes
+
+
+class Watched(list):
+    """Remembers what was asked for."""
+
+    def __getitem__(self, i):
+        self.asked.add(i)
+        return super().__getitem__(i)
+
+
+def test_processes_that_share_a_store_divide_the_histories(
+    place: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(history, "from_all", lambda value: np.array([value] * 4))
+    shares = []
+    for process in (1, 3):
+        monkeypatch.setattr(history.jax, "process_index", lambda process=process: process)
+        store = HistoryStore(place, FakeEncoder())
+        store._sharers = [1, 3]
+        users = Watched(USERS)
+        users.asked = set()
+        store.add(users)
+        shares.append(users.asked)
+    assert shares == [{0, 1, 2}, {3, 4, 5, 6}]
+    check(store, USERS)
 
 
 def fill(directory: Path, first: int, last: int) -> Fork:
@@ -267,7 +375,7 @@ def test_two_processes_fill_one_store(tmp_path: Path):
 @pytest.mark.slow
 def test_a_killed_process_leaves_no_lock_and_no_wrong_vector(tmp_path: Path):
     killed, other = fill(tmp_path, 0, 400), fill(tmp_path, 100, 200)
-    while not any(tmp_path.glob("*/manifest.json")):
+    while not any(tmp_path.glob("*/*.json")):
         assert killed.poll() is None
         time.sleep(0.001)
     killed.kill()

@@ -28,10 +28,10 @@ class Store:
         vectors = np.random.default_rng(seed).normal(size=(N, E)).astype(np.float16)
         self._vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
-    def vectors(self, history: History) -> np.ndarray:
-        if (history.texts >= self.count).any():
+    def read(self, histories: Sequence[History]) -> list[np.ndarray]:
+        if any((history.texts >= self.count).any() for history in histories):
             raise KeyError
-        return self[history.texts]
+        return [self[history.texts] for history in histories]
 
     def __getitem__(self, texts: Sequence[int] | np.ndarray) -> np.ndarray:
         return self._vectors[np.array(texts, int)].astype(np.float32)

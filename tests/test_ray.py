@@ -1,7 +1,6 @@
 """Histories encoded on Ray: what one process would store, though a worker is killed."""
 
 import functools
-import json
 import os
 import signal
 import threading
@@ -41,7 +40,7 @@ def open_store(directory: Path) -> HistoryStore:
 def kill_one(directory: Path, count: int) -> None:
     """Kill one of so many workers when all have begun, and one has added something."""
     workers: list[Path] = []
-    while len(workers) < count or not any(directory.glob("store/*/manifest.json")):
+    while len(workers) < count or not any(directory.glob("store/*/*.json")):
         workers = list(directory.glob("workers/*"))
         time.sleep(0.01)
     os.kill(int(workers[0].name), signal.SIGKILL)
@@ -49,9 +48,10 @@ def kill_one(directory: Path, count: int) -> None:
 
 def content(store: HistoryStore) -> list[bytes]:
     """The files of the one shard that all are merged to."""
-    store._merge(0, None)
-    (shard,) = json.loads((store.directory / "manifest.json").read_text())
-    return [path.read_bytes() for path in sorted((store.directory / shard["name"]).iterdir())]
+    store._merge(list(store._commits), None)
+    (shard,) = store._shards
+    files = sorted(Path(store.directory, shard["name"]).iterdir())
+    return [path.read_bytes() for path in files]
 
 
 @pytest.mark.slow

@@ -416,19 +416,19 @@ class Assemble:
         }
         batch["index"] = np.zeros(B, np.int32)
         batch["weight"] = np.zeros(B, np.float32)
-        for i, row in enumerate(self.rows):
-            if row >= len(indices):
-                break
-            index = indices[row]
-            example = self.tokenized[index]
+        rows = [row for row in self.rows if row < len(indices)]
+        examples = [self.tokenized[indices[row]] for row in rows]
+        histories = self.store.read([example.history for example in examples])
+        if self.queries:
+            asked = self.queries.read([example.asked for example in examples])
+            for i, vectors in enumerate(asked):
+                batch["query"][i] = vectors[0]
+        for i, (row, example, vectors) in enumerate(zip(rows, examples, histories, strict=True)):
             for name in shape:
                 ids = self.buckets.text(example) if name == "text" else getattr(example, name)
                 batch[name][i, : len(ids)] = ids
                 batch[f"{name}_mask"][i, : len(ids)] = True
-            if self.queries:
-                batch["query"][i] = self.queries.vectors(example.asked)[0]
             rng = np.random.default_rng((self.seed, 1, step, int(row)))
-            vectors = self.store.vectors(example.history)
             kept = drop_history(len(vectors), rng, self.history_dropout)
             if self.persona_dropout and rng.random() < self.persona_dropout:
                 kept = kept[:0]
@@ -437,7 +437,7 @@ class Assemble:
             # Made of the whole history: a dropped item is older all the same, and never a peer.
             for name, values in self._features(example, vectors).items():
                 batch["features"][name][i, : len(kept)] = values[kept]
-            batch["index"][i] = index
+            batch["index"][i] = indices[row]
             batch["weight"][i] = 1
         return Batch(**batch)
 

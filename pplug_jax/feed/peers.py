@@ -40,13 +40,10 @@ class Peers:
     def __init__(self, store: HistoryStore, pool: np.ndarray):
         self.pool = pool
         starts = np.flatnonzero(np.diff(pool[:, 0], prepend=pool[:1, 0] - 1))
-        self._vectors = np.concatenate(
-            [np.zeros((0, store.encoder.size), np.float32)]
-            + [
-                store.vectors(History(int(part[0, 0]), part[:, 1]))
-                for part in np.split(pool, starts)[1:]
-            ]
-        )
+        parts = np.split(pool, starts)[1:]
+        histories = [History(int(part[0, 0]), part[:, 1]) for part in parts]
+        none = np.zeros((0, store.encoder.size), np.float32)
+        self._vectors = np.concatenate([none, *store.read(histories)])
         self._places: dict[bytes, np.ndarray] = {}
 
     @classmethod

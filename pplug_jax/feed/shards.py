@@ -4,64 +4,99 @@ A shard is a directory of arrays as NumPy writes them:
 
     index.npy    (2, U) int64, the users' keys, sorted, and where each one's rows end
     texts.npy    (N,) int64, the key of each row's text
-    vectors.npy  (N, E) float16
+    vectors.npy  (N,), each E float16, or E int8 and a float32 scale
 
-The first two are mapped into memory, and of the third a user's rows are read, so nothing is held.
+Of the last two, a user's ranges are read, on a disk or in a bucket. The first is held in memory,
+or mapped where it is on a disk.
 """
 
+import functools
 import hashlib
-import secrets
+import io
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
+import fsspec
 import numpy as np
 
-from pplug_jax.storage.files import whole
+TEXT = np.dtype("<i8")
+NUMBERS = {"float16": "<f2", "int8": "i1"}
+
+
+def row_dtype(numbers: str, width: int) -> np.dtype:
+    """Return the dtype of a vector of `width` numbers, float16 or int8, as it is stored."""
+    scale = [("scale", "<f4")] if numbers == "int8" else []
+    return np.dtype([*scale, ("vector", NUMBERS[numbers], (width,))])
+
+
+def pack(vectors: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Return vectors (n, E) as rows (n,) of `row_dtype`."""
+    rows = np.empty(len(vectors), dtype)
+    if "scale" in (dtype.names or ()):
+        largest = np.abs(vectors).max(axis=1, initial=0)
+        rows["scale"] = scale = np.where(largest > 0, largest, 1) / 127
+        vectors = np.rint(vectors / scale[:, None])
+    rows["vector"] = vectors
+    return rows
+
+
+def unpack(rows: np.ndarray) -> np.ndarray:
+    """Return the vectors (n, E) float32 of rows (n,) of `row_dtype`."""
+    vectors = rows["vector"].astype(np.float32)
+    return vectors * rows["scale"][:, None] if "scale" in (rows.dtype.names or ()) else vectors
+
+
+class Range(NamedTuple):
+    """A part of a file: bytes from `start` to `end`."""
+
+    path: str
+    start: int
+    end: int
 
 
 class Shard:
     """A shard to read from.
 
     Args:
-        path: its directory.
+        files: the file system that it is on.
+        path: its directory there.
+        dtype: of its rows.
+
+    Attributes:
+        users: (U,) int64, the users' keys, sorted.
     """
 
-    def __init__(self, path: Path):
-        self._users, self._ends = np.asarray(np.load(path / "index.npy", mmap_mode="r"))
-        self._texts = np.asarray(np.load(path / "texts.npy", mmap_mode="r"))
-        self._path = path / "vectors.npy"
-        vectors = np.load(self._path, mmap_mode="r")
-        self._offset, self._row = vectors.offset, np.dtype((vectors.dtype, vectors.shape[1:]))
+    def __init__(self, files: fsspec.AbstractFileSystem, path: str, dtype: np.dtype):
+        self.files, self.path, self.dtype = files, path, dtype
+        index = f"{path}/index.npy"
+        on_disk = isinstance(files, fsspec.get_filesystem_class("file"))
+        self.users, self._ends = np.asarray(
+            np.load(index, mmap_mode="r") if on_disk else np.load(io.BytesIO(files.cat_file(index)))
+        )
 
-    def _range(self, user: int) -> tuple[int, int]:
-        i = int(np.searchsorted(self._users, user))
-        if i == len(self._users) or self._users[i] != user:
-            return 0, 0
-        return int(self._ends[i - 1]) if i else 0, int(self._ends[i])
+    def __len__(self) -> int:
+        """Count its items."""
+        return int(self._ends[-1])
 
-    def users(self, low: int, high: int) -> np.ndarray:
-        """Return the keys of the users in [low, high), sorted, (n,) int64."""
-        return self._users[(low <= self._users) & (self._users < high)]
+    def ranges(self, user: int) -> list[Range]:
+        """Return where the user's texts are and where his rows are, nothing for another's user."""
+        i = int(np.searchsorted(self.users, user))
+        if i == len(self.users) or self.users[i] != user:
+            return []
+        first, last = int(self._ends[i - 1]) if i else 0, int(self._ends[i])
+        return [
+            Range(
+                f"{self.path}/{name}.npy",
+                *(len(_header(dtype)) + row * dtype.itemsize for row in (first, last)),
+            )
+            for name, dtype in (("texts", TEXT), ("vectors", self.dtype))
+        ]
 
-    def texts(self, user: int) -> np.ndarray:
-        """Return the keys of the user's texts, (n,) int64, none for another shard's user."""
-        return self._texts[slice(*self._range(user))]
-
-    def vectors(self, user: int) -> np.ndarray:
-        """Return the vectors of the user's texts, (n, E) float16."""
-        first, last = self._range(user)
-        offset = self._offset + first * self._row.itemsize
-        return np.fromfile(self._path, self._row, last - first, offset=offset)
-
-    def rows(self, user: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the user's texts and their vectors."""
-        return self.texts(user), self.vectors(user)
-
-
-def size(path: Path) -> int:
-    """Return the bytes of the shard's files, 0 if it is gone."""
-    return sum(part.stat().st_size for part in path.glob("*"))
+    def read(self, user: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the user's texts (n,) int64 and rows (n,)."""
+        texts, rows = [self.files.cat_file(*part) for part in self.ranges(user)] or [b"", b""]
+        return np.frombuffer(texts, TEXT), np.frombuffer(rows, self.dtype)
 
 
 def digest(path: Path) -> str:
@@ -74,37 +109,40 @@ def digest(path: Path) -> str:
 
 
 def write(
-    directory: Path, width: int, users: Iterable[tuple[int, np.ndarray, np.ndarray]]
+    directory: Path, dtype: np.dtype, users: Iterable[tuple[int, np.ndarray, np.ndarray]]
 ) -> dict[str, Any]:
-    """Write a shard, whole or not at all, and return what the manifest says of it.
+    """Write a shard, and return what a commit says of it.
 
     Args:
-        directory: where it gets a directory of its own.
-        width: E.
-        users: each user's key, texts (n,) int64 and vectors (n, E), in the order of the keys; one
-            user's are in memory at a time.
+        directory: an empty one, on a disk.
+        dtype: of the rows.
+        users: each user's key, texts (n,) int64 and rows (n,), in the order of the keys; one user's
+            are in memory at a time.
     """
-    name = secrets.token_hex(8)
     index, texts, count = [], [], 0
-    with whole(directory / name) as made:
-        made.mkdir()
-        with (made / "vectors.npy").open("wb") as file:
-            _write_header(file, (0, width))
-            for user, keys, vectors in users:
-                file.write(vectors.astype("<f2").tobytes())
-                count += len(keys)
-                index.append((user, count))
-                texts.append(keys)
-            file.seek(0)
-            _write_header(file, (count, width))
-        np.save(made / "texts.npy", np.concatenate(texts))
-        np.save(made / "index.npy", np.array(index, np.int64).T.copy())
-        ends = {"first": index[0][0], "last": index[-1][0]}
-        whole_files = {"bytes": size(made), "digest": digest(made)}
-        return {"name": name, "items": count, **ends, **whole_files}
+    with (directory / "vectors.npy").open("wb") as file:
+        file.write(_header(dtype))
+        for user, keys, rows in users:
+            file.write(rows.tobytes())
+            count += len(keys)
+            index.append((user, count))
+            texts.append(keys)
+        file.seek(0)
+        file.write(_header(dtype, count))
+    (directory / "texts.npy").write_bytes(
+        _header(TEXT, count) + np.concatenate(texts).astype(TEXT).tobytes()
+    )
+    np.save(directory / "index.npy", np.array(index, np.int64).T.copy())
+    size = sum(part.stat().st_size for part in directory.iterdir())
+    ends = {"first": index[0][0], "last": index[-1][0]}
+    return {"items": count, **ends, "bytes": size, "digest": digest(directory)}
 
 
-def _write_header(file: BinaryIO, shape: tuple[int, int]) -> None:
-    """Write NumPy's header, which leaves room for a longer array."""
-    header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+@functools.cache
+def _header(dtype: np.dtype, count: int = 0) -> bytes:
+    """Return NumPy's header of an array (count,), which has room for a longer one."""
+    descr = np.lib.format.dtype_to_descr(dtype)
+    file = io.BytesIO()
+    header = {"descr": descr, "fortran_order": False, "shape": (count,)}
     np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue()

@@ -1,13 +1,13 @@
-"""The history store: users' texts as vectors on disk, computed once per encoder.
+"""The history store: users' texts as vectors, computed once per encoder.
 
 A store is a directory named after the encoder's fingerprint, so that vectors of another encoder are
-never read. It holds shards (`feed.shards`), and a manifest that names those that count, the newest
-last. A job appends shards, and where many overlap, it merges them into new ones, each of a range of
-users. A shard is never changed, and the manifest is replaced under a lock. So several jobs may fill
-one store at once, a reader needs no lock, and a killed job keeps all but its last minute.
+never read. It is on a disk or in a bucket, and holds shards (`feed.shards`) and commits: files that
+list the shards which a job added, and the commits that it merged into them. Neither is ever
+changed, and what no commit lists is not read. So jobs may fill one store at once without a lock, a
+reader needs none, and a killed job keeps all but its last minute.
 
-If a job has several processes, either each has a store on its disk, or all share one, which the
-first process writes.
+The processes of a job that share a store divide the histories among them; a process whose store is
+its own encodes all.
 """
 
 import contextlib
@@ -15,36 +15,40 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import secrets
-import shutil
 import tempfile
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self
 
+import fsspec
 import jax
 import numpy as np
 from filelock import FileLock, Timeout
 
 from pplug_jax.data.keys import text_keys
 from pplug_jax.encoder import Encoder
+from pplug_jax.errors import InputError
 from pplug_jax.feed import shards
 from pplug_jax.feed.shards import Shard
 from pplug_jax.runtime.console import Progress, say
-from pplug_jax.runtime.distributed import from_primary, on_any, wait_for_all
-from pplug_jax.runtime.primary import is_primary
-from pplug_jax.storage.files import whole
+from pplug_jax.runtime.distributed import from_all, from_primary, wait_for_all
+from pplug_jax.storage.files import is_remote, whole
 
 CHUNK = 4096  # texts encoded at a time
 SECONDS = 60  # of encoding, after which a shard is written
 ITEMS = 1 << 20  # of a merged shard, about
-OVERLAP = 8  # shards that may hold the same user when a job has encoded its texts
+COMMITS = 8  # of about the same size; more are merged
 NEWEST = 512  # items of a user that merging keeps at least
 OPEN = 128  # shards that are open at a time
+USERS = 1024  # asked for at a time
+ABANDONED = 24 * 3600  # seconds after which what no commit lists is deleted
 
-T = TypeVar("T")
-Histories = Iterable[tuple[str, Sequence[str]]]
+Histories = Sequence[tuple[str, Sequence[str]]]
+Entry = dict[str, Any]  # what a commit says of a shard
 
 
 class History(NamedTuple):
@@ -67,10 +71,11 @@ class HistoryStore:
     """Vectors of users' texts.
 
     Args:
-        directory: holds the stores of all encoders.
+        directory: holds the stores of all encoders; a path, or a URL that fsspec knows.
         encoder: makes the vectors.
         queries: encode the texts as inputs, for a plug that does not train Enc_inp.
         newest: a user's items that jobs read; if it is more than NEWEST, merging keeps so many.
+        numbers: `float16` or `int8`, what vectors are kept in.
     """
 
     def __init__(
@@ -79,110 +84,165 @@ class HistoryStore:
         encoder: Encoder,
         queries: bool = False,
         newest: int = NEWEST,
+        numbers: str = "float16",
     ):
         name = encoder.fingerprint
         if queries:
             prefix = hashlib.sha256(encoder.query_prefix.encode()).hexdigest()[:8]
             name += f"-queries-{prefix}"
-        self.directory = Path(directory) / name
+        if numbers != "float16":
+            name += f"-{numbers}"
+        self.directory = f"{directory}/{name}"
         self.encoder, self.queries, self.newest = encoder, queries, max(newest, NEWEST)
+        self._row = shards.row_dtype(numbers, encoder.size)
+        self._files, self._root = fsspec.url_to_fs(self.directory)
         with contextlib.suppress(OSError):  # a served plug may only read it
-            self.directory.mkdir(parents=True, exist_ok=True)
-        self._manifest = self.directory / "manifest.json"
-        self._lock, self._merging = (FileLock(self.directory / x) for x in ("lock", "merging"))
-        self._shard = functools.lru_cache(OPEN)(lambda name: Shard(self.directory / name))
-        shared = jax.process_count() > 1 and self._is_shared()
-        self._writes = is_primary() or not shared
+            self._files.makedirs(self._root, exist_ok=True)
+        self._shard = functools.lru_cache(OPEN)(
+            lambda name: Shard(self._files, f"{self._root}/{name}", self._row)
+        )
+        self._commits: dict[str, dict[str, Any]] = {}
+        self._is_checked = False
+        self._sharers = self._find_sharers() if jax.process_count() > 1 else [0]
         self._open()
 
-    def _is_shared(self) -> bool:
-        """Return whether this is also the first process' directory, in which that leaves a mark."""
-        mark = self.directory / f"shared-{int(from_primary(np.int32(secrets.randbits(31))))}"
-        if is_primary():
-            mark.touch()
-        wait_for_all("the history store is marked")
-        is_marked = mark.is_file()
-        wait_for_all("all have looked for the mark")
-        if is_primary():
-            mark.unlink()
-        return is_marked
+    def _find_sharers(self) -> list[int]:
+        """Return the numbers of the processes whose directory is this one, by marks they leave."""
+        job = f"job-{int(from_primary(np.int32(secrets.randbits(31))))}-process-"
+        mine = f"{self._root}/{job}{jax.process_index()}"
+        self._files.touch(mine)
+        wait_for_all("all have left a mark in the history store")
+        marks = [name for name in self._names() if name.startswith(job)]
+        wait_for_all("all have looked for marks")
+        self._files.rm_file(mine)
+        return sorted(int(mark.removeprefix(job)) for mark in marks)
 
-    def _listed(self) -> list[dict[str, Any]]:
-        return json.loads(self._manifest.read_text()) if self._manifest.is_file() else []
+    def _names(self) -> list[str]:
+        self._files.invalidate_cache(self._root)
+        return [path.rpartition("/")[2] for path in self._files.ls(self._root, detail=False)]
+
+    def _read_commit(self, name: str) -> dict[str, Any]:
+        try:
+            return json.loads(self._files.cat_file(f"{self._root}/{name}"))
+        except ValueError as error:
+            raise InputError(
+                f"{self.directory}/{name}: not JSON: {error}; delete it, and what it lists is "
+                "encoded again"
+            ) from error
 
     def _open(self) -> None:
         """Take up what was added since, by this job or another."""
-        self._shards = self._listed()
+        while True:
+            names = sorted(name for name in self._names() if name.endswith(".json"))
+            try:
+                commits = {
+                    name: self._commits.get(name) or self._read_commit(name) for name in names
+                }
+            except FileNotFoundError:
+                continue  # another job has merged it
+            break
+        replaced = {name for commit in commits.values() for name in commit["replaces"]}
+        self._commits = {name: commits[name] for name in names if name not in replaced}
+        self._shards = [entry for commit in self._commits.values() for entry in commit["shards"]]
         self._firsts, self._lasts = (
-            np.array([shard[end] for shard in self._shards], np.int64) for end in ("first", "last")
+            np.array([entry[end] for entry in self._shards], np.int64) for end in ("first", "last")
         )
 
     def __len__(self) -> int:
         """Count the users' items; some may be there twice before shards are merged."""
-        return sum(shard["items"] for shard in self._shards)
+        return sum(entry["items"] for entry in self._shards)
 
-    def _of(self, user: int, read: Callable[[Shard, int], T]) -> list[T]:
-        """Return what `read` returns of each shard that may hold the user, oldest first."""
-        overlapping = np.flatnonzero((self._firsts <= user) & (user <= self._lasts))
+    def _read(self, users: Sequence[int], parts: slice) -> list[list[list[bytes]]]:
+        """Return each user's ranges in each shard that has some, oldest first.
+
+        All are asked for at once, since a bucket is slow to answer.
+
+        Args:
+            users: the users' keys.
+            parts: which of the ranges of `Shard.ranges` are read.
+        """
+        holders, ranges = [], []
         try:
-            return [read(self._shard(self._shards[i]["name"]), user) for i in overlapping]
+            for place, user in enumerate(users):
+                for i in np.flatnonzero((self._firsts <= user) & (user <= self._lasts)):
+                    if of_user := self._shard(self._shards[i]["name"]).ranges(user):
+                        holders.append(place)
+                        ranges += of_user[parts]
+            columns = map(list, zip(*ranges, strict=True)) if ranges else ([], [], [])
+            content = iter(self._files.cat_ranges(*columns, on_error="raise"))
         except FileNotFoundError:
             before = self._shards
             self._open()
             if self._shards == before:
                 raise
-            return self._of(user, read)  # another job has merged them
+            return self._read(users, parts)  # another job has merged them
+        found: list[list[list[bytes]]] = [[] for _ in users]
+        for place in holders:
+            found[place].append(list(itertools.islice(content, len(ranges) // len(holders))))
+        return found
 
-    def vectors(self, history: History) -> np.ndarray:
-        """Return the vectors of the texts, (n, E) float32.
+    def read(self, histories: Sequence[History]) -> list[np.ndarray]:
+        """Return the vectors of each history's texts, (n, E) float32.
 
         Raises:
-            KeyError: one was never added for this user.
+            KeyError: a text was never added for its user.
         """
-        none = np.zeros(0, np.int64), np.zeros((0, self.encoder.size), np.float16)
-        found = zip(none, *self._of(history.user, Shard.rows), strict=True)
-        texts, vectors = map(np.concatenate, found)
-        rows = {text: row for row, text in enumerate(texts.tolist())}
-        return vectors[[rows[text] for text in history.texts.tolist()]].astype(np.float32)
+        found = self._read([history.user for history in histories], slice(2))
+        return [self._chosen(*x) for x in zip(histories, found, strict=True)]
 
-    def add(self, histories: Histories, batch_size: int = 64) -> int:
+    def _chosen(self, history: History, found: list[list[bytes]]) -> np.ndarray:
+        texts, rows = (b"".join(part) for part in zip(*found, strict=True)) if found else (b"", b"")
+        places = {text: i for i, text in enumerate(np.frombuffer(texts, shards.TEXT).tolist())}
+        asked = [places[text] for text in history.texts.tolist()]
+        return shards.unpack(np.frombuffer(rows, self._row)[asked])
+
+    def vectors(self, history: History) -> np.ndarray:
+        """Return what `read` does, for one history."""
+        return self.read([history])[0]
+
+    def add(self, histories: Iterable[tuple[str, Sequence[str]]], batch_size: int = 64) -> int:
         """Encode the texts that the store lacks, with a progress bar, and return their number.
 
-        All processes must bring the same texts; together they encode what one of them lacks. A text
-        of several users is encoded once.
+        All processes must bring the same texts, of which each reads its share. A process encodes a
+        text of several users once.
 
         Args:
-            histories: users and their texts, oldest first; iterated twice. Only an iterator's are
-                held in memory, of others 9 bytes a text.
+            histories: users and their texts, oldest first; what is no sequence is held in memory,
+                of a sequence's texts 9 bytes are.
             batch_size: texts that are encoded at once.
         """
-        if isinstance(histories, Iterator):
+        if not isinstance(histories, Sequence):
             histories = list(histories)
-        if self._writes:
-            self._intact("bytes", shards.size)
-        self._merge(OVERLAP // 2, self.newest)
-        keys, lacking = [np.zeros(0, np.int64)], [np.zeros(0, bool)]
-        for name, texts in histories:
-            user, asked = History.of(name, texts)
-            known = {x for found in self._of(user, Shard.texts) for x in found.tolist()}
-            keys.append(asked)
-            lacking.append(np.array([text not in known for text in asked.tolist()], bool))
-        is_new = on_any(np.concatenate(lacking))
-        new = np.unique(np.concatenate(keys)[is_new])
-        if not len(new):
-            return 0
-        what = "inputs" if self.queries else "histories"
+        place, count = self._sharers.index(jax.process_index()), len(self._sharers)
+        mine = Part(histories, *(len(histories) * i // count for i in (place, place + 1)))
+        self._tidy(COMMITS // 2, self.newest)
+        is_new, new = self._lacking(mine)
         try:
-            with Progress(f"encoding {what}", len(new), "texts") as progress:
-                encode = lambda texts: self.encoder.encode(
-                    texts, batch_size, progress.advance, queries=self.queries
-                )
-                self._encode(itertools.compress(_items(histories), is_new), new, encode)
-            wait_for_all(f"the {what} are encoded")
-            self._merge(OVERLAP, None)
+            if len(new):
+                what = "inputs" if self.queries else "histories"
+                with Progress(f"encoding {what}", len(new), "texts") as progress:
+                    encode = lambda texts: self.encoder.encode(
+                        texts, batch_size, progress.advance, queries=self.queries
+                    )
+                    self._encode(itertools.compress(_items(mine), is_new), new, encode)
+            encoded = from_all(np.int32(len(new)))
+            self._tidy(COMMITS, None)
         finally:
             self._open()
-        return len(new)
+        return int(encoded[self._sharers].sum())
+
+    def _lacking(self, histories: Histories) -> tuple[np.ndarray, np.ndarray]:
+        """Return which of the texts the store lacks, bool, and their keys, sorted, each once."""
+        keys, lacking = [np.zeros(0, np.int64)], [np.zeros(0, bool)]
+        asked = (History.of(*history) for history in histories)
+        while some := list(itertools.islice(asked, USERS)):
+            read = self._read([history.user for history in some], slice(1))
+            for history, found in zip(some, read, strict=True):
+                known = np.frombuffer(b"".join(itertools.chain(*found)), shards.TEXT)
+                keys.append(history.texts)
+                lacking.append(~np.isin(history.texts, known))
+        is_new = np.concatenate(lacking)
+        return is_new, np.unique(np.concatenate(keys)[is_new])
 
     def _encode(
         self,
@@ -199,18 +259,21 @@ class HistoryStore:
         """
         row_of, count = np.full(len(new), -1), 0  # the texts' places in `made`
         waiting: list[np.ndarray] = []  # users and texts of what is encoded
-        with tempfile.TemporaryFile(dir=self.directory) as file:
-            made = np.memmap(file, np.float16, "w+", shape=(len(new), self.encoder.size))
+        with tempfile.TemporaryFile(dir=None if is_remote(self.directory) else self._root) as file:
+            made = np.memmap(file, self._row, "w+", shape=len(new))
 
             def write() -> None:
-                if self._writes and waiting:
-                    each = _by_user(np.concatenate(waiting, axis=1))
-                    rows = (
-                        (user, texts, made[row_of[np.searchsorted(new, texts)]])
-                        for user, texts in each
+                if waiting:
+                    of_users = _by_user(np.concatenate(waiting, axis=1))
+                    self._commit(
+                        [
+                            self._write(
+                                (user, texts, made[row_of[np.searchsorted(new, texts)]])
+                                for user, texts in of_users
+                            )
+                        ]
                     )
-                    self._replace([], [shards.write(self.directory, self.encoder.size, rows)])
-                    self._merge(OPEN, None)
+                    self._tidy(COMMITS, None)
                 waiting.clear()
 
             start = time.monotonic()
@@ -223,8 +286,7 @@ class HistoryStore:
                         vectors = encode(list(lacking.values()))
                         row_of[list(lacking)] = rows = np.arange(count, count + len(lacking))
                         count += len(rows)
-                        if self._writes:
-                            made[rows] = vectors
+                        made[rows] = shards.pack(vectors, self._row)
                     waiting.append(np.array([users, keys]))
                     if time.monotonic() - start > SECONDS:
                         write()
@@ -232,62 +294,143 @@ class HistoryStore:
             finally:
                 write()
 
-    def _replace(self, old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> None:
-        """List the new shards instead of the old ones, unless another job has replaced those."""
-        with self._lock:
-            gone = {shard["name"] for shard in old}
-            listed = self._listed()
-            kept = [shard for shard in listed if shard["name"] not in gone]
-            if replaces := len(kept) + len(old) == len(listed):
-                # What was added meanwhile is newer than what was merged.
-                content = [*new, *kept] if old else [*kept, *new]
-                with whole(self._manifest) as made:
-                    made.write_text(json.dumps(content, indent=1))
-        for shard in old if replaces else new:
-            shutil.rmtree(self.directory / shard["name"], ignore_errors=True)
+    @contextlib.contextmanager
+    def _placed(self, name: str) -> Iterator[Path]:
+        """Yield where to write a file or directory that becomes `name` of the store."""
+        if not is_remote(self.directory):
+            with whole(Path(self._root, name)) as made:
+                yield made
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            made = Path(scratch, name)
+            yield made
+            for path in [made, *made.rglob("*")]:
+                if path.is_file():
+                    target = f"{self._root}/{path.relative_to(scratch)}"
+                    self._files.put_file(str(path), target)
 
-    def _intact(self, name: str, of: Callable[[Path], int | str]) -> list[dict[str, Any]]:
-        """Return the shards of which `of` is as the manifest says under `name`; drop the others."""
-        kept = []
-        for shard in self._shards:
-            path = self.directory / shard["name"]
-            if of(path) == shard[name]:
-                kept.append(shard)
-            elif shard in self._listed():  # otherwise another job has merged it
-                say(f"warning: {path} is damaged: it is encoded again")
-                self._replace([shard], [])
-        return kept
+    def _write(self, users: Iterable[tuple[int, np.ndarray, np.ndarray]]) -> Entry:
+        """Write a shard, which nobody reads before a commit lists it."""
+        name = _new_name()
+        with self._placed(name) as made:
+            made.mkdir()
+            return {"name": name, **shards.write(made, self._row, users)}
 
-    def _overlap(self) -> int:
-        """Return how many shards may hold the same user, at most."""
-        # Where a range begins: how many have begun, without those that have ended.
-        begun = np.searchsorted(np.sort(self._firsts), self._firsts, "right")
-        ended = np.searchsorted(np.sort(self._lasts), self._firsts, "left")
-        return int((begun - ended).max(initial=0))
+    def _commit(self, added: Sequence[Entry], replaced: Sequence[str] = ()) -> None:
+        """List shards, instead of those of the replaced commits, which are deleted."""
+        with self._placed(f"{_new_name()}.json") as made:
+            made.write_text(json.dumps({"shards": added, "replaces": replaced}, indent=1))
+        kept = {entry["name"] for entry in added}
+        for name in replaced:
+            gone = {entry["name"] for entry in self._commits[name]["shards"]} - kept
+            for path in (name, *gone):
+                with contextlib.suppress(FileNotFoundError):
+                    self._files.rm(f"{self._root}/{path}", recursive=True)
 
-    def _merge(self, overlap: int, newest: int | None) -> None:
-        """Merge the shards into new ones of different users, if more than `overlap` may hold one.
+    def _tidy(self, most: int, newest: int | None) -> None:
+        """Merge commits where more than `most` are of about the same size.
+
+        So an item is merged a few times, however many come after it. The first time also deletes
+        what is damaged, and what killed jobs left.
 
         Args:
-            overlap: the number.
-            newest: the number of a user's items that are kept; None keeps all.
+            most: the number of commits.
+            newest: the number of a user's items that a merger keeps; None keeps all.
         """
         self._open()
-        if not self._writes or self._overlap() <= overlap:
-            return
-        with contextlib.suppress(Timeout), self._merging.acquire(timeout=0):  # else another does
+        unable = Timeout, FileNotFoundError, PermissionError  # another does it, or nobody may
+        with contextlib.suppress(*unable), contextlib.ExitStack() as stack:
+            # In a bucket two may merge the same. Then items are there twice, until merged again.
+            if not is_remote(self.directory):
+                lock = FileLock(Path(self._root, "merging"))
+                stack.enter_context(lock.acquire(timeout=0))
             self._open()
-            old, new = self._intact("digest", shards.digest), []
-            opened = [Shard(self.directory / shard["name"]) for shard in old]
-            parts = -(-len(self) // ITEMS)
-            edges = [i * (1 << 64) // parts - (1 << 63) for i in range(parts + 1)]
+            if not self._is_checked:
+                self._drop_damaged()
+                self._is_checked = True
+            while names := next((x for x in self._by_size() if len(x) > most), None):
+                self._merge(names, newest)
+
+    def _by_size(self) -> Iterable[list[str]]:
+        """Return the names of commits, those together whose items are as many to a factor of 8."""
+        levels: dict[int, list[str]] = defaultdict(list)
+        for name, commit in self._commits.items():
+            items = sum(entry["items"] for entry in commit["shards"])
+            levels[int(math.log(max(items, 1), COMMITS))].append(name)
+        return levels.values()
+
+    def _drop_damaged(self) -> None:
+        """List no shards whose files have another size than was written; delete unlisted ones."""
+        sizes: Counter[str] = Counter()
+        for path, about in self._files.find(self._root, detail=True).items():
+            sizes[path.removeprefix(self._root).lstrip("/").partition("/")[0]] += about["size"]
+        for name, commit in self._commits.items():
+            intact = [entry for entry in commit["shards"] if sizes[entry["name"]] == entry["bytes"]]
+            for entry in commit["shards"]:
+                if entry not in intact:
+                    self._warn(entry)
+            if len(intact) < len(commit["shards"]):
+                self._commit(intact, [name])
+        self._open()
+        listed = {entry["name"] for entry in self._shards}
+        for name in sizes.keys() - listed - self._commits.keys():
+            began = name.partition("-")[0]
+            if began.isdigit() and time.time() - int(began) / 1e9 > ABANDONED:
+                self._files.rm(f"{self._root}/{name}", recursive=True)
+
+    def _warn(self, entry: Entry) -> None:
+        say(f"warning: {self.directory}/{entry['name']} is damaged: it is encoded again")
+
+    def _merge(self, names: Sequence[str], newest: int | None) -> None:
+        """Merge commits into one, each of whose shards has other users."""
+        with contextlib.ExitStack() as stack:
+            opened = [
+                shard
+                for name in names
+                for entry in self._commits[name]["shards"]
+                if (shard := self._copied(entry, stack))
+            ]
+            count = sum(len(shard) for shard in opened)
+            parts = -(-count // ITEMS)
+            edges = [i * (1 << 64) // max(parts, 1) - (1 << 63) for i in range(parts + 1)]
+            new = []
             for low, high in itertools.pairwise(edges):
-                keys = {key for shard in opened for key in shard.users(low, high).tolist()}
-                users = ((key, *_merged(opened, key, newest)) for key in sorted(keys))
+                users = (s.users[(low <= s.users) & (s.users < high)].tolist() for s in opened)
+                keys = sorted(set().union(*users))
                 if keys:
-                    new.append(shards.write(self.directory, self.encoder.size, users))
-            self._replace(old, new)
-            self._open()
+                    new.append(self._write((key, *_merged(opened, key, newest)) for key in keys))
+            self._commit(new, names)
+        self._open()
+
+    def _copied(self, entry: Entry, stack: contextlib.ExitStack) -> Shard | None:
+        """Return the shard on a disk, until the stack ends; None if it is damaged."""
+        path = f"{self._root}/{entry['name']}"
+        if is_remote(self.directory):
+            scratch = stack.enter_context(tempfile.TemporaryDirectory())
+            self._files.get(f"{path}/", scratch, recursive=True)
+            path = scratch
+        if shards.digest(Path(path)) != entry["digest"]:
+            self._warn(entry)
+            return None
+        return Shard(fsspec.filesystem("file"), path, self._row)
+
+
+class Part(Sequence[tuple[str, Sequence[str]]]):
+    """The histories from one place to another, read when they are asked for."""
+
+    def __init__(self, histories: Histories, first: int, end: int):
+        self._histories, self._places = histories, range(first, end)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, i: int) -> tuple[str, Sequence[str]]:  # type: ignore[override]  # no slices
+        return self._histories[self._places[i]]
+
+
+def _new_name() -> str:
+    """Return a name that no other has, and that is behind those of before."""
+    return f"{time.time_ns():019d}-{secrets.token_hex(4)}"
 
 
 def _items(histories: Histories) -> Iterator[tuple[int, int, str]]:
@@ -315,7 +458,7 @@ def _newest(texts: np.ndarray, most: int | None = None) -> np.ndarray:
 def _merged(
     opened: Sequence[Shard], user: int, newest: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the user's texts and vectors in these shards together."""
-    texts, vectors = map(np.concatenate, zip(*(shard.rows(user) for shard in opened), strict=True))
+    """Return the user's texts and rows in these shards together."""
+    texts, rows = map(np.concatenate, zip(*(shard.read(user) for shard in opened), strict=True))
     kept = _newest(texts, newest)
-    return texts[kept], vectors[kept]
+    return texts[kept], rows[kept]

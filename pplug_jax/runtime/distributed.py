@@ -65,18 +65,16 @@ def from_primary(value: Any) -> Any:
     return multihost_utils.broadcast_one_to_all(value)
 
 
-def on_any(values: np.ndarray) -> np.ndarray:
-    """Return where at least one process has True, for bools of the same shape on each."""
+def from_all(value: np.integer) -> np.ndarray:
+    """Return every process' number, (processes,), on each."""
     if not jax.distributed.is_initialized():
-        return values
-    return multihost_utils.process_allgather(values, tiled=False).any(axis=0)
+        return np.array([value])
+    return multihost_utils.process_allgather(value).reshape(-1)
 
 
 def worst_of_all(value: int) -> int:
     """Return the largest of all processes' values, on every process."""
-    if not jax.distributed.is_initialized():
-        return value
-    return int(multihost_utils.process_allgather(np.int32(value)).max())
+    return int(from_all(np.int32(value)).max())
 
 
 def fetch(x: jax.Array) -> np.ndarray:

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 from etils import epath
-from jax.sharding import Mesh
 
 from pplug_jax.config import check_batches
 from pplug_jax.data.answers import task_of
@@ -45,8 +44,8 @@ def model_path(path: str, field: str) -> Path:
         raise ConfigError(f"config.{field}.path: {error}") from error
 
 
-def history_encoder(config: Settings, mesh: Mesh) -> Encoder:
-    """Load the frozen encoder that a config names.
+def history_encoder(config: Settings) -> Encoder:
+    """Load the frozen encoder that a config names, on all of this process' devices.
 
     Raises:
         ConfigError: it is not there.
@@ -54,7 +53,7 @@ def history_encoder(config: Settings, mesh: Mesh) -> Encoder:
     settings = config.encoder
     return load_encoder(
         model_path(settings.path, "encoder"),
-        mesh=mesh,
+        mesh=make_mesh(devices=jax.local_devices()),
         dtype=settings.dtype,
         pooling=settings.pooling or None,
         max_length=settings.max_length,
@@ -71,13 +70,15 @@ def history_store(
     Args:
         config: the settings.
         workdir: the run's directory.
-        encoder: the config's; None is to load it on all of this process' devices.
+        encoder: the config's; None is to load it.
         queries: open the store of inputs.
     """
-    encoder = encoder or history_encoder(config, make_mesh())
+    encoder = encoder or history_encoder(config)
     local = HISTORY if is_remote(workdir) else workdir / HISTORY
-    path, newest = config.data.history_store or local, config.data.max_history
-    return HistoryStore(path, encoder, queries, newest)
+    data = config.data
+    return HistoryStore(
+        data.history_store or local, encoder, queries, data.max_history, data.history_numbers
+    )
 
 
 class Models:
@@ -123,7 +124,7 @@ class Models:
             chat=config.llm.chat,
         )
         check_methods(config, llm, self.tokenizer)
-        self.encoder = history_encoder(config, self.mesh)
+        self.encoder = history_encoder(config)
 
     @functools.cached_property
     def llm(self) -> LLM:

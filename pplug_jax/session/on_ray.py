@@ -1,12 +1,13 @@
 """Fill the history store on Ray: workers, each with an encoder, add parts of the examples."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from pplug_jax.errors import InputError
-from pplug_jax.feed.store import HistoryStore
+from pplug_jax.feed.store import Histories, HistoryStore, Part
+from pplug_jax.runtime.console import Progress
 
 PART = 1024  # histories of a unit of work
 
@@ -21,22 +22,19 @@ class AddPart:
     """
 
     def __init__(
-        self,
-        open_store: Callable[[], HistoryStore],
-        histories: Sequence[tuple[str, Sequence[str]]],
-        batch_size: int,
+        self, open_store: Callable[[], HistoryStore], histories: Histories, batch_size: int
     ):
         self.store, self.histories, self.batch_size = open_store(), histories, batch_size
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         (first,), (end,) = batch["first"], batch["end"]
-        part = [self.histories[place] for place in range(first, end)]
-        return {"new": np.array([self.store.add(part, self.batch_size)])}
+        part = Part(self.histories, int(first), int(end))
+        return batch | {"new": np.array([self.store.add(part, self.batch_size)])}
 
 
 def encode_on_ray(
     open_store: Callable[[], HistoryStore],
-    histories: Sequence[tuple[str, Sequence[str]]],
+    histories: Histories,
     batch_size: int,
     workers: int,
     **needs: Any,
@@ -70,4 +68,9 @@ def encode_on_ray(
         fn_constructor_args=(open_store, histories, batch_size),
         **needs,
     )
-    return sum(int(row["new"]) for row in added.iter_rows())
+    new = 0
+    with Progress("encoding on Ray", count, "histories") as progress:
+        for part in added.iter_rows():
+            new += part["new"]
+            progress.advance(part["end"] - part["first"])
+    return int(new)

@@ -61,7 +61,7 @@ def whole(target: Path) -> Iterator[Path]:
     It stays whole if a process is killed, or if two do this at once.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as scratch:
         made = Path(scratch) / target.name
         yield made
         try:
