@@ -10,6 +10,7 @@ import tests.support.environment  # noqa: F401  before JAX
 import functools
 import itertools
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests.support.once import Once
 from tests.support.once import once as made_once
 
 if TYPE_CHECKING:
+    import playwright.sync_api as playwright
     import transformers
 
     from tests.support.postgres import Postgres
@@ -55,6 +57,27 @@ def few_maps() -> Iterator[None]:
         import jax
 
         jax.clear_caches()
+
+
+@pytest.fixture
+def browser() -> Iterator["playwright.Page"]:
+    """An empty page, which no error of a script or of its policy may meet."""
+    programs = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    if path is None:
+        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
+    with programs.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        page = chromium.new_page(viewport={"width": 1200, "height": 860})
+        page.set_default_timeout(30_000)
+        errors: list[str] = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)
+        page.on("dialog", lambda dialog: dialog.accept())
+        yield page
+        chromium.close()
+    # A request that needs a key is an error of the console, too.
+    assert [error for error in errors if "401" not in error] == []
 
 
 @pytest.fixture(scope="session")

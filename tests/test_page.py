@@ -2,8 +2,6 @@
 
 import os
 import re
-import shutil
-from collections.abc import Iterator
 
 import pytest
 from fastapi.testclient import TestClient
@@ -13,29 +11,9 @@ from tests.support.server import Running
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 INPUT = "Generate a title for the following abstract of a paper: Rivers are measured."
 NAME = "O'Hara <b>?#ü"
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def browser() -> Iterator[playwright.Page]:
-    """An empty page, which no error of a script or of its policy may meet."""
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
-    with playwright.sync_playwright() as programs:
-        chromium = programs.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = chromium.new_page(viewport={"width": 1200, "height": 860})
-        page.set_default_timeout(30_000)
-        errors: list[str] = []
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)
-        page.on("dialog", lambda dialog: dialog.accept())
-        yield page
-        chromium.close()
-    # A request that needs a key is an error of the console, too.
-    assert [error for error in errors if "401" not in error] == []
 
 
 def test_somebody_is_made_asked_for_and_erased(server: Running, browser: playwright.Page) -> None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -23,6 +23,9 @@ from pplug_jax.report.page import report
 from pplug_jax.report.runs import read_examples, read_run
 from pplug_jax.report.scores import length_bins
 from tests.support.lamp_files import write_split
+
+if TYPE_CHECKING:
+    import playwright.sync_api as playwright
 
 HOSTILE = "</script><script>alert(1)</script> <img src=x onerror=alert(1)> {{7*7}} \u2028 & ' \""
 LENGTHS = (0, 1, 1, 2, 2, 3, 5, 8)
@@ -213,7 +216,8 @@ def test_the_page_has_all_parts_and_refers_to_nothing_but_its_own_files(tmp_path
 
 
 def test_columns_that_no_method_has_are_left_out(tmp_path: Path) -> None:
-    words = " ".join(Page(report([make_workdir(tmp_path, ANSWERS)])).words)
+    words = " ".join(Page(report([make_workdir(tmp_path, ANSWERS, seeds=(0,))])).words)
+    assert "Trained with the seed 0." in words
     for absent in (
         "trainable",
         "bytes per user",
@@ -353,6 +357,42 @@ def test_users_have_their_texts_scores_and_weights(tmp_path: Path) -> None:
     centred = persona - persona.mean(axis=0)
     spread = np.linalg.eigvalsh(centred.T @ centred)[::-1]
     np.testing.assert_allclose(np.square(plane["points"]).sum(axis=0), spread[:2], rtol=1e-3)
+
+
+def test_users_have_losses_and_the_style_of_answers(tmp_path: Path) -> None:
+    answers = {"none": ["t"] * 8, "pplug": ["T"] * 8}
+    workdir = make_workdir(tmp_path, answers, item={"title": "T", "abstract": "A"})
+    results = read_results(workdir)
+    for name, entry in results["methods"].items():
+        entry["style"] = SCORE
+        losses = [[i * len(name), 2] for i in range(8)]
+        path = workdir / "predictions" / f"dev.{name}.about.json"
+        path.write_text(json.dumps({"losses": losses}))
+    write_results(workdir, results)
+
+    data = Page(report([workdir])).data
+    assert data["explorer"]["scored"] == ["rouge1", "rougeL", "loss", "style"]
+    empty, fourth = data["explorer"]["examples"][0], data["explorer"]["examples"][3]
+    assert empty["scores"]["pplug"][2:] == [0, None]  # nothing to compare the style with
+    assert [fourth["scores"][name][2] for name in answers] == [6, 7.5]
+    # The case of the first letter, and so the share of words with a capital, of 16 entries.
+    assert [fourth["scores"][name][3] for name in answers] == pytest.approx([2 * 3 / 16, 0])
+    assert [score["value"] for score in data["lengths"]["loss"]["none"]] == [2, 7, 10, 13]
+    assert [item["answer"] for item in fourth["items"]] == ["T", "T"]
+
+    path.unlink()
+    data = Page(report([workdir])).data
+    assert data["explorer"]["scored"] == ["rouge1", "rougeL", "style"]
+
+
+@pytest.mark.slow
+def test_a_browser_shows_what_a_user_wrote_in_bold(
+    tmp_path: Path, browser: "playwright.Page"
+) -> None:
+    browser.goto(report([make_workdir(tmp_path, ANSWERS)]).as_uri())
+    browser.get_by_label("Find a user").fill("user 3")
+    browser.locator("#found button").click()
+    assert browser.locator("#user .items b").all_text_contents() == ["T", "T"]
 
 
 def test_the_plane_of_points_on_a_line_is_that_line() -> None:

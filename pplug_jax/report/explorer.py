@@ -9,6 +9,7 @@ from pplug_jax.data.lamp import Example
 from pplug_jax.report.runs import Run, Split
 from pplug_jax.report.scores import Statistics
 from pplug_jax.scoring.metrics import METRICS
+from pplug_jax.scoring.style import distances
 
 MAX_ITEMS = 40  # of a history: the heaviest, or the newest where there are no weights
 MAX_ITEM_TEXT = 300  # characters
@@ -41,16 +42,25 @@ def explorer(
     personas: Mapping[str, Mapping[str, np.ndarray]],
 ) -> dict[str, Any]:
     """Return the users shown, and for each method that left personas their map."""
-    # Macro-F1 says nothing of one example.
-    some = next(iter(statistics.values()), {})
-    scored = [metric for metric, rows in some.items() if rows.shape[1] == 1]
+    shown = list(split.shown)
     scores = {
-        name: np.stack([METRICS[metric].value(of[metric]) for metric in scored], axis=1)
+        name: {
+            metric: METRICS[metric].value(rows[shown])
+            for metric, rows in of.items()
+            if metric != "macro_f1"  # says nothing of one example
+        }
         for name, of in statistics.items()
     }
+    if "style" in run.metrics:
+        # In deviations of what the shown users wrote, which are all of a split of no great size.
+        theirs = list(split.shown.values())
+        for name, of in scores.items():
+            style = distances(run.task, theirs, [answers[name][i] for i in shown])
+            of["style"] = METRICS["style"].value(style)
+    scored = list(next(iter(scores.values()), {}))
     ends = np.cumsum(split.lengths)
     examples = []
-    for i, example in split.shown.items():
+    for place, (i, example) in enumerate(split.shown.items()):
         rows = slice(ends[i] - split.lengths[i], ends[i])
         weights = {
             name: {
@@ -61,15 +71,17 @@ def explorer(
             for name, arrays in personas.items()
         }
         outputs = {name: _cut(texts[i], MAX_TEXT) for name, texts in answers.items()}
-        of_methods = {name: _rounded(of[i]) for name, of in scores.items()}
+        of_methods = {
+            name: _rounded(np.array([values[place] for values in of.values()]))
+            for name, of in scores.items()
+        }
         examples.append(_texts(run, example, weights) | {"outputs": outputs, "scores": of_methods})
-    shown = list(split.shown)
     maps = {}
     for name, arrays in personas.items():
         points, shares = principal_plane(arrays["persona"][shown])
         maps[name] = {"points": [_rounded(point) for point in points], "shares": shares}
         if name != "none" and {name, "none"} <= scores.keys():
-            gain = scores[name][shown, 0] - scores["none"][shown, 0]
+            gain = scores[name][scored[0]] - scores["none"][scored[0]]
             better = -1 if METRICS[scored[0]].lower_is_better else 1
             maps[name]["gain"] = _rounded(better * gain)
     return {
@@ -96,6 +108,7 @@ def _texts(run: Run, example: Example, weights: Mapping[str, Mapping[str, Any]])
             {
                 "place": place,
                 "text": _cut(run.task.item_text(items[place], with_label), MAX_ITEM_TEXT),
+                "answer": (items[place].get(run.task.answer) or "").strip(),
             }
             for place in places
         ],

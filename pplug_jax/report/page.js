@@ -267,6 +267,13 @@ function marked(text, gold) {
     i % 2 && wanted.has(part.toLowerCase()) ? make("mark", {}, part) : document.createTextNode(part));
 }
 
+/** An item's text, what the user wrote of it that is like an output set apart. */
+function item({ text, answer }) {
+  if (!answer || text === answer) return [text];
+  if (text.startsWith(answer)) return [make("b", {}, answer), text.slice(answer.length)];
+  return text.endsWith(answer) ? [text.slice(0, -answer.length), make("b", {}, answer)] : [text];
+}
+
 function bar(weight, largest, even, kind) {
   return make("div", { class: `bar ${kind}` },
     make("div", { class: "track" },
@@ -284,13 +291,13 @@ function itemList(user) {
   if (state.order === "change" && weights?.other)
     order.sort((a, b) => Math.abs(weights.own[b] - weights.other[b]) - Math.abs(weights.own[a] - weights.other[a]));
   return make("ol", { class: "items" }, ...order.map((i) => {
-    const { place, text } = user.items[i];
+    const { place } = user.items[i];
     return make("li", { class: weights ? "" : "plain" },
       weights && make("div", {}, bar(weights.own[i], largest, 1 / user.length, "own"),
         other && bar(other[i], largest, 1 / user.length, "other")),
       make("div", { class: "words" }, make("span", { class: "place" }, `${place + 1}.`),
         other && place === weights.item ? make("span", { class: "asked" }, "the other input is about this item:") : null,
-        text));
+        ...item(user.items[i])));
   }));
 }
 

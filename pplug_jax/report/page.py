@@ -16,6 +16,7 @@ from pplug_jax.report.runs import (
     Run,
     read_curves,
     read_examples,
+    read_losses,
     read_personas,
     read_predictions,
     read_run,
@@ -126,6 +127,12 @@ def _examples(run: Run, folder: Path) -> dict[str, Any]:
             }
             for methods in answers
         ]
+        losses = [read_losses(run, path, split) for path in run.folders.values()]
+        pairs = list(zip(statistics, losses, strict=True))
+        if all(methods.keys() <= of.keys() for methods, of in pairs):
+            for methods, of in pairs:
+                for name, rows in methods.items():
+                    rows["loss"] = of[name]
         bins = length_bins(split.lengths)
         by_length = scores_by_length(
             bins, over_seeds(statistics), run.config.eval.bootstrap_samples, split.users

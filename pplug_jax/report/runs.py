@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pplug_jax.data import submission
+from pplug_jax.data.answers import task_of
 from pplug_jax.data.lamp import Example, Item
 from pplug_jax.data.records import raise_bad
 from pplug_jax.data.sources import read_split
@@ -20,6 +21,7 @@ from pplug_jax.settings import Settings, flatten
 from pplug_jax.storage.scalars import read_scalars
 from pplug_jax.storage.workdir import (
     CONFIG,
+    about_path,
     personas_path,
     predictions_path,
     results_path,
@@ -56,7 +58,7 @@ class Run:
 
     @property
     def task(self) -> Task:
-        return TASKS[self.config.task]
+        return task_of(self.config)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -188,6 +190,20 @@ def read_predictions(run: Run, folder: Path, split: Split) -> dict[str, list[str
                 raise InputError(f"{path} has no answer to id {missing[0]!r}: evaluate again")
             answers[name] = [given[id] for id in split.ids]
     return answers
+
+
+def read_losses(run: Run, folder: Path, split: Split) -> dict[str, np.ndarray]:
+    """Return each method's losses, (n, 2): the sum and number of a gold's tokens.
+
+    Methods without the file that `predict.answer_examples` writes, or one of other examples, have
+    none.
+    """
+    losses = {}
+    for name in run.results["methods"]:
+        path = about_path(predictions_path(folder, run.results["split"], name))
+        if path.is_file():
+            losses[name] = np.array(_load(path)["losses"], float)
+    return {name: rows for name, rows in losses.items() if rows.shape == (len(split.ids), 2)}
 
 
 def read_personas(run: Run, folder: Path, split: Split) -> dict[str, dict[str, np.ndarray]]:
