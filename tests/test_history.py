@@ -307,6 +307,13 @@ def test_a_commit_that_is_no_json(place: str):
         HistoryStore(place, FakeEncoder())
 
 
+@pytest.mark.parametrize("url", ["gs://bucket/history", "nothing://there"])
+def test_a_url_that_nothing_reads(url: str):
+    problem = "[Ii]nstall gcsfs|Protocol not known"
+    with pytest.raises(InputError, match=f"config.data.history_store: {url}: .*({problem})"):
+        HistoryStore(url, FakeEncoder())
+
+
 def test_int8(place: str):
     store, halves = (HistoryStore(place, FakeEncoder(), numbers=x) for x in ("int8", "float16"))
     histories = [*USERS, ("v", TEXTS)]

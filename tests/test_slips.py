@@ -99,7 +99,6 @@ def test_the_command_prints_it(tmp_path: Path) -> None:
         ("--mode=plan", "--mode=plan and --topology belong together"),
         ("--output=x", "--mode=export and --output belong together"),
         ("--needs=[1]", "--needs=[1]: expected an object of num_cpus, num_gpus or resources"),
-        ('--needs={"gpus": 1}', "expected an object of num_cpus, num_gpus or resources"),
         ("--config.eval.num_beams=0", "config.eval.num_beams 0 must be at least 1"),
     ],
 )

@@ -76,6 +76,9 @@ class HistoryStore:
         queries: encode the texts as inputs, for a plug that does not train Enc_inp.
         newest: a user's items that jobs read; if it is more than NEWEST, merging keeps so many.
         numbers: `float16` or `int8`, what vectors are kept in.
+
+    Raises:
+        InputError: nothing that is installed reads such a URL, or a commit is not JSON.
     """
 
     def __init__(
@@ -95,7 +98,10 @@ class HistoryStore:
         self.directory = f"{directory}/{name}"
         self.encoder, self.queries, self.newest = encoder, queries, max(newest, NEWEST)
         self._row = shards.row_dtype(numbers, encoder.size)
-        self._files, self._root = fsspec.url_to_fs(self.directory)
+        try:
+            self._files, self._root = fsspec.url_to_fs(self.directory)
+        except (ImportError, ValueError) as error:
+            raise InputError(f"config.data.history_store: {directory}: {error}") from error
         with contextlib.suppress(OSError):  # a served plug may only read it
             self._files.makedirs(self._root, exist_ok=True)
         self._shard = functools.lru_cache(OPEN)(
