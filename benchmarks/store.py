@@ -7,6 +7,7 @@ Memory is the process' own, and all that it has mapped.
 """
 
 import dataclasses
+import functools
 import multiprocessing
 import os
 import tempfile
@@ -201,9 +202,9 @@ class MadeUp:
         return self.rng.random((len(texts), E), np.float32)
 
 
-def write_store(path: Path, users: np.ndarray) -> None:
-    names = users.tolist()
-    HistoryStore(path, MadeUp()).add(Histories(names))  # type: ignore[arg-type]
+def write_store(path: Path, users: np.ndarray, numbers: str = "float16") -> None:
+    store = HistoryStore(path, MadeUp(), numbers=numbers)  # type: ignore[arg-type]
+    store.add(Histories(users.tolist()))
 
 
 @dataclasses.dataclass
@@ -220,8 +221,8 @@ class Histories(Sequence[tuple[str, list[str]]]):
         return str(user), [f"{user} {item}" for item in range(ITEMS)]
 
 
-def open_store(path: Path) -> Read:
-    return HistoryStore(path, MadeUp()).vectors  # type: ignore[arg-type]
+def open_store(path: Path, numbers: str = "float16") -> Read:
+    return HistoryStore(path, MadeUp(), numbers=numbers).vectors  # type: ignore[arg-type]
 
 
 def history_of(user: int) -> History:
@@ -229,8 +230,12 @@ def history_of(user: int) -> History:
     return History.of(*Histories([user])[0])
 
 
-FORMS = {
+FORMS: dict[str, tuple[Callable[[Path, np.ndarray], None], Callable[[Path], Read]]] = {
     "store": (write_store, open_store),
+    "store_int8": (
+        functools.partial(write_store, numbers="int8"),
+        functools.partial(open_store, numbers="int8"),
+    ),
     "npy": (write_npy, open_npy),
     "npy_read": (write_npy, open_read),
     "parquet": (write_parquet, open_parquet),
@@ -247,7 +252,7 @@ def memory() -> np.ndarray:
 
 def measure(form: str, path: Path, users: np.ndarray) -> tuple[float, ...]:
     """Seconds to open, users a second, cold and warm, and memory after it."""
-    key = history_of if form == "store" else int
+    key = history_of if form.startswith("store") else int
     FORMS[form][1](path)(key(users[0]))  # imports
     chosen = [key(user) for user in np.random.default_rng(1).choice(users, READS)]
     before = memory()

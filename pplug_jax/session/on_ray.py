@@ -9,7 +9,7 @@ from pplug_jax.errors import InputError
 from pplug_jax.feed.store import Histories, HistoryStore, Part
 from pplug_jax.runtime.console import Progress
 
-PART = 1024  # histories of a unit of work
+PART = 256  # histories of a unit of work, at most
 
 
 class AddPart:
@@ -60,7 +60,8 @@ def encode_on_ray(
         raise InputError(f"--engine=ray: {error}; pip install -r requirements-ray.txt") from error
     # Made here, for a task that reads them would wait for a CPU that the workers have.
     count = len(histories)
-    parts = [{"first": i, "end": min(i + PART, count)} for i in range(0, count, PART)]
+    size = min(PART, -(-count // (4 * workers)))  # so that all workers end at about the same time
+    parts = [{"first": i, "end": min(i + size, count)} for i in range(0, count, size)]
     added = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
         AddPart,
         batch_size=1,
