@@ -213,7 +213,7 @@ def test_a_merged_shard_has_users_of_its_own(
     store = HistoryStore(place, FakeEncoder())
     histories = [(f"user {i}", [f"{i} {k}" for k in range(5)]) for i in range(40)]
     store.add(histories)
-    store._merge(list(store._commits), None)
+    store._merge(list(store._commits))
     entries = listed(store)
     assert len(entries) == 5
     assert sum(entry["items"] for entry in entries) == len(store) == 200
@@ -237,6 +237,24 @@ def test_merging_keeps_the_newest_of_a_user_but_all_that_the_job_reads(
     check(store, long)
 
 
+def test_merging_keeps_what_another_job_reads(
+    place: str, small: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(history, "NEWEST", 2)
+    reader = HistoryStore(place, FakeEncoder(), newest=9)
+    reader.add([("u", TEXTS[:9])])
+    reader._merge(list(reader._commits))
+    for n in range(7):
+        assert HistoryStore(place, FakeEncoder(), newest=3).add([("u", [f"new {n}"])]) == 1
+    check(reader, [("u", TEXTS[:9])])
+    other = HistoryStore(f"{place}/other", FakeEncoder(), newest=3)
+    other.add([("u", TEXTS[:9])])
+    HistoryStore(f"{place}/other", FakeEncoder(), newest=9).add([("u", TEXTS[:9])])
+    other._open()
+    other._merge(list(other._commits), other._most_read())
+    check(other, [("u", TEXTS[:9])])  # the second read them without adding any
+
+
 def test_what_has_a_wrong_checksum_is_not_merged(place: str, capsys: pytest.CaptureFixture[str]):
     store = HistoryStore(place, FakeEncoder())
     for texts in (TEXTS[:6], TEXTS):
@@ -246,7 +264,7 @@ def test_what_has_a_wrong_checksum_is_not_merged(place: str, capsys: pytest.Capt
     path = f"{root}/{name}/vectors.npy"
     content = files.cat_file(path)
     files.pipe_file(path, content[:-1] + bytes([content[-1] ^ 1]))
-    store._merge(list(store._commits), None)
+    store._merge(list(store._commits))
     assert f"/{name} is damaged: it is encoded again" in capsys.readouterr().out
     assert store.add([("u", TEXTS)]) == 6
     check(store, [("u", TEXTS)])
@@ -264,16 +282,16 @@ def test_two_merge_the_same(
 
     def late(*given: object) -> object:
         if len(store._commits) == 4:
-            store._merge(list(store._commits), None)
+            store._merge(list(store._commits))
         return step(*given)
 
     monkeypatch.setattr(other, before, late)
-    other._tidy(2, None)
+    other._tidy(2)
     assert len(store._commits) == 1
     other = HistoryStore(place, FakeEncoder())
     assert len(other) == items
     check(other, [("u", TEXTS[:4])])
-    other._merge(list(other._commits), None)
+    other._merge(list(other._commits))
     assert len(other) == 4
     check(other, [("u", TEXTS[:4])])
 
@@ -320,7 +338,7 @@ def test_int8(place: str):
     store.add(histories)
     halves.add(histories)
     assert store.directory != halves.directory
-    store._merge(list(store._commits), None)
+    store._merge(list(store._commits))
     assert len(listed(store)) == 1
     for user, texts in histories:
         expected = np.array([store.encoder.vector(text) for text in texts])

@@ -48,7 +48,7 @@ def kill_one(directory: Path, count: int) -> None:
 
 def content(store: HistoryStore) -> list[bytes]:
     """The files of the one shard that all are merged to."""
-    store._merge(list(store._commits), None)
+    store._merge(list(store._commits))
     (shard,) = store._shards
     files = sorted(Path(store.directory, shard["name"]).iterdir())
     return [path.read_bytes() for path in files]

@@ -74,7 +74,8 @@ class HistoryStore:
         directory: holds the stores of all encoders; a path, or a URL that fsspec knows.
         encoder: makes the vectors.
         queries: encode the texts as inputs, for a plug that does not train Enc_inp.
-        newest: a user's items that jobs read; if it is more than NEWEST, merging keeps so many.
+        newest: a user's items that jobs read; if it is more than NEWEST, merging keeps so many, by
+            whatever job.
         numbers: `float16` or `int8`, what vectors are kept in.
 
     Raises:
@@ -154,6 +155,10 @@ class HistoryStore:
             np.array([entry[end] for entry in self._shards], np.int64) for end in ("first", "last")
         )
 
+    def _most_read(self) -> int:
+        """Return the most items of a user that this job reads, or one that has said so."""
+        return max(self.newest, *(commit["newest"] for commit in self._commits.values()), 0)
+
     def __len__(self) -> int:
         """Count the users' items; some may be there twice before shards are merged."""
         return sum(entry["items"] for entry in self._shards)
@@ -221,7 +226,11 @@ class HistoryStore:
             histories = list(histories)
         place, count = self._sharers.index(jax.process_index()), len(self._sharers)
         mine = Part(histories, *(len(histories) * i // count for i in (place, place + 1)))
-        self._tidy(COMMITS // 2, self.newest)
+        if self.newest > max(
+            (commit["newest"] for commit in self._commits.values()), default=NEWEST
+        ):
+            self._commit([])
+        self._tidy(COMMITS // 2, trims=True)
         is_new, new = self._lacking(mine)
         try:
             if len(new):
@@ -232,7 +241,7 @@ class HistoryStore:
                     )
                     self._encode(itertools.compress(_items(mine), is_new), new, encode)
             encoded = from_all(np.int32(len(new)))
-            self._tidy(COMMITS, None)
+            self._tidy(COMMITS)
         finally:
             self._open()
         return int(encoded[self._sharers].sum())
@@ -279,7 +288,7 @@ class HistoryStore:
                             )
                         ]
                     )
-                    self._tidy(COMMITS, None)
+                    self._tidy(COMMITS)
                 waiting.clear()
 
             start = time.monotonic()
@@ -325,7 +334,8 @@ class HistoryStore:
     def _commit(self, added: Sequence[Entry], replaced: Sequence[str] = ()) -> None:
         """List shards, instead of those of the replaced commits, which are deleted."""
         with self._placed(f"{_new_name()}.json") as made:
-            made.write_text(json.dumps({"shards": added, "replaces": replaced}, indent=1))
+            of_both = {"shards": added, "replaces": replaced, "newest": self._most_read()}
+            made.write_text(json.dumps(of_both, indent=1))
         kept = {entry["name"] for entry in added}
         for name in replaced:
             gone = {entry["name"] for entry in self._commits[name]["shards"]} - kept
@@ -333,7 +343,7 @@ class HistoryStore:
                 with contextlib.suppress(FileNotFoundError):
                     self._files.rm(f"{self._root}/{path}", recursive=True)
 
-    def _tidy(self, most: int, newest: int | None) -> None:
+    def _tidy(self, most: int, trims: bool = False) -> None:
         """Merge commits where more than `most` are of about the same size.
 
         So an item is merged a few times, however many come after it. The first time also deletes
@@ -341,7 +351,7 @@ class HistoryStore:
 
         Args:
             most: the number of commits.
-            newest: the number of a user's items that a merger keeps; None keeps all.
+            trims: keep the newest items of a user alone, as many as jobs read.
         """
         self._open()
         unable = Timeout, FileNotFoundError, PermissionError  # another does it, or nobody may
@@ -355,7 +365,7 @@ class HistoryStore:
                 self._drop_damaged()
                 self._is_checked = True
             while names := next((x for x in self._by_size() if len(x) > most), None):
-                self._merge(names, newest)
+                self._merge(names, self._most_read() if trims else None)
 
     def _by_size(self) -> Iterable[list[str]]:
         """Return the names of commits, those together whose items are as many to a factor of 8."""
@@ -387,8 +397,13 @@ class HistoryStore:
     def _warn(self, entry: Entry) -> None:
         say(f"warning: {self.directory}/{entry['name']} is damaged: it is encoded again")
 
-    def _merge(self, names: Sequence[str], newest: int | None) -> None:
-        """Merge commits into one, each of whose shards has other users."""
+    def _merge(self, names: Sequence[str], newest: int | None = None) -> None:
+        """Merge commits into one, each of whose shards has other users.
+
+        Args:
+            names: the commits'.
+            newest: the number of a user's items that are kept; None keeps all.
+        """
         with contextlib.ExitStack() as stack:
             opened = [
                 shard
