@@ -10,6 +10,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from filelock import Timeout
 
 from pplug_jax.errors import InputError
 from pplug_jax.feed import shards
@@ -294,6 +295,28 @@ def test_two_merge_the_same(
     other._merge(list(other._commits))
     assert len(other) == 4
     check(other, [("u", TEXTS[:4])])
+
+
+def test_one_merges_at_a_time(place: str, small: None, monkeypatch: pytest.MonkeyPatch):
+    store, other = (HistoryStore(place, FakeEncoder()) for _ in range(2))
+    for text in TEXTS[:4]:
+        store.add([("u", [text])])
+    with store._merging():
+        other._tidy(2)
+        assert len(other._commits) == 4
+    other._tidy(2)
+    assert len(other._commits) == 1
+
+
+def test_in_a_bucket_a_dead_job_does_not_merge_for_ever(monkeypatch: pytest.MonkeyPatch):
+    store = HistoryStore("memory://bucket/dead", FakeEncoder())
+    store._files.pipe_file(f"{store._root}/merging", str(time.time()).encode())
+    with pytest.raises(Timeout), store._merging():
+        pass
+    now = time.time()
+    monkeypatch.setattr(history.time, "time", lambda: now + 25 * 3600)
+    with store._merging():
+        pass
 
 
 def test_what_killed_jobs_left_is_deleted_in_time(place: str, monkeypatch: pytest.MonkeyPatch):

@@ -45,7 +45,7 @@ COMMITS = 8  # of about the same size; more are merged
 NEWEST = 512  # items of a user that merging keeps at least
 OPEN = 128  # shards that are open at a time
 USERS = 1024  # asked for at a time
-ABANDONED = 24 * 3600  # seconds after which what no commit lists is deleted
+ABANDONED = 24 * 3600  # seconds after which what a job did not finish is taken for a dead one's
 
 Histories = Sequence[tuple[str, Sequence[str]]]
 Entry = dict[str, Any]  # what a commit says of a shard
@@ -354,18 +354,37 @@ class HistoryStore:
             trims: keep the newest items of a user alone, as many as jobs read.
         """
         self._open()
-        unable = Timeout, FileNotFoundError, PermissionError  # another does it, or nobody may
-        with contextlib.suppress(*unable), contextlib.ExitStack() as stack:
-            # In a bucket two may merge the same. Then items are there twice, until merged again.
-            if not is_remote(self.directory):
-                lock = FileLock(Path(self._root, "merging"))
-                stack.enter_context(lock.acquire(timeout=0))
+        # Another does it, nobody may, or what is read has just been merged by another.
+        with contextlib.suppress(Timeout, PermissionError, FileNotFoundError), self._merging():
             self._open()
             if not self._is_checked:
                 self._drop_damaged()
                 self._is_checked = True
             while names := next((x for x in self._by_size() if len(x) > most), None):
                 self._merge(names, self._most_read() if trims else None)
+
+    @contextlib.contextmanager
+    def _merging(self) -> Iterator[None]:
+        """Let one job at a time merge; if two do all the same, items are there twice for a time.
+
+        Raises:
+            Timeout: another job merges.
+        """
+        path = f"{self._root}/merging"
+        if not is_remote(self.directory):
+            with FileLock(path).acquire(timeout=0):
+                yield
+            return
+        now = time.time()
+        try:
+            self._files.pipe_file(path, str(now).encode(), mode="create")
+        except FileExistsError as error:
+            if now - float(self._files.cat_file(path)) < ABANDONED:
+                raise Timeout(path) from error
+        try:
+            yield
+        finally:
+            self._files.rm_file(path)
 
     def _by_size(self) -> Iterable[list[str]]:
         """Return the names of commits, those together whose items are as many to a factor of 8."""
