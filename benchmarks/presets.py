@@ -41,10 +41,10 @@ HEADER = (
 
 def layouts(config: ml_collections.ConfigDict, place: str) -> Iterator[tuple[int, bool]]:
     """Parts of a batch and `remat`, in the order in which they are tried."""
-    most = config.train.accumulation
+    of_front = config.train.accumulation, config.train.remat
     if place == "behind":
-        yield from ((parts, False) for parts in (1, 2, 4, 8) if parts <= most)
-    yield most, config.train.remat
+        yield from ((parts, False) for parts in (1, 2, 4, 8) if parts <= of_front[0])
+    yield of_front
 
 
 def row(name: str, machine: str, place: str) -> list[str]:
