@@ -193,7 +193,7 @@ def open_tensorstore(path: Path) -> Read:
 class MadeUp:
     """An encoder that draws vectors."""
 
-    size, fingerprint = E, "made-up"
+    size, fingerprint, cut_texts = E, "made-up", 0
 
     def __init__(self) -> None:
         self.rng = np.random.default_rng(0)

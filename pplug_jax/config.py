@@ -247,11 +247,14 @@ def check_batches(config: Settings, parts: int) -> None:
             )
 
 
+MAY_DIFFER = ("data.eval_split", "data.history_store", "methods", "seeds", "variants")
+
+
 def claim_workdir(workdir: Path, config: Settings) -> None:
     """Write config.json, or check that the existing one says the same.
 
-    Only these may differ: the mesh, the split to evaluate on, the methods, the seeds, and which
-    variants exist.
+    Only these may differ: the mesh, the split to evaluate on, the methods, the seeds, which
+    variants exist, and where the history store is.
 
     Raises:
         ConfigError: the workdir belongs to another config; the message names the fields.
@@ -272,9 +275,7 @@ def claim_workdir(workdir: Path, config: Settings) -> None:
     different = sorted(
         field
         for field in now
-        if saved[field] != now[field]
-        and not field.startswith("mesh.")
-        and field not in ("data.eval_split", "methods", "seeds", "variants")
+        if saved[field] != now[field] and not field.startswith("mesh.") and field not in MAY_DIFFER
     )
     if different:
         changes = "; ".join(f"config.{f}: {saved[f]!r} there, {now[f]!r} now" for f in different)

@@ -59,7 +59,9 @@ _OUTPUT = flags.DEFINE_string(
 _ENGINE = flags.DEFINE_enum(
     "engine", None, ["ray"], "Of --mode=encode: what histories are encoded on, if not here alone."
 )
-_WORKERS = flags.DEFINE_integer("workers", 1, "Of --engine=ray: how many workers encode.")
+_WORKERS = flags.DEFINE_integer(
+    "workers", 1, "Of --engine=ray: how many workers encode.", lower_bound=1
+)
 _NEEDS = flags.DEFINE_string(
     "needs",
     '{"num_cpus": 1}',
@@ -95,6 +97,19 @@ def _quiet() -> None:
     sys.unraisablehook = report
 
 
+def _is_needed(needs: Any) -> bool:
+    """Return whether this is what `--needs` may hold."""
+    if not isinstance(needs, dict):
+        return False
+    resources = needs.get("resources", {})
+    numbers = {name: value for name, value in needs.items() if name != "resources"}
+    return (
+        isinstance(resources, dict)
+        and numbers.keys() <= {"num_cpus", "num_gpus"}
+        and all(type(x) in (int, float) for x in (*numbers.values(), *resources.values()))
+    )
+
+
 def main(argv: list[str]) -> None:
     del argv  # flags alone: slips.parse_flags
     topology = _TOPOLOGY.value or ""
@@ -110,10 +125,14 @@ def main(argv: list[str]) -> None:
         needs = json.loads(_NEEDS.value)
     except ValueError as error:
         sys.exit(f"error: --needs={_NEEDS.value}: not JSON: {error}")
-    if not isinstance(needs, dict) or needs.keys() - {"num_cpus", "num_gpus", "resources"}:
+    if not _is_needed(needs):
         sys.exit(
-            f"error: --needs={_NEEDS.value}: expected an object of num_cpus, num_gpus or resources"
+            f"error: --needs={_NEEDS.value}: expected an object of num_cpus, num_gpus (numbers) or "
+            "resources (an object of numbers)"
         )
+    for flag in (_WORKERS, _NEEDS):
+        if flag.present and not _ENGINE.value:
+            sys.exit(f"error: --{flag.name} belongs to --engine=ray")
     ray = {"workers": _WORKERS.value, **needs} if _ENGINE.value else None
     _quiet()
     keep_compiled()

@@ -199,11 +199,15 @@ def _work(
         say(f"{models.converted}: the converted LLM {'is' if converted else 'was already'} there")
         return
     histories = Histories((train, held_out), models.history_texts)
+    models.store.trim()
     if ray is None:
         new = models.store.add(histories, config.encoder.batch_size)
     else:
         open_store = functools.partial(history_store, config, workdir)
-        new = encode_on_ray(open_store, histories, config.encoder.batch_size, **ray)
+        if models.store.directory.startswith("memory:"):
+            raise ConfigError("config.data.history_store: Ray's workers share no memory")
+        size = config.encoder.batch_size
+        new, models.encoder.cut_texts = encode_on_ray(open_store, histories, size, **ray)
     say(f"history store: {len(models.store)} texts of users; {new} were encoded now")
     if models.encoder.cut_texts:
         say(

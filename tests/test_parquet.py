@@ -41,7 +41,12 @@ def lines(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "names",
-    [["train.parquet"], ["train-0-of-2.parquet", "train-1-of-2.parquet"], ["train/a.parquet"]],
+    [
+        ["train.parquet"],
+        ["train-0-of-2.parquet", "train-1-of-2.parquet"],
+        ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"],
+        ["train/a.parquet"],
+    ],
 )
 @pytest.mark.parametrize("group", [13, 1000])
 def test_rows_are_what_lines_are(lines: Path, tmp_path: Path, names: list[str], group: int):
@@ -54,6 +59,23 @@ def test_rows_are_what_lines_are(lines: Path, tmp_path: Path, names: list[str], 
     for index in (149, 0, 74, 75, 76, 12, 13):
         assert examples[index] == expected[index]
         assert examples.record(index)["input"] == f"in {index}"
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        (["train-00001-of-00002.parquet"], "1 of 2 parts are there: get the others"),
+        (["data/dev-0-of-3.parquet", "data/dev-2-of-3.parquet"], "2 of 3 parts are there"),
+        (["train-0-of-1.parquet", "train.parquet"], "train is also in .*: remove one of them"),
+        (["train/a.parquet", "data/train-0-of-1.parquet"], "train is also in .*: remove one"),
+        (["train-0-of-1.parquet", "train-0-of-2.parquet"], "train is also in .*: remove one"),
+    ],
+)
+def test_a_split_that_is_not_whole_or_there_twice(tmp_path: Path, names: list[str], problem: str):
+    for name in names:
+        write(tmp_path / name, RECORDS[:3])
+    with pytest.raises(DataError, match=problem):
+        read(tmp_path, "train", CUSTOM)
 
 
 def test_examples_can_be_sent_to_another_process(lines: Path, tmp_path: Path):

@@ -50,7 +50,7 @@ def content(store: HistoryStore) -> list[bytes]:
     """The files of the one shard that all are merged to."""
     store._merge(list(store._commits))
     (shard,) = store._shards
-    files = sorted(Path(store.directory, shard["name"]).iterdir())
+    files = sorted(Path(store.directory, shard.name).iterdir())
     return [path.read_bytes() for path in files]
 
 
@@ -65,7 +65,7 @@ def test_a_killed_worker_costs_its_part_alone(
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         opened = functools.partial(open_store, tmp_path)
-        new = encode_on_ray(opened, HISTORIES, 64, workers, num_cpus=1)
+        new, _ = encode_on_ray(opened, HISTORIES, 64, workers, num_cpus=1)
     finally:
         ray.shutdown()
     killing.join(timeout=0)

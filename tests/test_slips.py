@@ -10,6 +10,7 @@ import pytest
 from absl.testing import flagsaver
 
 from pplug_jax import main  # noqa: F401  defines the flags
+from pplug_jax.main import _is_needed
 from pplug_jax.runtime.slips import near, parse_flags
 from tests.support.environment import AS_USERS, ROOT
 from tests.support.forks import Fork
@@ -98,7 +99,8 @@ def test_the_command_prints_it(tmp_path: Path) -> None:
         ("--workdir=memory://x", "--workdir=memory://x: nothing here reads memory://"),
         ("--mode=plan", "--mode=plan and --topology belong together"),
         ("--output=x", "--mode=export and --output belong together"),
-        ("--needs=[1]", "--needs=[1]: expected an object of num_cpus, num_gpus or resources"),
+        ("--needs=[1]", "--needs=[1]: expected an object of num_cpus, num_gpus (numbers) or"),
+        ("--workers=2", "--workers belongs to --engine=ray"),
         ("--config.eval.num_beams=0", "config.eval.num_beams 0 must be at least 1"),
     ],
 )
@@ -108,6 +110,23 @@ def test_a_flag_that_cannot_work_is_one_line(flag: str, message: str, tmp_path: 
     assert command.returncode == 1
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("needs", "fits"),
+    [
+        ({"num_cpus": 1, "num_gpus": 0.5}, True),
+        ({"resources": {"TPU": 4}}, True),
+        ({}, True),
+        ({"num_cpus": "1"}, False),
+        ({"gpus": 1}, False),
+        ({"resources": 4}, False),
+        ({"resources": {"TPU": "v5e"}}, False),
+        (3, False),
+    ],
+)
+def test_what_a_worker_may_need(needs: object, fits: bool) -> None:
+    assert _is_needed(needs) == fits
 
 
 def test_what_is_near() -> None:

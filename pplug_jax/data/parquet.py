@@ -15,15 +15,27 @@ BATCH = 64  # records in memory
 def files(directory: Path) -> dict[str, list[Path]]:
     """Return the Parquet files of each split that the directory holds.
 
-    They are SPLIT.parquet, SPLIT-00000-of-00002.parquet and so on, as the hub has them, or all in
-    the directory SPLIT.
+    They are SPLIT.parquet, SPLIT-00000-of-00002.parquet and so on, also in the directory `data`, as
+    on the hub, or all in the directory SPLIT.
+
+    Raises:
+        DataError: a part is missing, or a split is there in two of these ways.
     """
-    found = defaultdict(list)
+    found: Any = defaultdict(lambda: defaultdict(list))
     for path in sorted([*directory.glob("*.parquet"), *directory.glob("*/*.parquet")]):
-        part = re.fullmatch(r"(.+)-\d+-of-\d+", path.stem)
-        alone = path.parent == directory
-        found[(part[1] if part else path.stem) if alone else path.parent.name].append(path)
-    return found
+        part = re.fullmatch(r"(.+)-\d+-of-(\d+)", path.stem)
+        if path.parent != directory and not (part and path.parent.name == "data"):
+            split, parts = path.parent.name, None
+        else:
+            split, parts = (part[1], int(part[2])) if part else (path.stem, None)
+        found[split][path.parent, parts].append(path)
+    for split, ways in found.items():
+        (first, *others), (_, parts) = ways.values(), next(iter(ways))
+        if others:
+            raise DataError(others[0][0], f"{split} is also in {first[0]}: remove one of them")
+        if parts and len(first) != parts:
+            raise DataError(first[0], f"{len(first)} of {parts} parts are there: get the others")
+    return {split: next(iter(ways.values())) for split, ways in found.items()}
 
 
 def _batches(path: Path, row: int = 0) -> Iterator[tuple[int, Any]]:

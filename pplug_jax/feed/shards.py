@@ -15,12 +15,15 @@ import hashlib
 import io
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import fsspec
 import numpy as np
 
+from pplug_jax.errors import InputError
+
 TEXT = np.dtype("<i8")
+FILES = ("index.npy", "texts.npy", "vectors.npy")
 NUMBERS = {"float16": "<f2", "int8": "i1"}
 
 
@@ -47,6 +50,26 @@ def unpack(rows: np.ndarray) -> np.ndarray:
     return vectors * rows["scale"][:, None] if "scale" in (rows.dtype.names or ()) else vectors
 
 
+class Entry(NamedTuple):
+    """What a commit says of a shard.
+
+    Attributes:
+        name: of its directory.
+        items: N.
+        first: its users' least key.
+        last: the largest one.
+        bytes: of its files.
+        digest: a checksum of its files.
+    """
+
+    name: str
+    items: int
+    first: int
+    last: int
+    bytes: int
+    digest: str
+
+
 class Range(NamedTuple):
     """A part of a file: bytes from `start` to `end`."""
 
@@ -63,6 +86,10 @@ class Shard:
         path: its directory there.
         dtype: of its rows.
 
+    Raises:
+        FileNotFoundError: it is not there.
+        InputError: it is damaged.
+
     Attributes:
         users: (U,) int64, the users' keys, sorted.
     """
@@ -71,9 +98,15 @@ class Shard:
         self.files, self.path, self.dtype = files, path, dtype
         index = f"{path}/index.npy"
         on_disk = isinstance(files, fsspec.get_filesystem_class("file"))
-        self.users, self._ends = np.asarray(
-            np.load(index, mmap_mode="r") if on_disk else np.load(io.BytesIO(files.cat_file(index)))
-        )
+        try:
+            array = (
+                np.load(index, mmap_mode="r") if on_disk else np.load(io.BytesIO(files.cat(index)))
+            )
+            self.users, self._ends = np.asarray(array)
+        except ValueError as error:
+            raise InputError(
+                f"{index} is damaged ({error}): delete {path}, and it is encoded again"
+            ) from error
 
     def __len__(self) -> int:
         """Count its items."""
@@ -110,7 +143,7 @@ def digest(path: Path) -> str:
 
 def write(
     directory: Path, dtype: np.dtype, users: Iterable[tuple[int, np.ndarray, np.ndarray]]
-) -> dict[str, Any]:
+) -> Entry:
     """Write a shard, and return what a commit says of it.
 
     Args:
@@ -134,8 +167,7 @@ def write(
     )
     np.save(directory / "index.npy", np.array(index, np.int64).T.copy())
     size = sum(part.stat().st_size for part in directory.iterdir())
-    ends = {"first": index[0][0], "last": index[-1][0]}
-    return {"items": count, **ends, "bytes": size, "digest": digest(directory)}
+    return Entry(directory.name, count, index[0][0], index[-1][0], size, digest(directory))
 
 
 @functools.cache

@@ -11,11 +11,13 @@ its own encodes all.
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import itertools
 import json
 import math
+import re
 import secrets
 import tempfile
 import time
@@ -28,15 +30,17 @@ import fsspec
 import jax
 import numpy as np
 from filelock import FileLock, Timeout
+from fsspec.implementations.local import LocalFileSystem
 
 from pplug_jax.data.keys import text_keys
 from pplug_jax.encoder import Encoder
 from pplug_jax.errors import InputError
 from pplug_jax.feed import shards
-from pplug_jax.feed.shards import Shard
+from pplug_jax.feed.shards import Entry, Shard
 from pplug_jax.runtime.console import Progress, say
 from pplug_jax.runtime.distributed import from_all, from_primary, wait_for_all
-from pplug_jax.storage.files import is_remote, whole
+from pplug_jax.runtime.retry import retrying
+from pplug_jax.storage.files import whole
 
 CHUNK = 4096  # texts encoded at a time
 SECONDS = 60  # of encoding, after which a shard is written
@@ -44,11 +48,11 @@ ITEMS = 1 << 20  # of a merged shard, about
 COMMITS = 8  # of about the same size; more are merged
 NEWEST = 512  # items of a user that merging keeps at least
 OPEN = 128  # shards that are open at a time
+COMMIT = r"\d+-[0-9a-f]+\.json"
 USERS = 1024  # asked for at a time
 ABANDONED = 24 * 3600  # seconds after which what a job did not finish is taken for a dead one's
 
 Histories = Sequence[tuple[str, Sequence[str]]]
-Entry = dict[str, Any]  # what a commit says of a shard
 
 
 class History(NamedTuple):
@@ -65,6 +69,20 @@ class History(NamedTuple):
     @classmethod
     def of(cls, user: str, texts: Sequence[str]) -> Self:
         return cls(int(text_keys([user])[0]), text_keys(texts))
+
+
+class Commit(NamedTuple):
+    """What a job has done to a store.
+
+    Attributes:
+        shards: those that it added.
+        replaces: the names of the commits whose shards these are instead of.
+        newest: a user's items that the job reads, or another that has said so.
+    """
+
+    shards: Sequence[Entry]
+    replaces: Sequence[str]
+    newest: int
 
 
 class HistoryStore:
@@ -103,44 +121,51 @@ class HistoryStore:
             self._files, self._root = fsspec.url_to_fs(self.directory)
         except (ImportError, ValueError) as error:
             raise InputError(f"config.data.history_store: {directory}: {error}") from error
-        with contextlib.suppress(OSError):  # a served plug may only read it
+        self._on_disk = isinstance(self._files, LocalFileSystem)
+        try:
             self._files.makedirs(self._root, exist_ok=True)
+        except OSError as error:
+            if not self._files.isdir(self._root):  # else it may only be read
+                raise InputError(f"config.data.history_store: {error}") from error
         self._shard = functools.lru_cache(OPEN)(
             lambda name: Shard(self._files, f"{self._root}/{name}", self._row)
         )
-        self._commits: dict[str, dict[str, Any]] = {}
+        self._commits: dict[str, Commit] = {}
         self._is_checked = False
         self._sharers = self._find_sharers() if jax.process_count() > 1 else [0]
         self._open()
 
     def _find_sharers(self) -> list[int]:
         """Return the numbers of the processes whose directory is this one, by marks they leave."""
-        job = f"job-{int(from_primary(np.int32(secrets.randbits(31))))}-process-"
-        mine = f"{self._root}/{job}{jax.process_index()}"
+        job = f"-of-job-{int(from_primary(np.int32(secrets.randbits(31))))}-process-"
+        mine = f"{self._root}/{time.time_ns():019d}{job}{jax.process_index()}"
         self._files.touch(mine)
         wait_for_all("all have left a mark in the history store")
-        marks = [name for name in self._names() if name.startswith(job)]
+        marks = [name.partition(job)[2] for name in self._names() if job in name]
         wait_for_all("all have looked for marks")
         self._files.rm_file(mine)
-        return sorted(int(mark.removeprefix(job)) for mark in marks)
+        return sorted(map(int, marks))
 
     def _names(self) -> list[str]:
         self._files.invalidate_cache(self._root)
         return [path.rpartition("/")[2] for path in self._files.ls(self._root, detail=False)]
 
-    def _read_commit(self, name: str) -> dict[str, Any]:
+    def _read_commit(self, name: str) -> Commit:
         try:
-            return json.loads(self._files.cat_file(f"{self._root}/{name}"))
-        except ValueError as error:
+            commit = json.loads(self._files.cat_file(f"{self._root}/{name}"))
+            return Commit(
+                [Entry(**entry) for entry in commit["shards"]], commit["replaces"], commit["newest"]
+            )
+        except (ValueError, TypeError, KeyError) as error:
             raise InputError(
-                f"{self.directory}/{name}: not JSON: {error}; delete it, and what it lists is "
-                "encoded again"
+                f"{self.directory}/{name}: this is not what a job wrote ({error}); delete it, and "
+                "what it lists is encoded again"
             ) from error
 
     def _open(self) -> None:
         """Take up what was added since, by this job or another."""
         while True:
-            names = sorted(name for name in self._names() if name.endswith(".json"))
+            names = sorted(filter(re.compile(COMMIT).fullmatch, self._names()))
             try:
                 commits = {
                     name: self._commits.get(name) or self._read_commit(name) for name in names
@@ -148,20 +173,21 @@ class HistoryStore:
             except FileNotFoundError:
                 continue  # another job has merged it
             break
-        replaced = {name for commit in commits.values() for name in commit["replaces"]}
+        replaced = {name for commit in commits.values() for name in commit.replaces}
         self._commits = {name: commits[name] for name in names if name not in replaced}
-        self._shards = [entry for commit in self._commits.values() for entry in commit["shards"]]
+        self._shards = [entry for commit in self._commits.values() for entry in commit.shards]
         self._firsts, self._lasts = (
-            np.array([entry[end] for entry in self._shards], np.int64) for end in ("first", "last")
+            np.array([getattr(entry, end) for entry in self._shards], np.int64)
+            for end in ("first", "last")
         )
 
     def _most_read(self) -> int:
         """Return the most items of a user that this job reads, or one that has said so."""
-        return max(self.newest, *(commit["newest"] for commit in self._commits.values()), 0)
+        return max(self.newest, *(commit.newest for commit in self._commits.values()), 0)
 
     def __len__(self) -> int:
         """Count the users' items; some may be there twice before shards are merged."""
-        return sum(entry["items"] for entry in self._shards)
+        return sum(entry.items for entry in self._shards)
 
     def _read(self, users: Sequence[int], parts: slice) -> list[list[list[bytes]]]:
         """Return each user's ranges in each shard that has some, oldest first.
@@ -176,11 +202,11 @@ class HistoryStore:
         try:
             for place, user in enumerate(users):
                 for i in np.flatnonzero((self._firsts <= user) & (user <= self._lasts)):
-                    if of_user := self._shard(self._shards[i]["name"]).ranges(user):
+                    if of_user := self._shard(self._shards[i].name).ranges(user):
                         holders.append(place)
                         ranges += of_user[parts]
             columns = map(list, zip(*ranges, strict=True)) if ranges else ([], [], [])
-            content = iter(self._files.cat_ranges(*columns, on_error="raise"))
+            content = self._get(*columns)
         except FileNotFoundError:
             before = self._shards
             self._open()
@@ -191,6 +217,18 @@ class HistoryStore:
         for place in holders:
             found[place].append(list(itertools.islice(content, len(ranges) // len(holders))))
         return found
+
+    def _get(self, *ranges: list[Any]) -> Iterator[bytes]:
+        """Return what is in the ranges: the files' paths, where they begin and where they end."""
+
+        def get() -> list[bytes]:
+            content = self._files.cat_ranges(*ranges)
+            for error in content:  # fsspec of 2025 could not raise it
+                if isinstance(error, Exception):
+                    raise error
+            return content
+
+        return iter(retrying(f"reading {self.directory}", get))
 
     def read(self, histories: Sequence[History]) -> list[np.ndarray]:
         """Return the vectors of each history's texts, (n, E) float32.
@@ -226,11 +264,7 @@ class HistoryStore:
             histories = list(histories)
         place, count = self._sharers.index(jax.process_index()), len(self._sharers)
         mine = Part(histories, *(len(histories) * i // count for i in (place, place + 1)))
-        if self.newest > max(
-            (commit["newest"] for commit in self._commits.values()), default=NEWEST
-        ):
-            self._commit([])
-        self._tidy(COMMITS // 2, trims=True)
+        self._tidy()
         is_new, new = self._lacking(mine)
         try:
             if len(new):
@@ -241,10 +275,19 @@ class HistoryStore:
                     )
                     self._encode(itertools.compress(_items(mine), is_new), new, encode)
             encoded = from_all(np.int32(len(new)))
-            self._tidy(COMMITS)
+            self._tidy()
         finally:
             self._open()
         return int(encoded[self._sharers].sum())
+
+    def trim(self) -> None:
+        """Merge more than a job does as it adds, and keep of each user what is read alone.
+
+        Call it before a job adds anything, and not beside a job that does.
+        """
+        if self.newest > max((x.newest for x in self._commits.values()), default=NEWEST):
+            self._commit([])  # says so
+        self._tidy(COMMITS // 2, trims=True)
 
     def _lacking(self, histories: Histories) -> tuple[np.ndarray, np.ndarray]:
         """Return which of the texts the store lacks, bool, and their keys, sorted, each once."""
@@ -274,7 +317,7 @@ class HistoryStore:
         """
         row_of, count = np.full(len(new), -1), 0  # the texts' places in `made`
         waiting: list[np.ndarray] = []  # users and texts of what is encoded
-        with tempfile.TemporaryFile(dir=None if is_remote(self.directory) else self._root) as file:
+        with tempfile.TemporaryFile(dir=self._root if self._on_disk else None) as file:
             made = np.memmap(file, self._row, "w+", shape=len(new))
 
             def write() -> None:
@@ -288,8 +331,8 @@ class HistoryStore:
                             )
                         ]
                     )
-                    self._tidy(COMMITS)
-                waiting.clear()
+                    waiting.clear()
+                    self._tidy()
 
             start = time.monotonic()
             try:
@@ -312,7 +355,7 @@ class HistoryStore:
     @contextlib.contextmanager
     def _placed(self, name: str) -> Iterator[Path]:
         """Yield where to write a file or directory that becomes `name` of the store."""
-        if not is_remote(self.directory):
+        if self._on_disk:
             with whole(Path(self._root, name)) as made:
                 yield made
             return
@@ -322,28 +365,30 @@ class HistoryStore:
             for path in [made, *made.rglob("*")]:
                 if path.is_file():
                     target = f"{self._root}/{path.relative_to(scratch)}"
-                    self._files.put_file(str(path), target)
+                    put = functools.partial(self._files.put_file, str(path), target)
+                    self._files.makedirs(target.rpartition("/")[0], exist_ok=True)
+                    retrying(f"writing {target}", put)
 
     def _write(self, users: Iterable[tuple[int, np.ndarray, np.ndarray]]) -> Entry:
         """Write a shard, which nobody reads before a commit lists it."""
-        name = _new_name()
-        with self._placed(name) as made:
+        with self._placed(_new_name()) as made:
             made.mkdir()
-            return {"name": name, **shards.write(made, self._row, users)}
+            return shards.write(made, self._row, users)
 
     def _commit(self, added: Sequence[Entry], replaced: Sequence[str] = ()) -> None:
         """List shards, instead of those of the replaced commits, which are deleted."""
         with self._placed(f"{_new_name()}.json") as made:
-            of_both = {"shards": added, "replaces": replaced, "newest": self._most_read()}
-            made.write_text(json.dumps(of_both, indent=1))
-        kept = {entry["name"] for entry in added}
+            entries = [entry._asdict() for entry in added]
+            commit = Commit(entries, replaced, self._most_read())  # type: ignore[arg-type]  # JSON
+            made.write_text(json.dumps(commit._asdict(), indent=1))
+        kept = {entry.name for entry in added}
         for name in replaced:
-            gone = {entry["name"] for entry in self._commits[name]["shards"]} - kept
+            gone = {entry.name for entry in self._commits[name].shards} - kept
             for path in (name, *gone):
                 with contextlib.suppress(FileNotFoundError):
                     self._files.rm(f"{self._root}/{path}", recursive=True)
 
-    def _tidy(self, most: int, trims: bool = False) -> None:
+    def _tidy(self, most: int = COMMITS, trims: bool = False) -> None:
         """Merge commits where more than `most` are of about the same size.
 
         So an item is merged a few times, however many come after it. The first time also deletes
@@ -371,9 +416,18 @@ class HistoryStore:
             Timeout: another job merges.
         """
         path = f"{self._root}/merging"
-        if not is_remote(self.directory):
-            with FileLock(path).acquire(timeout=0):
+        if self._on_disk:
+            lock = FileLock(path)
+            try:
+                lock.acquire(timeout=0)
+            except OSError as error:
+                if error.errno == errno.EROFS:
+                    raise PermissionError(*error.args) from error
+                raise
+            try:
                 yield
+            finally:
+                lock.release()
             return
         now = time.time()
         try:
@@ -390,31 +444,49 @@ class HistoryStore:
         """Return the names of commits, those together whose items are as many to a factor of 8."""
         levels: dict[int, list[str]] = defaultdict(list)
         for name, commit in self._commits.items():
-            items = sum(entry["items"] for entry in commit["shards"])
+            items = sum(entry.items for entry in commit.shards)
             levels[int(math.log(max(items, 1), COMMITS))].append(name)
         return levels.values()
 
     def _drop_damaged(self) -> None:
-        """List no shards whose files have another size than was written; delete unlisted ones."""
-        sizes: Counter[str] = Counter()
-        for path, about in self._files.find(self._root, detail=True).items():
-            sizes[path.removeprefix(self._root).lstrip("/").partition("/")[0]] += about["size"]
-        for name, commit in self._commits.items():
-            intact = [entry for entry in commit["shards"] if sizes[entry["name"]] == entry["bytes"]]
-            for entry in commit["shards"]:
+        """List no shards whose files have another size than was written; delete unlisted ones.
+
+        Raises:
+            OSError: the directory cannot be listed.
+        """
+        before, sizes = self._commits.keys(), self._sizes()
+        self._open()
+        for name in before & self._commits.keys():  # what was there all the time
+            commit = self._commits[name]
+            intact = [entry for entry in commit.shards if sizes.get(entry.name) == entry.bytes]
+            for entry in commit.shards:
                 if entry not in intact:
                     self._warn(entry)
-            if len(intact) < len(commit["shards"]):
+            if len(intact) < len(commit.shards):
                 self._commit(intact, [name])
         self._open()
-        listed = {entry["name"] for entry in self._shards}
+        listed = {entry.name for entry in self._shards}
         for name in sizes.keys() - listed - self._commits.keys():
             began = name.partition("-")[0]
             if began.isdigit() and time.time() - int(began) / 1e9 > ABANDONED:
                 self._files.rm(f"{self._root}/{name}", recursive=True)
 
+    def _sizes(self) -> dict[str, int]:
+        """Return the bytes of each thing in the directory."""
+        if self._on_disk:  # fsspec would take what cannot be listed for empty
+            return {
+                path.name: sum(
+                    part.stat().st_size for part in (path.iterdir() if path.is_dir() else ())
+                )
+                for path in Path(self._root).iterdir()
+            }
+        sizes: Counter[str] = Counter()
+        for path, about in self._files.find(self._root, detail=True).items():
+            sizes[path.removeprefix(self._root).lstrip("/").partition("/")[0]] += about["size"]
+        return sizes
+
     def _warn(self, entry: Entry) -> None:
-        say(f"warning: {self.directory}/{entry['name']} is damaged: it is encoded again")
+        say(f"warning: {self.directory}/{entry.name} is damaged: it is encoded again")
 
     def _merge(self, names: Sequence[str], newest: int | None = None) -> None:
         """Merge commits into one, each of whose shards has other users.
@@ -427,7 +499,7 @@ class HistoryStore:
             opened = [
                 shard
                 for name in names
-                for entry in self._commits[name]["shards"]
+                for entry in self._commits[name].shards
                 if (shard := self._copied(entry, stack))
             ]
             count = sum(len(shard) for shard in opened)
@@ -444,12 +516,13 @@ class HistoryStore:
 
     def _copied(self, entry: Entry, stack: contextlib.ExitStack) -> Shard | None:
         """Return the shard on a disk, until the stack ends; None if it is damaged."""
-        path = f"{self._root}/{entry['name']}"
-        if is_remote(self.directory):
+        path = f"{self._root}/{entry.name}"
+        if not self._on_disk:
             scratch = stack.enter_context(tempfile.TemporaryDirectory())
-            self._files.get(f"{path}/", scratch, recursive=True)
+            for name in shards.FILES:
+                self._files.get_file(f"{path}/{name}", f"{scratch}/{name}")
             path = scratch
-        if shards.digest(Path(path)) != entry["digest"]:
+        if shards.digest(Path(path)) != entry.digest:
             self._warn(entry)
             return None
         return Shard(fsspec.filesystem("file"), path, self._row)

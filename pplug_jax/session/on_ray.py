@@ -29,7 +29,10 @@ class AddPart:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         (first,), (end,) = batch["first"], batch["end"]
         part = Part(self.histories, int(first), int(end))
-        return batch | {"new": np.array([self.store.add(part, self.batch_size)])}
+        before = self.store.encoder.cut_texts
+        new = self.store.add(part, self.batch_size)
+        cut = self.store.encoder.cut_texts - before
+        return batch | {"new": np.array([new]), "cut": np.array([cut])}
 
 
 def encode_on_ray(
@@ -38,8 +41,8 @@ def encode_on_ray(
     batch_size: int,
     workers: int,
     **needs: Any,
-) -> int:
-    """Add the histories to the store, and return how many texts were encoded.
+) -> tuple[int, int]:
+    """Add the histories to the store; return how many texts were encoded, and how many of them cut.
 
     A part whose worker dies is done again by another. Texts that users of several parts share are
     encoded in each.
@@ -69,9 +72,9 @@ def encode_on_ray(
         fn_constructor_args=(open_store, histories, batch_size),
         **needs,
     )
-    new = 0
+    new = cut = 0
     with Progress("encoding on Ray", count, "histories") as progress:
         for part in added.iter_rows():
-            new += part["new"]
+            new, cut = new + int(part["new"]), cut + int(part["cut"])
             progress.advance(part["end"] - part["first"])
-    return int(new)
+    return new, cut

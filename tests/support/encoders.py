@@ -13,7 +13,7 @@ class FakeEncoder:
 
     def __init__(self, fingerprint: str = "print", dies_at: int | None = None):
         self.fingerprint, self.dies_at = fingerprint, dies_at
-        self.calls = 0
+        self.calls = self.cut_texts = 0
         self.encoded: list[str] = []
 
     def vector(self, text: str) -> np.ndarray:
