@@ -1,11 +1,15 @@
 """The settings of a config, and the config of settings."""
 
+import contextlib
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
 from configs import lamp5
+from configs.common import base_config
+from pplug_jax.config import claim_workdir
 from pplug_jax.errors import ConfigError
 from pplug_jax.settings import PlugSettings, Settings
 
@@ -50,3 +54,21 @@ def test_a_value_keeps_its_type(changes: dict[str, object], error: type[Exceptio
 def test_what_is_no_setting_is_named(config: dict[str, object], message: str):
     with pytest.raises(ConfigError, match=message):
         Settings.of(config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "fits"),
+    [
+        ("data.history_store", "/another/disk", True),
+        ("mesh.fsdp", 2, True),
+        ("data.history_numbers", "int8", False),
+        ("train.learning_rate", 0.5, False),
+    ],
+)
+def test_what_may_differ_in_a_workdir(tmp_path: Path, field: str, value: object, fits: bool):
+    config = base_config()
+    claim_workdir(tmp_path, Settings.of(config))
+    config.update_from_flattened_dict({field: value})
+    problem = rf"made with a different config \(config\.{field}: .* there, .* now\)"
+    with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match=problem):
+        claim_workdir(tmp_path, Settings.of(config))
