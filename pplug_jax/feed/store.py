@@ -283,11 +283,12 @@ class HistoryStore:
     def trim(self) -> None:
         """Merge more than a job does as it adds, and keep of each user what is read alone.
 
-        Call it before a job adds anything, and not beside a job that does.
+        Call it on all processes of a job before any adds something.
         """
         if self.newest > max((x.newest for x in self._commits.values()), default=NEWEST):
             self._commit([])  # says so
         self._tidy(COMMITS // 2, trims=True)
+        wait_for_all("the history store is trimmed")
 
     def _lacking(self, histories: Histories) -> tuple[np.ndarray, np.ndarray]:
         """Return which of the texts the store lacks, bool, and their keys, sorted, each once."""
