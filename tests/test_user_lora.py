@@ -20,7 +20,9 @@ MODELS = SimpleNamespace(
     mesh=ONE_DEVICE,
     abstract_llm=SimpleNamespace(decoder_only=True),
     encoder=SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(max_length=64))),
-    store=SimpleNamespace(encoder=SimpleNamespace(size=4), vectors=lambda rows: np.zeros((0, 4))),
+    store=SimpleNamespace(
+        encoder=SimpleNamespace(size=4), read=lambda rows: [np.zeros((0, 4)) for _ in rows]
+    ),
     tokenizer=SimpleNamespace(place=lambda behind: Front(1)),
 )
 USERS = [range(5), range(5, 7), range(7, 7), range(7, 8)]
