@@ -12,13 +12,15 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pplug_jax.data import parquet, records
 from pplug_jax.data.records import Place, raise_bad
 from pplug_jax.data.tasks import Task
 from pplug_jax.errors import DataError, InputError
 from pplug_jax.runtime.console import say
+
+T = TypeVar("T")
 
 Item = dict[str, Any]
 
@@ -415,16 +417,16 @@ def read(
 
 
 @dataclasses.dataclass(frozen=True)
-class Subset(Sequence[Example]):
-    """Some of the examples, read when they are asked for."""
+class Subset(Sequence[T]):
+    """Some of the examples, or of what is made of them, read when they are asked for."""
 
-    examples: Sequence[Example]
+    examples: Sequence[T]
     indices: Sequence[int]
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, i: int) -> Example:  # type: ignore[override]  # no slices
+    def __getitem__(self, i: int) -> T:  # type: ignore[override]  # no slices
         return self.examples[self.indices[i]]
 
     def record(self, i: int) -> Item:

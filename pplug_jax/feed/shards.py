@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import fsspec
 import numpy as np
+from fsspec.implementations.local import LocalFileSystem
 
 from pplug_jax.errors import InputError
 
@@ -97,7 +98,7 @@ class Shard:
     def __init__(self, files: fsspec.AbstractFileSystem, path: str, dtype: np.dtype):
         self.files, self.path, self.dtype = files, path, dtype
         index = f"{path}/index.npy"
-        on_disk = isinstance(files, fsspec.get_filesystem_class("file"))
+        on_disk = isinstance(files, LocalFileSystem)
         try:
             array = (
                 np.load(index, mmap_mode="r") if on_disk else np.load(io.BytesIO(files.cat(index)))

@@ -4,7 +4,7 @@ A store is a directory named after the encoder's fingerprint, so that vectors of
 never read. It is on a disk or in a bucket, and holds shards (`feed.shards`) and commits: files that
 list the shards which a job added, and the commits that it merged into them. Neither is ever
 changed, and what no commit lists is not read. So jobs may fill one store at once without a lock, a
-reader needs none, and a killed job keeps all but its last minute.
+reader needs none, and a killed job keeps all that it has listed.
 
 The processes of a job that share a store divide the histories among them; a process whose store is
 its own encodes all.
@@ -33,6 +33,7 @@ from filelock import FileLock, Timeout
 from fsspec.implementations.local import LocalFileSystem
 
 from pplug_jax.data.keys import text_keys
+from pplug_jax.data.lamp import Subset
 from pplug_jax.encoder import Encoder
 from pplug_jax.errors import InputError
 from pplug_jax.feed import shards
@@ -48,7 +49,7 @@ ITEMS = 1 << 20  # of a merged shard, about
 COMMITS = 8  # of about the same size; more are merged
 NEWEST = 512  # items of a user that merging keeps at least
 OPEN = 128  # shards that are open at a time
-COMMIT = r"\d+-[0-9a-f]+\.json"
+COMMIT = re.compile(r"\d+-[0-9a-f]+\.json")  # a commit's name: `_new_name`
 USERS = 1024  # asked for at a time
 ABANDONED = 24 * 3600  # seconds after which what a job did not finish is taken for a dead one's
 
@@ -97,7 +98,8 @@ class HistoryStore:
         numbers: `float16` or `int8`, what vectors are kept in.
 
     Raises:
-        InputError: nothing that is installed reads such a URL, or a commit is not JSON.
+        InputError: nothing that is installed reads such a URL, the directory cannot be made, or a
+            commit is not what a job wrote.
     """
 
     def __init__(
@@ -138,7 +140,7 @@ class HistoryStore:
     def _find_sharers(self) -> list[int]:
         """Return the numbers of the processes whose directory is this one, by marks they leave."""
         job = f"-of-job-{int(from_primary(np.int32(secrets.randbits(31))))}-process-"
-        mine = f"{self._root}/{time.time_ns():019d}{job}{jax.process_index()}"
+        mine = f"{self._root}/{_new_name()}{job}{jax.process_index()}"
         self._files.touch(mine)
         wait_for_all("all have left a mark in the history store")
         marks = [name.partition(job)[2] for name in self._names() if job in name]
@@ -165,7 +167,7 @@ class HistoryStore:
     def _open(self) -> None:
         """Take up what was added since, by this job or another."""
         while True:
-            names = sorted(filter(re.compile(COMMIT).fullmatch, self._names()))
+            names = sorted(filter(COMMIT.fullmatch, self._names()))
             try:
                 commits = {
                     name: self._commits.get(name) or self._read_commit(name) for name in names
@@ -181,9 +183,9 @@ class HistoryStore:
             for end in ("first", "last")
         )
 
-    def _most_read(self) -> int:
-        """Return the most items of a user that this job reads, or one that has said so."""
-        return max(self.newest, *(commit.newest for commit in self._commits.values()), 0)
+    def _said_to_be_read(self) -> int:
+        """Return the most items of a user that a job has said it reads."""
+        return max((commit.newest for commit in self._commits.values()), default=NEWEST)
 
     def __len__(self) -> int:
         """Count the users' items; some may be there twice before shards are merged."""
@@ -263,7 +265,8 @@ class HistoryStore:
         if not isinstance(histories, Sequence):
             histories = list(histories)
         place, count = self._sharers.index(jax.process_index()), len(self._sharers)
-        mine = Part(histories, *(len(histories) * i // count for i in (place, place + 1)))
+        first, end = (len(histories) * i // count for i in (place, place + 1))
+        mine = Subset(histories, range(first, end))
         self._tidy()
         is_new, new = self._lacking(mine)
         try:
@@ -285,7 +288,7 @@ class HistoryStore:
 
         Call it on all processes of a job before any adds something.
         """
-        if self.newest > max((x.newest for x in self._commits.values()), default=NEWEST):
+        if self.newest > self._said_to_be_read():
             self._commit([])  # says so
         self._tidy(COMMITS // 2, trims=True)
         wait_for_all("the history store is trimmed")
@@ -323,15 +326,11 @@ class HistoryStore:
 
             def write() -> None:
                 if waiting:
-                    of_users = _by_user(np.concatenate(waiting, axis=1))
-                    self._commit(
-                        [
-                            self._write(
-                                (user, texts, made[row_of[np.searchsorted(new, texts)]])
-                                for user, texts in of_users
-                            )
-                        ]
+                    rows = (
+                        (user, texts, made[row_of[np.searchsorted(new, texts)]])
+                        for user, texts in _by_user(np.concatenate(waiting, axis=1))
                     )
+                    self._commit([self._write(rows)])
                     waiting.clear()
                     self._tidy()
 
@@ -380,7 +379,8 @@ class HistoryStore:
         """List shards, instead of those of the replaced commits, which are deleted."""
         with self._placed(f"{_new_name()}.json") as made:
             entries = [entry._asdict() for entry in added]
-            commit = Commit(entries, replaced, self._most_read())  # type: ignore[arg-type]  # JSON
+            newest = max(self.newest, self._said_to_be_read())
+            commit = Commit(entries, replaced, newest)  # type: ignore[arg-type]  # JSON
             made.write_text(json.dumps(commit._asdict(), indent=1))
         kept = {entry.name for entry in added}
         for name in replaced:
@@ -407,7 +407,7 @@ class HistoryStore:
                 self._drop_damaged()
                 self._is_checked = True
             while names := next((x for x in self._by_size() if len(x) > most), None):
-                self._merge(names, self._most_read() if trims else None)
+                self._merge(names, self._said_to_be_read() if trims else None)
 
     @contextlib.contextmanager
     def _merging(self) -> Iterator[None]:
@@ -527,19 +527,6 @@ class HistoryStore:
             self._warn(entry)
             return None
         return Shard(fsspec.filesystem("file"), path, self._row)
-
-
-class Part(Sequence[tuple[str, Sequence[str]]]):
-    """The histories from one place to another, read when they are asked for."""
-
-    def __init__(self, histories: Histories, first: int, end: int):
-        self._histories, self._places = histories, range(first, end)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, i: int) -> tuple[str, Sequence[str]]:  # type: ignore[override]  # no slices
-        return self._histories[self._places[i]]
 
 
 def _new_name() -> str:

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from pplug_jax.data.lamp import Subset
 from pplug_jax.errors import InputError
-from pplug_jax.feed.store import Histories, HistoryStore, Part
+from pplug_jax.feed.store import Histories, HistoryStore
 from pplug_jax.runtime.console import Progress
 
 PART = 256  # histories of a unit of work, at most
@@ -28,7 +29,7 @@ class AddPart:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         (first,), (end,) = batch["first"], batch["end"]
-        part = Part(self.histories, int(first), int(end))
+        part = Subset(self.histories, range(int(first), int(end)))
         before = self.store.encoder.cut_texts
         new = self.store.add(part, self.batch_size)
         cut = self.store.encoder.cut_texts - before
