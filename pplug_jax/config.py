@@ -129,7 +129,7 @@ def check_config(config: Settings) -> None:
             + (f"known: {', '.join(answers)}" if answers else f"{config.task} has its own")
         )
     if not answers:
-        check_own_items(config)
+        check_answers(config)
     if config.data.sample_eval_users and not config.data.path and config.task != "LaMP_5":
         raise ConfigError(
             f"config.data.path is empty, and the embedded sample has no {config.task}, only LaMP_5"
@@ -142,8 +142,8 @@ def check_config(config: Settings) -> None:
     _check_plug(config)
 
 
-def check_own_items(config: Settings) -> None:
-    """Check that a history's items can be examples, if a method trains on them.
+def check_answers(config: Settings) -> None:
+    """Check that a history's items can be examples, or show answers, where a method has them do so.
 
     Raises:
         ConfigError: they cannot; the message says why.
@@ -151,16 +151,19 @@ def check_own_items(config: Settings) -> None:
     task = task_of(config)
     for method in asked_for(config):
         own_items = configured(config, method, 0).train.own_items or method.user_lora
-        if own_items and not task.question:
-            why = (
-                "no field of theirs is known to be like the outputs: name one of "
-                f"{', '.join(task.answers[:-1])} with --config.data.answer"
-                if task.answers
-                else f"those of {task.name} are no examples of it"
-            )
-            raise ConfigError(
-                f"config.methods: {method.name!r} trains on the items of a history, but {why}"
-            )
+        if method.answers and not task.answer:
+            uses = "shows what the items of a history answer"
+        elif own_items and not task.question:
+            uses = "trains on the items of a history"
+        else:
+            continue
+        why = (
+            "no field of theirs is known to be like the outputs: name one of "
+            f"{', '.join(task.answers[:-1])} with --config.data.answer"
+            if task.answers
+            else f"those of {task.name} are no examples of it"
+        )
+        raise ConfigError(f"config.methods: {method.name!r} {uses}, but {why}")
 
 
 def _check_variant(config: Settings, variant: Method, settings: Changes) -> None:

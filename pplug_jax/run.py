@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from pplug_jax.config import check_own_items, checked, claim_workdir
+from pplug_jax.config import check_answers, checked, claim_workdir
 from pplug_jax.data.answers import learnt, task_of
 from pplug_jax.data.check import check_data
 from pplug_jax.data.download import download
@@ -174,7 +174,7 @@ def run(
             "trained methods out of config.methods, or name another split"
         )
     config = learnt(config, workdir, train or held_out)
-    check_own_items(config)
+    check_answers(config)
     with locked(workdir):
         _work(config, workdir, mode, train, held_out, bad, ray)
 

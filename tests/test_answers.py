@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import custom
-from pplug_jax.config import check_config, check_own_items
+from pplug_jax.config import check_answers, check_config
 from pplug_jax.data.answers import find_answer, find_instruction, learnt, task_of
 from pplug_jax.data.form import form
 from pplug_jax.data.lamp import Example
@@ -112,10 +112,12 @@ def test_own_items_need_an_answer() -> None:
     config = CUSTOM.changed({"methods": ("task_lora", "user_lora")})
     check_config(config)
     with pytest.raises(ConfigError, match=r"'user_lora' .* name one of title, label with --conf"):
-        check_own_items(config)
-    check_own_items(config.changed({"data.answer": "title"}))
+        check_answers(config)
+    check_answers(config.changed({"data.answer": "title"}))
     with pytest.raises(ConfigError, match="no field of theirs"):
-        check_own_items(config.changed({"data.answer": "text"}))
+        check_answers(config.changed({"data.answer": "text"}))
+    with pytest.raises(ConfigError, match=r"'answers' shows what .* those of LaMP_1 are no"):
+        check_config(CUSTOM.changed({"task": "LaMP_1", "methods": ("answers",)}))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from pplug_jax.data.lamp import Example, Item
 from pplug_jax.data.tasks import TASKS
-from pplug_jax.feed.retrieval import Dense, bm25, demonstration_prompt, random, recency
+from pplug_jax.feed.retrieval import (
+    OWN_ANSWERS,
+    Dense,
+    answers_prompt,
+    bm25,
+    demonstration_prompt,
+    random,
+    recency,
+)
 from pplug_jax.feed.store import HistoryStore
 
 TASK = TASKS["LaMP_5"]
@@ -265,3 +273,37 @@ def test_what_is_shown_is_the_items_own_text(
         assert abstract.startswith(prompt[len(start) : -len(end)])
     if max_length == 400:
         assert TASK.demonstration(each) in prompt
+
+
+def test_answers_stand_behind_the_input_with_the_nearest_last():
+    items = [item("nearest", "a"), item("two\n lines", "b"), item("", "c"), item("last", "d")]
+    prompt = answers_prompt(TASK, "input", items, WordTokenizer(), 60)
+    assert prompt == f"input{OWN_ANSWERS}\n- last\n- two lines\n- nearest"
+    for nothing in ([], [item("", "c")]):
+        assert answers_prompt(TASK, "input", nothing, WordTokenizer(), 60) == "input"
+
+
+def test_answers_share_what_the_input_leaves():
+    # 50 - 30 of the input - 5 that introduce them = 15: 7 each, one of them the bullet.
+    items = [item(words(9, "one")), item(words(9, "two"))]
+    prompt = answers_prompt(TASK, words(99), items, WordTokenizer(), 50)
+    assert (prompt.count("one"), prompt.count("two")) == (6, 6)
+    assert len(prompt.split()) == 50
+    # The input takes what short ones leave.
+    prompt = answers_prompt(TASK, words(99), [item("one")], WordTokenizer(), 50)
+    assert len(prompt.split()) == 50
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    text_of(40), st.lists(st.builds(item, text_of(9), text_of(3)), max_size=4), st.integers(20, 250)
+)
+def test_answers_keep_the_budget(
+    tokenizer: transformers.PreTrainedTokenizerBase, input: str, items: list[Item], max_length: int
+):
+    prompt = answers_prompt(TASK, input, items, tokenizer, max_length)
+    if prompt != input:
+        # Texts that are cut may grow by a token where they meet.
+        tokens = tokenizer.encode(prompt, add_special_tokens=False, split_special_tokens=True)
+        assert len(tokens) <= max_length + len(items) + 1
+        assert input.startswith(prompt[: prompt.index(OWN_ANSWERS)])

@@ -260,9 +260,12 @@ def _bytes_per_user(
     """Return a user's mean bytes: texts as UTF-8, vectors and LoRAs as float16."""
     total = 0.0
     if method.retrieval:
-        texts = [[models.item_text(item) for item in example.profile] for example in examples]
+        text_of = models.item_text
+        if method.answers:
+            text_of = lambda item: str(item.get(models.task.answer) or "")
+        texts = [map(text_of, example.profile) for example in examples]
         total += statistics.mean(sum(len(text.encode()) for text in items) for items in texts)
-    if method.plug and PLUGS[method.kind].reads_input:
+    if method.retrieval == "dense" or (method.plug and PLUGS[method.kind].reads_input):
         items = statistics.mean(len(arrays.history.texts) for arrays in inputs)
         total += items * models.encoder.size * 2
     if method.user_lora:

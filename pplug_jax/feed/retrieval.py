@@ -1,6 +1,7 @@
 """Choose the profile items that a prompt shows, and show them as LaMP's demonstrations."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Sequence
 
@@ -12,6 +13,9 @@ from pplug_jax.data.lamp import Example, Item, by_date
 from pplug_jax.data.tasks import Task
 from pplug_jax.feed.batches import history_texts
 from pplug_jax.feed.store import History, HistoryStore
+
+OWN_ANSWERS = "\n\nThe same person wrote before:"
+BULLET = "\n- "
 
 
 def bm25(task: Task, example: Example, top_k: int) -> list[Item]:
@@ -105,13 +109,9 @@ def demonstration_prompt(
         max_length: the budget in tokens.
     """
 
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(
-            text, add_special_tokens=False, split_special_tokens=True, verbose=False
-        )
-
     if not items:
         return input
+    encode = functools.partial(_encode, tokenizer)
     frame = task.prompt.format(demonstrations="", input="", before="", after="")
     fixed = len(encode(frame)) + len(encode(task.joint)) * (len(items) - 1)
     costs = [len(encode(task.demonstration(item | {task.cut: ""}))) for item in items]
@@ -138,7 +138,55 @@ def demonstration_prompt(
     shown = []
     for item, text, length in zip(items, texts, lengths, strict=True):
         if length < len(text):
-            # A character cut in two would be read as several tokens again.
-            item = item | {task.cut: str(tokenizer.decode(text[:length])).rstrip("\ufffd")}
+            item = item | {task.cut: _decode(tokenizer, text[:length])}
         shown.append(task.demonstration(item))
     return task.demonstration_prompt(shown, input)
+
+
+def answers_prompt(
+    task: Task,
+    input: str,
+    items: Sequence[Item],
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    max_length: int,
+) -> str:
+    """Return the input and, behind it, what the items' answers are, the first item's last.
+
+    The input may take up to 60% of `max_length` tokens, as in `demonstration_prompt`, or what the
+    answers leave. Each answer is cut to an equal share of the rest; if no part of it is left, the
+    bare input is returned.
+
+    Args:
+        task: says which field of an item is its answer.
+        input: the example's input.
+        items: the items to show, the nearest first.
+        tokenizer: counts and cuts tokens.
+        max_length: the budget in tokens.
+    """
+
+    def cut(text: str, length: int) -> str:
+        tokens = encode(text)
+        return text if len(tokens) <= length else _decode(tokenizer, tokens[:length])
+
+    encode = functools.partial(_encode, tokenizer)
+    texts = [" ".join(str(item.get(task.answer) or "").split()) for item in reversed(items)]
+    lines = [BULLET + text for text in texts if text]
+    if not lines:
+        return input
+    least = min(len(encode(input)), int(0.6 * max_length))
+    share = (max_length - least - len(encode(OWN_ANSWERS))) // len(lines)
+    if share <= len(encode(BULLET)):
+        return input
+    shown = OWN_ANSWERS + "".join(cut(line, share) for line in lines)
+    return cut(input, max_length - len(encode(shown))) + shown
+
+
+def _encode(tokenizer: transformers.PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer.encode(
+        text, add_special_tokens=False, split_special_tokens=True, verbose=False
+    )
+
+
+def _decode(tokenizer: transformers.PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    # A character cut in two would be read as several tokens again.
+    return str(tokenizer.decode(tokens)).rstrip("\ufffd")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from pplug_jax.data.lamp import Example
 from pplug_jax.data.tasks import Task
 from pplug_jax.feed.batches import Tokenized
-from pplug_jax.feed.retrieval import demonstration_prompt, retrievers
+from pplug_jax.feed.retrieval import answers_prompt, demonstration_prompt, retrievers
 from pplug_jax.feed.store import HistoryStore
 from pplug_jax.llm.prompts import Tokenizer
 from pplug_jax.methods.table import Method
@@ -73,8 +73,9 @@ def shown(
         data = config.data
         retrieve = retrievers(store, data.max_history, data.history_labels)[method.retrieval]
         top_k = method.top_k or config.eval.top_k
+        prompt_of = answers_prompt if method.answers else demonstration_prompt
         prompts = (
-            demonstration_prompt(
+            prompt_of(
                 task,
                 example.input,
                 retrieve(task, example, top_k),

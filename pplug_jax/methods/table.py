@@ -26,6 +26,7 @@ class Method:
         retrieval: the retriever of the profile items that are shown as demonstrations; None shows
             none.
         top_k: how many are shown; 0 is the config's number.
+        answers: show the items' answers alone, behind the input.
         plug: the method whose trained plug this one uses; None uses none.
         history: whose items the plug reads: `own` are the user's, `another` another user's, `none`
             nobody's.
@@ -39,6 +40,7 @@ class Method:
     about: str
     retrieval: str | None = None
     top_k: int = 0
+    answers: bool = False
     plug: str | None = None
     history: str = "own"
     reading: Reading = PAPER
@@ -53,6 +55,8 @@ class Method:
 
 
 PAPER_PLUG = tuple((f"plug.{name}", value) for name, value in vars(PlugSettings()).items())
+
+NO_HISTORY = Reading(uniform=True, history=False)  # no query is needed to weigh nothing
 
 _UNTRAINED = (
     Method("none", "the input alone"),
@@ -97,7 +101,7 @@ _CONTROLS = (
         "as many soft tokens, trained without any history",
         plug="instruction_only",
         history="none",
-        reading=Reading(uniform=True, history=False),  # no query is needed to weigh nothing
+        reading=NO_HISTORY,
     ),
     Method("shuffled_user", "pplug given another user's history", plug="pplug", history="another"),
     Method(
@@ -126,6 +130,42 @@ _LORA = (
     ),
 )
 
+_ANSWERS = (
+    Method("answers", "what the user wrote on the nearest inputs", retrieval="dense", answers=True),
+    Method(
+        "pplug+answers",
+        "trained behind what the user wrote on the nearest inputs",
+        plug="pplug+answers",
+        retrieval="dense",
+        answers=True,
+    ),
+    Method(
+        "instruction_only+answers",
+        "as many soft tokens without a history, trained behind the user's answers",
+        plug="instruction_only+answers",
+        history="none",
+        reading=NO_HISTORY,
+        retrieval="dense",
+        answers=True,
+    ),
+    Method(
+        "shuffled_user+answers",
+        "pplug+answers given the persona of another user",
+        plug="pplug+answers",
+        history="another",
+        retrieval="dense",
+        answers=True,
+    ),
+    Method(
+        "task_lora+answers",
+        "one LoRA for all users, trained behind the user's answers",
+        plug="task_lora+answers",
+        kind="lora",
+        retrieval="dense",
+        answers=True,
+    ),
+)
+
 _OTHER = (
     Method(
         "pplug_paper",
@@ -135,7 +175,8 @@ _OTHER = (
     ),
 )
 
-METHODS = {method.name: method for method in (*_UNTRAINED, *_PAPER, *_CONTROLS, *_LORA, *_OTHER)}
+_ALL = (*_UNTRAINED, *_PAPER, *_CONTROLS, *_LORA, *_ANSWERS, *_OTHER)
+METHODS = {method.name: method for method in _ALL}
 
 
 def methods_of(config: Settings) -> dict[str, Method]:
