@@ -1,6 +1,7 @@
 """Soft tokens behind the input: as if all were one text, though the prompt is read apart."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,14 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
 from flax import nnx
+from transformers import LlamaForCausalLM
 
 from configs import lamp5
 from pplug_jax.data.lamp import Example
 from pplug_jax.evaluate.predict import by_prompt, predict
-from pplug_jax.llm import abstract_llm
+from pplug_jax.llm import abstract_llm, load_llm
 from pplug_jax.llm.decoder import Decoder
 from pplug_jax.llm.generate import generate
+from pplug_jax.llm.llama import SOURCES
 from pplug_jax.llm.prompts import Behind
 from pplug_jax.llm.quantize import KINDS, quantize
 from pplug_jax.methods.shown import layout_of
@@ -190,12 +194,42 @@ def test_kernels_may_be_integers(llama: Decoder, kind: str) -> None:
     assert_same(make_plug(), stored, make_rows())
 
 
-def test_the_gradient_of_a_plug_that_changes_the_llm_runs_through_the_prompt(
-    llama: Decoder,
-) -> None:
-    lora = Lora(llama, LoraSettings(rank=2, alpha=4.0), rngs=nnx.Rngs(0))
+def test_a_lora_changes_only_what_stands_behind_the_prompt(make_llama: Callable[..., Path]) -> None:
+    """Against transformers: its own weights read the prompt, merged ones what follows."""
+    path, rows = make_llama(), make_rows()
+    llm, model = load_llm(path, dtype="float32"), LlamaForCausalLM.from_pretrained(path).eval()
+    soft = jax.random.normal(jax.random.key(1), (B, K, llm.config.hidden_size))
+    lora = Lora(llm, LoraSettings(rank=2, alpha=4.0), rngs=nnx.Rngs(0))
     lora = jax.tree.map(lambda x: x + 0.05, lora)
-    assert_same(make_plug(lora=lora), llama, make_rows())
+    plug = Given(soft, lora)
+    losses = jax.jit(token_losses, static_argnums=3)(plug, llm, rows, PLACE)
+    decoding = {"max_new_tokens": 8, "num_beams": 1, "length_penalty": 1.0}
+    answers = answer_tokens(plug, llm, rows, reading=PAPER, place=PLACE, **decoding)
+    merged = LlamaForCausalLM.from_pretrained(path).eval()
+    for name, down in lora.down.items():
+        for i, update in enumerate(np.asarray(down[...] @ lora.up[name][...] * lora.scale)):
+            weight = merged.get_parameter(SOURCES[name].name.format(i))
+            weight.data += torch.tensor(update.T)
+    embed = model.get_input_embeddings()
+    for i in range(B):
+        prompt, gold = (torch.tensor(x[i][m[i]].tolist())[None] for x, m in (rows[:2], rows[2:]))
+
+        def behind(*tokens: int, i: int = i) -> torch.Tensor:
+            texts = embed(torch.tensor([[*PLACE.suffix, *tokens]]))
+            return torch.cat([torch.tensor(np.asarray(soft[i]))[None], texts], dim=1)
+
+        def logits(*tokens: int, prompt: torch.Tensor = prompt) -> torch.Tensor:
+            past = model(prompt, use_cache=True).past_key_values
+            return merged(inputs_embeds=behind(*tokens), past_key_values=past).logits[0]
+
+        with torch.no_grad():
+            theirs = logits(*gold[0, :-1].tolist())[-gold.shape[1] :].log_softmax(-1)
+            greedy: list[int] = []
+            while len(greedy) < 8 and greedy[-1:] != [llm.config.eos_ids[0]]:
+                greedy.append(int(logits(*greedy)[-1].argmax()))
+        their_losses = -theirs.gather(1, gold.mT.long())[:, 0]
+        assert_close(losses[i, : gold.shape[1]], their_losses.numpy(), 1e-4)
+        assert answers[i, : len(greedy)].tolist() == greedy
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])

@@ -204,18 +204,21 @@ def test_users_who_are_held_out_are_not_trained_on(
 
 
 def test_variants_are_trained_on_what_they_say(tmp_path: Path) -> None:
-    names = ("pplug+retrieval", "pplug+answers", "own_items", "difference")
+    names = ("pplug+retrieval", "pplug+answers", "own_items", "difference", "task_lora+pplug")
     variants = str(
         {"own_items": {"train.own_items": 2}, "difference": {"plug.features": ("difference",)}}
     )
     run(comparison(methods=names, seeds=(0,), variants=variants), tmp_path, "compare")
     steps = {name: Checkpoints(tmp_path / "seed_0" / "checkpoints" / name).latest for name in names}
     # 24 users in batches of 8, and 2 items of each.
-    assert steps == {"pplug+retrieval": 3, "pplug+answers": 3, "own_items": 9, "difference": 3}
+    assert steps == dict.fromkeys(names, 3) | {"own_items": 9}
     entries = results_of(tmp_path)["methods"]
     assert entries["difference"]["trainable"] > entries["pplug+retrieval"]["trainable"]
     kept = [entries[name]["bytes_per_user"] for name in names[:3]]
     assert kept[0] > kept[1] > kept[2]
+    sizes = [entries[name]["trainable"] for name in ("task_lora+pplug", "own_items")]
+    assert sizes[0] > sizes[1]
+    assert (tmp_path / "seed_0" / "personas" / "dev.task_lora+pplug.npz").is_file()
     examples = read_split(Settings.of(comparison()), "train")
     pool = {text for example in examples for text in map(str, example.profile)}
     assert len(np.load(tmp_path / "peers.npy")) == len(pool)

@@ -25,6 +25,7 @@ from pplug_jax.methods.users import own_items
 from pplug_jax.plugs.base import parameter_count
 from pplug_jax.plugs.forward import Weights, answer_tokens, gold_losses
 from pplug_jax.plugs.lora import Lora
+from pplug_jax.plugs.lora_persona import LoraPersona
 from pplug_jax.plugs.persona import UserEmbedder
 from pplug_jax.plugs.reading import Reading
 from pplug_jax.plugs.registry import PLUGS
@@ -243,8 +244,9 @@ def answer_examples(
     submission.write(path, task, answers.texts)
     if task.judged:
         submission.write_judged(judged_path(path), task, examples, answers.texts)
-    if isinstance(trained, UserEmbedder) and method.history == "own":
-        write_personas(models, method, config, trained, examples, inputs, directory)
+    plug = trained.persona if isinstance(trained, LoraPersona) else trained
+    if isinstance(plug, UserEmbedder) and method.history == "own":
+        write_personas(models, method, config, plug, examples, inputs, directory)
     write_json(about, {k: v for k, v in answers._asdict().items() if k != "texts"})
     wait_for_all(f"answers of {method.name}")
     return answers

@@ -130,6 +130,22 @@ _LORA = (
     ),
 )
 
+_LORA_AND_PLUG = (
+    Method(
+        "task_lora+pplug",
+        "one LoRA for all users and pplug, trained together",
+        plug="task_lora+pplug",
+        kind="lora+persona",
+    ),
+    Method(
+        "task_lora+shuffled_user",
+        "task_lora+pplug given another user's history",
+        plug="task_lora+pplug",
+        history="another",
+        kind="lora+persona",
+    ),
+)
+
 _ANSWERS = (
     Method("answers", "what the user wrote on the nearest inputs", retrieval="dense", answers=True),
     Method(
@@ -175,7 +191,7 @@ _OTHER = (
     ),
 )
 
-_ALL = (*_UNTRAINED, *_PAPER, *_CONTROLS, *_LORA, *_ANSWERS, *_OTHER)
+_ALL = (*_UNTRAINED, *_PAPER, *_CONTROLS, *_LORA, *_LORA_AND_PLUG, *_ANSWERS, *_OTHER)
 METHODS = {method.name: method for method in _ALL}
 
 

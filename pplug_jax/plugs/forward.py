@@ -21,7 +21,10 @@ Weights = Plug  # what is trained
 def adapt(
     weights: Weights | None, llm: LLM, batch: Batch, reading: Reading = PAPER, remat: bool = False
 ) -> tuple[LLM, jax.Array | None]:
-    """Return the LLM as the weights change it, and the soft tokens that they make of `batch`."""
+    """Return the LLM as the weights change it, and the soft tokens that they make of `batch`.
+
+    A prompt in front of soft tokens is read by the LLM as it is (`inputs_embeds`).
+    """
     return (llm, None) if weights is None else weights.adapt(llm, batch, reading, remat)
 
 
@@ -37,7 +40,8 @@ def inputs_embeds(
     """Return a prompt's embeddings with the soft tokens in their place, and the target behind them.
 
     Args:
-        llm: embeds the texts.
+        llm: the unchanged LLM, which embeds the texts and reads what stands in front of the soft
+            tokens behind.
         soft: (B, k + 1, D), or None for no soft tokens.
         text: (B, L) int32. For soft tokens in front, the text of a decoder-only LLM may include the
             target. For soft tokens behind, the text ends where they begin, and one row may serve
@@ -63,8 +67,8 @@ def inputs_embeds(
             None,
         )
     assert isinstance(llm, Decoder)  # `Models` refuses others
-    # Nothing here depends on the plug, unless that changes the LLM. So JAX differentiates none of
-    # it, and keeps keys and values alone.
+    # Nothing here depends on the plug. So JAX differentiates none of it, and keeps keys and values
+    # alone.
     context = llm.read(embeds, mask)
     suffix = jnp.array(place.suffix, jnp.int32)
     tokens = jnp.broadcast_to(suffix, (len(soft), len(suffix)))
@@ -84,10 +88,10 @@ def token_losses(
     reading: Reading = PAPER,
 ) -> jax.Array:
     """Return -log p(y_t | I, P, x, y_<t) of the target's tokens, (B, T) float32, 0 at padding."""
-    llm, soft = adapt(weights, llm, batch, reading, remat)
+    changed, soft = adapt(weights, llm, batch, reading, remat)
     target = batch.target, batch.target_mask
     embeds, mask, context = inputs_embeds(llm, soft, batch.text, batch.text_mask, place, *target)
-    hidden = llm.target_hidden(embeds, mask, *target, remat, context)
+    hidden = changed.target_hidden(embeds, mask, *target, remat, context)
     return cross_entropy(llm, hidden, batch.target) * batch.target_mask
 
 
@@ -127,8 +131,9 @@ def answer_tokens(
     **decoding: Any,
 ) -> jax.Array:
     """Generate the answers' tokens, (B, max_new_tokens) int32."""
-    llm, soft = adapt(weights, llm, batch, reading)
-    return continuation(llm, soft, batch.prompt, batch.prompt_mask, place, **decoding)
+    changed, soft = adapt(weights, llm, batch, reading)
+    embeds, mask, context = inputs_embeds(llm, soft, batch.prompt, batch.prompt_mask, place)
+    return generate(changed, embeds, mask, **decoding, context=context)
 
 
 @functools.partial(jax.jit, static_argnames=("place", "reading"))

@@ -248,7 +248,7 @@ def _trains_encoder(config: Settings) -> bool:
     return config.plug.encoder_rate > 0
 
 
-def _build(
+def build(
     config: Settings, llm: LLM, encoder: Bert | None, scale: jax.Array, key: jax.Array
 ) -> UserEmbedder:
     """Make a plug whose Enc_inp is `encoder`, if it is trained; the key draws the other parts."""
@@ -264,7 +264,7 @@ def _build(
 
 
 KIND = Kind(
-    _build,
+    build,
     reads_input=True,
     trains_encoder=_trains_encoder,
     soft_tokens=lambda config, reading: soft_tokens(config.plug, reading),

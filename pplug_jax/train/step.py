@@ -70,11 +70,12 @@ def optimizer_of(config: Settings, steps: int) -> optax.GradientTransformation:
 
 
 def _part(name: str) -> Callable[[Weights], Weights]:
-    """Return a function that marks the leaves of one attribute of the weights."""
-    return functools.partial(
-        jax.tree_util.tree_map_with_path,
-        lambda path, _: jax.tree_util.keystr(path[:1], simple=True) == name,
-    )
+    """Return a function that marks the leaves of one attribute of a plug, at any depth."""
+
+    def marked(path: tuple, _: Any) -> bool:
+        return name in jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+
+    return functools.partial(jax.tree_util.tree_map_with_path, marked)
 
 
 def init_optimizer(
