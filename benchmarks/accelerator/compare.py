@@ -27,17 +27,21 @@ from pplug_jax.session.weights import restore_weights
 from pplug_jax.settings import Settings
 
 SEEDS = (0, 1, 2)
-# The paper's method and its controls, and then the rivals, which take as long again.
+# The best method, its parts and their controls, and then the rivals, which take as long again.
 MAIN = (
     "none",
-    "recency",
     "bm25",
+    "answers",
     "pplug",
     "instruction_only",
     "shuffled_user",
-    "mean_persona",
+    "pplug+answers",
+    "instruction_only+answers",
+    "task_lora+pplug",
+    "task_lora+pplug+answers",
+    "task_lora+shuffled_user+answers",
 )
-ALL = (*MAIN, "task_lora", "pplug_paper")
+ALL = (*MAIN, "recency", "mean_persona", "task_lora", "task_lora+answers", "pplug_paper")
 COLLECTING = 25  # seconds: what stopping and packing take
 LEFT_OUT = ("checkpoints", "history", "tensorboard", "llm")
 
@@ -76,7 +80,7 @@ def real(llm: str, data: str, methods: tuple[str, ...]) -> Run:
         "train.keep": 1,
         "eval.max_new_tokens": 32,
         "eval.num_beams": 1,
-        "eval.top_k": 2,
+        "eval.top_k": 4,
         "seeds": SEEDS,
     }
     return Run(f"{llm}.{data}", f"configs/best.py:{task}", methods, settings)

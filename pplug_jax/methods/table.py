@@ -180,6 +180,23 @@ _ANSWERS = (
         retrieval="dense",
         answers=True,
     ),
+    Method(
+        "task_lora+pplug+answers",
+        "one LoRA for all users and pplug, trained together behind the user's answers",
+        plug="task_lora+pplug+answers",
+        kind="lora+persona",
+        retrieval="dense",
+        answers=True,
+    ),
+    Method(
+        "task_lora+shuffled_user+answers",
+        "task_lora+pplug+answers given the persona of another user",
+        plug="task_lora+pplug+answers",
+        history="another",
+        kind="lora+persona",
+        retrieval="dense",
+        answers=True,
+    ),
 )
 
 _OTHER = (
