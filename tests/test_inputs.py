@@ -1,6 +1,7 @@
 """What a method's examples show, whose users count as seen, and users' own items."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -51,6 +52,49 @@ def test_whose_history_is_shown(method: str, rows: list[list[int] | None]) -> No
         assert wanted is None or each.history.texts.tolist() == wanted
         # An item's age goes with it.
         assert each.item_features["age"].tolist() == each.history.texts.tolist()
+
+
+class WordTokenizer:
+    """A word is a token."""
+
+    def encode(self, text: str, **options: object) -> list[str]:
+        return text.split()
+
+    @property
+    def tokenizer(self) -> "WordTokenizer":
+        return self
+
+    def prompt(self, text: str, length: int, behind: bool) -> str:
+        return text
+
+
+@pytest.mark.parametrize(
+    ("method", "titles"),
+    [
+        ("answers", [["T0.0", "T0.1"], ["T1.0"], []]),
+        ("shuffled_user+answers", [["T1.0"], ["T0.0", "T0.1"], None]),
+    ],
+)
+def test_whose_answers_are_shown(
+    monkeypatch: pytest.MonkeyPatch, method: str, titles: list[list[str] | None]
+) -> None:
+    monkeypatch.setattr(
+        "pplug_jax.methods.shown.retrievers",
+        lambda *_: {"dense": lambda task, example, top_k: list(example.profile)},
+    )
+    examples = [example(0, 2), example(1, 1), example(2, 0)]
+    found = shown(
+        TASK,
+        WordTokenizer(),
+        None,
+        METHODS[method],
+        Settings(),
+        examples,
+        tokenized([0, 1], [2], []),
+    )
+    for each, asked, wanted in zip(found, examples, titles, strict=True):
+        assert each.prompt.startswith(asked.input)
+        assert wanted is None or re.findall(r"T[\d.]+", each.prompt) == wanted[::-1]
 
 
 def test_users_with_half_a_history_in_common_are_one() -> None:

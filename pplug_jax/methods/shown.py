@@ -1,7 +1,10 @@
 """Make a method's examples: what each shows the LLM of its user."""
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from pplug_jax.data.lamp import Example
 from pplug_jax.data.tasks import Task
@@ -68,35 +71,51 @@ def shown(
         examples: the examples, iterated once.
         tokenized: the same examples, tokenised.
     """
-    length, behind = config.data.max_input_length, layout_of(method, config).behind
-    if method.retrieval:
-        data = config.data
-        retrieve = retrievers(store, data.max_history, data.history_labels)[method.retrieval]
-        top_k = method.top_k or config.eval.top_k
-        prompt_of = answers_prompt if method.answers else demonstration_prompt
-        prompts = (
-            prompt_of(
-                task,
-                example.input,
-                retrieve(task, example, top_k),
-                tokenizer.tokenizer,
-                length,
-            )
-            for example in examples
-        )
-        tokenized = [
-            arrays._replace(prompt=tokenizer.prompt(prompt, length, behind))
-            for arrays, prompt in zip(tokenized, prompts, strict=True)
-        ]
     reads = method.plug and PLUGS[method.kind].reads_input
     readers: Sequence[int | None]
-    if not reads or method.history == "none":
-        readers = [None] * len(tokenized)
-    elif method.history == "another":
+    if method.history == "another":
         readers = strangers([arrays.history.texts for arrays in tokenized], config.seed)
+        if method.retrieval:
+            examples = _with_profiles_of(list(examples), readers)
+    elif not reads or method.history == "none":
+        readers = [None] * len(tokenized)
     else:
         readers = range(len(tokenized))
+    prompts: Iterator[np.ndarray] = (arrays.prompt for arrays in tokenized)
+    if method.retrieval:
+        prompts = _prompts(task, tokenizer, store, method, config, examples)
     return [
-        arrays.with_history_of(None if i is None else tokenized[i])
-        for arrays, i in zip(tokenized, readers, strict=True)
+        arrays._replace(prompt=prompt).with_history_of(None if i is None else tokenized[i])
+        for arrays, prompt, i in zip(tokenized, prompts, readers, strict=True)
     ]
+
+
+def _with_profiles_of(
+    examples: Sequence[Example], others: Iterable[int | None]
+) -> Iterator[Example]:
+    """Yield each example with the profile of another one, or with an empty one for None."""
+    for example, i in zip(examples, others, strict=True):
+        if i is None:
+            yield dataclasses.replace(example, profile=())
+        else:
+            user, profile = examples[i].user, examples[i].profile
+            yield dataclasses.replace(example, user=user, profile=profile)
+
+
+def _prompts(
+    task: Task,
+    tokenizer: Tokenizer,
+    store: HistoryStore,
+    method: Method,
+    config: Settings,
+    examples: Iterable[Example],
+) -> Iterator[np.ndarray]:
+    """Yield the tokens of each example's input with the items that the method shows."""
+    data, behind = config.data, layout_of(method, config).behind
+    length, top_k = data.max_input_length, method.top_k or config.eval.top_k
+    retrieve = retrievers(store, data.max_history, data.history_labels)[method.retrieval or ""]
+    prompt_of = answers_prompt if method.answers else demonstration_prompt
+    for example in examples:
+        items = retrieve(task, example, top_k)
+        prompt = prompt_of(task, example.input, items, tokenizer.tokenizer, length)
+        yield tokenizer.prompt(prompt, length, behind)

@@ -29,7 +29,7 @@ class Method:
         answers: show the items' answers alone, behind the input.
         plug: the method whose trained plug this one uses; None uses none.
         history: whose items the plug reads: `own` are the user's, `another` another user's, `none`
-            nobody's.
+            nobody's. What is shown is another user's too for `another`, otherwise the user's.
         reading: how the plug reads them.
         kind: the plug's kind, of `plugs.registry`.
         user_lora: train a LoRA on top of it, on the user's items.
@@ -166,7 +166,7 @@ _ANSWERS = (
     ),
     Method(
         "shuffled_user+answers",
-        "pplug+answers given the persona of another user",
+        "pplug+answers given another user's history",
         plug="pplug+answers",
         history="another",
         retrieval="dense",
@@ -190,7 +190,7 @@ _ANSWERS = (
     ),
     Method(
         "task_lora+shuffled_user+answers",
-        "task_lora+pplug+answers given the persona of another user",
+        "task_lora+pplug+answers given another user's history",
         plug="task_lora+pplug+answers",
         history="another",
         kind="lora+persona",
