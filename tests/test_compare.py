@@ -30,7 +30,7 @@ from tests.support.runs import results_of, small_config
 pytestmark = pytest.mark.slow
 
 PPLUG = ALL["pplug"]
-METHODS = ("none", "bm25", "pplug", "shuffled_user", "task_lora", "user_lora")
+METHODS = ("none", "bm25", "shuffled_user", "pplug", "task_lora", "user_lora")
 
 
 def comparison(**overrides: object) -> ml_collections.ConfigDict:

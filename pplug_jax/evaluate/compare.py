@@ -4,7 +4,6 @@ import functools
 import statistics
 import subprocess
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,10 +82,11 @@ def compare_methods(models: Models, train: Sequence[Example], held_out: Sequence
         training = TrainingInputs(models, Subset(train, kept))
         training.save_peers()
     rates = tune(models, training) if training and config.tune.learning_rates else {}
-    runs: dict[str, list[SeedRun]] = defaultdict(list)
+    runs: dict[str, list[SeedRun]] = {method.name: [] for method in methods}
     for seed in config.seeds:
         directory = seed_path(workdir, seed)
-        for method in methods:
+        # Those that use what another one trains come last.
+        for method in sorted(methods, key=lambda method: not method.trained and bool(method.plug)):
             if method.plug or seed == config.seeds[0]:
                 settings = configured(config, method, seed)
                 if method.plug in rates:

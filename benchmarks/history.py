@@ -1,0 +1,111 @@
+"""What a history is worth: a comparison's methods, given fewer items and more.
+
+    python -m benchmarks.history --workdir=RUN --items=0,1,2,4,8,16,30 --methods=answers,pplug
+
+answers the held-out examples of `--mode=compare`'s workdir once more, with the newest items of each
+history alone and the weights as they were trained, and prints loss, the task's metric, style, and
+how many tokens of a prompt the LLM reads, soft tokens included. Scores are means over the workdir's
+seeds. Style is measured against the whole history.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+from benchmarks.timing import report
+from pplug_jax.data.lamp import Example, by_date
+from pplug_jax.data.sources import read_split
+from pplug_jax.evaluate.predict import predict
+from pplug_jax.methods.shown import layout_of, shown
+from pplug_jax.methods.table import Method, configured, methods_of
+from pplug_jax.plugs.registry import PLUGS
+from pplug_jax.scoring.metrics import example_statistics
+from pplug_jax.scoring.style import distances
+from pplug_jax.scoring.summary import mean_statistics, scores
+from pplug_jax.session import Models
+from pplug_jax.session.inputs import tokenize
+from pplug_jax.session.weights import restore_weights
+from pplug_jax.settings import Settings
+from pplug_jax.storage.files import read_object
+from pplug_jax.storage.workdir import CONFIG, seed_path
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("workdir", None, "The workdir of a comparison.", required=True)
+flags.DEFINE_list("items", ["0", "1", "2", "4", "8", "16"], "How many items are left.")
+flags.DEFINE_list("methods", None, "Methods; by default the workdir's.")
+
+HEADER = ("method", "items", "prompt tokens", "loss", "metric (95% interval)", "style")
+
+
+def newest(examples: Sequence[Example], count: int) -> list[Example]:
+    """The examples with the `count` newest items of their histories."""
+    profiles = (list(by_date(example.profile)) for example in examples)
+    return [
+        dataclasses.replace(
+            example, user=example.owner, profile=tuple(profile[len(profile) - count :])
+        )
+        if count < len(profile)
+        else example
+        for example, profile in zip(examples, profiles, strict=True)
+    ]
+
+
+def measure(
+    models: Models, method: Method, settings: Settings, examples: Sequence[Example], count: int
+) -> tuple[dict[str, np.ndarray], float]:
+    """Each example's statistics, and the mean number of tokens before the answer."""
+    left = newest(examples, count)
+    tokenized = tokenize(models, left, layout_of(method, settings))
+    inputs = shown(models.task, models.tokenizer, models.store, method, settings, left, tokenized)
+    soft, weights = 0, None
+    if method.plug:
+        directory = seed_path(models.workdir, settings.seed)
+        weights = restore_weights(models, method, settings, directory)
+        soft = PLUGS[method.kind].soft_tokens(settings, method.reading)
+    texts, losses, _ = predict(models, method, settings, weights, inputs)
+    golds = [example.target or "" for example in examples]
+    statistics = example_statistics(models.task.name, texts, golds) | {"loss": losses}
+    if models.task.answer:
+        statistics["style"] = distances(models.task, examples, texts)
+    return statistics, soft + float(np.mean([len(each.prompt) for each in inputs]))
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    workdir = Path(FLAGS.workdir)
+    config = Settings.of(read_object(workdir / CONFIG))
+    models = Models(config, workdir)
+    examples = list(read_split(config, "eval"))
+    users = [example.user for example in examples]
+    rows, records = [], []
+    for name in FLAGS.methods or config.methods:
+        method = methods_of(config)[name]
+        for count in map(int, FLAGS.items):
+            seeds = config.seeds if method.plug else config.seeds[:1]
+            measured = [
+                measure(models, method, configured(config, method, seed), examples, count)
+                for seed in seeds
+            ]
+            tokens = measured[0][1]
+            found: dict[str, Any] = scores(
+                mean_statistics([statistics for statistics, _ in measured]),
+                config.eval.bootstrap_samples,
+                users,
+            )
+            records.append({"method": name, "items": count, "tokens": tokens} | found)
+            metric = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**found[models.task.metrics[0]])
+            loss, style = (
+                f"{found[measure]['value']:.3f}" if measure in found else ""
+                for measure in ("loss", "style")
+            )
+            rows.append((name, str(count), f"{tokens:.0f}", loss, metric, style))
+            print(*rows[-1], sep="  ", flush=True)
+    report("history", f"{config.llm.path}, {models.task.metrics[0]}", HEADER, rows, records)
+
+
+if __name__ == "__main__":
+    app.run(main)
