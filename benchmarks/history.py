@@ -19,12 +19,11 @@ from absl import app, flags
 from benchmarks.timing import report
 from pplug_jax.data.lamp import Example, by_date
 from pplug_jax.data.sources import read_split
-from pplug_jax.evaluate.predict import predict
+from pplug_jax.evaluate.predict import Answers, predict
+from pplug_jax.evaluate.run import statistics_of
 from pplug_jax.methods.shown import layout_of, shown
 from pplug_jax.methods.table import Method, configured, methods_of
 from pplug_jax.plugs.registry import PLUGS
-from pplug_jax.scoring.metrics import example_statistics
-from pplug_jax.scoring.style import distances
 from pplug_jax.scoring.summary import mean_statistics, scores
 from pplug_jax.session import Models
 from pplug_jax.session.inputs import tokenize
@@ -55,23 +54,26 @@ def newest(examples: Sequence[Example], count: int) -> list[Example]:
 
 
 def measure(
-    models: Models, method: Method, settings: Settings, examples: Sequence[Example], count: int
-) -> tuple[dict[str, np.ndarray], float]:
-    """Each example's statistics, and the mean number of tokens before the answer."""
-    left = newest(examples, count)
-    tokenized = tokenize(models, left, layout_of(method, settings))
-    inputs = shown(models.task, models.tokenizer, models.store, method, settings, left, tokenized)
-    soft, weights = 0, None
+    models: Models, method: Method, seed: int, examples: Sequence[Example], counts: Sequence[int]
+) -> list[tuple[dict[str, np.ndarray], float]]:
+    """For each count each example's statistics, and the mean number of tokens before the answer."""
+    settings = configured(models.config, method, seed)
+    soft, weights, measured = 0, None, []
     if method.plug:
-        directory = seed_path(models.workdir, settings.seed)
-        weights = restore_weights(models, method, settings, directory)
+        weights = restore_weights(models, method, settings, seed_path(models.workdir, seed))
         soft = PLUGS[method.kind].soft_tokens(settings, method.reading)
-    texts, losses, _ = predict(models, method, settings, weights, inputs)
-    golds = [example.target or "" for example in examples]
-    statistics = example_statistics(models.task.name, texts, golds) | {"loss": losses}
-    if models.task.answer:
-        statistics["style"] = distances(models.task, examples, texts)
-    return statistics, soft + float(np.mean([len(each.prompt) for each in inputs]))
+    for count in counts:
+        left = newest(examples, count)
+        tokenized = tokenize(models, left, layout_of(method, settings))
+        inputs = shown(
+            models.task, models.tokenizer, models.store, method, settings, left, tokenized
+        )
+        texts, losses, milliseconds = predict(models, method, settings, weights, inputs)
+        named = {example.id: text for example, text in zip(examples, texts, strict=True)}
+        answers = Answers(named, losses.tolist(), None, 0, 0, milliseconds)
+        tokens = soft + float(np.mean([len(each.prompt) for each in inputs]))
+        measured.append((statistics_of(models, examples, answers), tokens))
+    return measured
 
 
 def main(argv: Sequence[str]) -> None:
@@ -81,18 +83,16 @@ def main(argv: Sequence[str]) -> None:
     models = Models(config, workdir)
     examples = list(read_split(config, "eval"))
     users = [example.user for example in examples]
+    counts = [int(count) for count in FLAGS.items]
     rows, records = [], []
     for name in FLAGS.methods or config.methods:
         method = methods_of(config)[name]
-        for count in map(int, FLAGS.items):
-            seeds = config.seeds if method.plug else config.seeds[:1]
-            measured = [
-                measure(models, method, configured(config, method, seed), examples, count)
-                for seed in seeds
-            ]
-            tokens = measured[0][1]
+        seeds = config.seeds if method.plug else config.seeds[:1]
+        by_seed = [measure(models, method, seed, examples, counts) for seed in seeds]
+        for count, of_seeds in zip(counts, zip(*by_seed, strict=True), strict=True):
+            tokens = of_seeds[0][1]
             found: dict[str, Any] = scores(
-                mean_statistics([statistics for statistics, _ in measured]),
+                mean_statistics([statistics for statistics, _ in of_seeds]),
                 config.eval.bootstrap_samples,
                 users,
             )

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 from flax import nnx
 from transformers import LlamaForCausalLM
 
@@ -36,7 +35,7 @@ from pplug_jax.session.weights import new_weights
 from pplug_jax.settings import LoraSettings, Settings
 from scripts.pretrain.initialise import initialise
 from tests.support.families import ALTERNATING, GEMMA3_ROPES, SHAPE
-from tests.support.parity import assert_close
+from tests.support.parity import assert_close, needs_torch, torch
 
 pytestmark = pytest.mark.slow
 
@@ -125,8 +124,8 @@ def make_rows(count: int = B) -> Rows:
     return Rows(*some(14), *some(T))
 
 
-def make_plug(count: int = B, lora: Lora | None = None) -> Given:
-    return Given(jax.random.normal(jax.random.key(1), (count, K, D)), lora)
+def make_plug(count: int = B) -> Given:
+    return Given(jax.random.normal(jax.random.key(1), (count, K, D)))
 
 
 def one_text(
@@ -194,6 +193,7 @@ def test_kernels_may_be_integers(llama: Decoder, kind: str) -> None:
     assert_same(make_plug(), stored, make_rows())
 
 
+@needs_torch
 def test_a_lora_changes_only_what_stands_behind_the_prompt(make_llama: Callable[..., Path]) -> None:
     """Against transformers: its own weights read the prompt, merged ones what follows."""
     path, rows = make_llama(), make_rows()
@@ -202,34 +202,45 @@ def test_a_lora_changes_only_what_stands_behind_the_prompt(make_llama: Callable[
     lora = Lora(llm, LoraSettings(rank=2, alpha=4.0), rngs=nnx.Rngs(0))
     lora = jax.tree.map(lambda x: x + 0.05, lora)
     plug = Given(soft, lora)
-    losses = jax.jit(token_losses, static_argnums=3)(plug, llm, rows, PLACE)
+
+    def total(plug: Given) -> tuple[jax.Array, jax.Array]:
+        losses = token_losses(plug, llm, rows, PLACE)
+        return jnp.sum(losses), losses
+
+    gradient, losses = jax.jit(jax.grad(total, has_aux=True))(plug)
     decoding = {"max_new_tokens": 8, "num_beams": 1, "length_penalty": 1.0}
     answers = answer_tokens(plug, llm, rows, reading=PAPER, place=PLACE, **decoding)
     merged = LlamaForCausalLM.from_pretrained(path).eval()
     for name, down in lora.down.items():
         for i, update in enumerate(np.asarray(down[...] @ lora.up[name][...] * lora.scale)):
-            weight = merged.get_parameter(SOURCES[name].name.format(i))
-            weight.data += torch.tensor(update.T)
+            merged.get_parameter(SOURCES[name].name.format(i)).data += torch.tensor(update.T)
     embed = model.get_input_embeddings()
+    their_soft = torch.tensor(np.asarray(soft), requires_grad=True)
     for i in range(B):
         prompt, gold = (torch.tensor(x[i][m[i]].tolist())[None] for x, m in (rows[:2], rows[2:]))
 
-        def behind(*tokens: int, i: int = i) -> torch.Tensor:
-            texts = embed(torch.tensor([[*PLACE.suffix, *tokens]]))
-            return torch.cat([torch.tensor(np.asarray(soft[i]))[None], texts], dim=1)
+        def logits(*tokens: int, i: int = i, prompt: torch.Tensor = prompt) -> torch.Tensor:
+            with torch.no_grad():
+                past = model(prompt, use_cache=True).past_key_values
+            texts = embed(torch.tensor([[*PLACE.suffix, *tokens]])).detach()
+            behind = torch.cat([their_soft[i : i + 1], texts], dim=1)
+            return merged(inputs_embeds=behind, past_key_values=past).logits[0]
 
-        def logits(*tokens: int, prompt: torch.Tensor = prompt) -> torch.Tensor:
-            past = model(prompt, use_cache=True).past_key_values
-            return merged(inputs_embeds=behind(*tokens), past_key_values=past).logits[0]
-
-        with torch.no_grad():
-            theirs = logits(*gold[0, :-1].tolist())[-gold.shape[1] :].log_softmax(-1)
-            greedy: list[int] = []
-            while len(greedy) < 8 and greedy[-1:] != [llm.config.eos_ids[0]]:
-                greedy.append(int(logits(*greedy)[-1].argmax()))
-        their_losses = -theirs.gather(1, gold.mT.long())[:, 0]
-        assert_close(losses[i, : gold.shape[1]], their_losses.numpy(), 1e-4)
+        theirs = logits(*gold[0, :-1].tolist())[-gold.shape[1] :].log_softmax(-1)
+        their_losses = -theirs.gather(1, gold.mT)[:, 0]
+        assert_close(losses[i, : gold.shape[1]], their_losses.detach().numpy(), 1e-4)
+        their_losses.sum().backward()
+        greedy: list[int] = []
+        while len(greedy) < 8 and greedy[-1:] != [llm.config.eos_ids[0]]:
+            greedy.append(int(logits(*greedy)[-1].argmax()))
         assert answers[i, : len(greedy)].tolist() == greedy
+    assert_close(gradient.soft[...], their_soft.grad.numpy(), 1e-4)
+    for name, down in lora.down.items():
+        kernels = (merged.get_parameter(SOURCES[name].name.format(i)) for i in range(len(down)))
+        of_kernels = np.stack([kernel.grad.numpy().T for kernel in kernels]) * lora.scale
+        down, up = np.asarray(down[...]), np.asarray(lora.up[name][...])
+        assert_close(gradient.lora.down[name][...], of_kernels @ up.swapaxes(1, 2), 1e-4)
+        assert_close(gradient.lora.up[name][...], down.swapaxes(1, 2) @ of_kernels, 1e-4)
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])

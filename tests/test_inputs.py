@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from pplug_jax.methods.table import METHODS
 from pplug_jax.methods.users import own_items, split_users, unseen
 from pplug_jax.settings import Settings
 from pplug_jax.train.inputs import WithOwnItems
+from tests.support.words import WordTokenizer
 
 TASK = TASKS["LaMP_5"]
 
@@ -54,20 +56,6 @@ def test_whose_history_is_shown(method: str, rows: list[list[int] | None]) -> No
         assert each.item_features["age"].tolist() == each.history.texts.tolist()
 
 
-class WordTokenizer:
-    """A word is a token."""
-
-    def encode(self, text: str, **options: object) -> list[str]:
-        return text.split()
-
-    @property
-    def tokenizer(self) -> "WordTokenizer":
-        return self
-
-    def prompt(self, text: str, length: int, behind: bool) -> str:
-        return text
-
-
 @pytest.mark.parametrize(
     ("method", "titles"),
     [
@@ -82,10 +70,13 @@ def test_whose_answers_are_shown(
         "pplug_jax.methods.shown.retrievers",
         lambda *_: {"dense": lambda task, example, top_k: list(example.profile)},
     )
+    tokenizer = SimpleNamespace(
+        tokenizer=WordTokenizer(), prompt=lambda text, max_length, behind: text
+    )
     examples = [example(0, 2), example(1, 1), example(2, 0)]
     found = shown(
         TASK,
-        WordTokenizer(),
+        tokenizer,
         None,
         METHODS[method],
         Settings(),

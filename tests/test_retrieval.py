@@ -22,6 +22,7 @@ from pplug_jax.feed.retrieval import (
     recency,
 )
 from pplug_jax.feed.store import HistoryStore
+from tests.support.words import WordTokenizer
 
 TASK = TASKS["LaMP_5"]
 INSTRUCTION = "Generate a title for the following abstract of a paper: "
@@ -151,16 +152,6 @@ def test_dense_takes_the_nearest_by_the_encoders_query(tmp_path: Path):
     assert dense(TASK, asked(input, profile), 2) == [profile[2], profile[4]]
     assert dense(TASK, asked(input, profile), 9) == [profile[i] for i in (2, 4, 0, 1, 3)]
     assert dense(TASK, asked(input, []), 2) == []
-
-
-class WordTokenizer:
-    """A word is a token, whatever stands between."""
-
-    def encode(self, text: str, **options: object) -> list[str]:
-        return text.split()
-
-    def decode(self, tokens: list[str]) -> str:
-        return " ".join(tokens)
 
 
 def words(n: int, word: str = "w") -> str:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import math
+import operator
 import statistics
 import time
 from collections import Counter
@@ -262,9 +263,9 @@ def _bytes_per_user(
     """Return a user's mean bytes: texts as UTF-8, vectors and LoRAs as float16."""
     total = 0.0
     if method.retrieval:
-        text_of = models.item_text
+        text_of: Callable[[Any], str] = models.item_text
         if method.answers:
-            text_of = lambda item: str(item.get(models.task.answer) or "")
+            text_of = operator.itemgetter(models.task.answer)
         texts = [map(text_of, example.profile) for example in examples]
         total += statistics.mean(sum(len(text.encode()) for text in items) for items in texts)
     if method.retrieval == "dense" or (method.plug and PLUGS[method.kind].reads_input):

@@ -169,7 +169,7 @@ def answers_prompt(
         return text if len(tokens) <= length else _decode(tokenizer, tokens[:length])
 
     encode = functools.partial(_encode, tokenizer)
-    texts = [" ".join(str(item.get(task.answer) or "").split()) for item in reversed(items)]
+    texts = [" ".join(item[task.answer].split()) for item in reversed(items)]
     lines = [BULLET + text for text in texts if text]
     if not lines:
         return input

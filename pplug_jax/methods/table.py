@@ -146,57 +146,32 @@ _LORA_AND_PLUG = (
     ),
 )
 
+_WITHOUT_ANSWERS = (*_UNTRAINED, *_PAPER, *_CONTROLS, *_LORA, *_LORA_AND_PLUG)
+
+
+def _with_answers(method: Method) -> Method:
+    """Return the method behind what the user wrote on the nearest inputs."""
+    return dataclasses.replace(
+        method,
+        name=f"{method.name}+answers",
+        about=f"{method.about}, behind what the user wrote on the nearest inputs",
+        plug=f"{method.plug}+answers",
+        retrieval="dense",
+        answers=True,
+    )
+
+
+_SHOWN_ANSWERS = (
+    "pplug",
+    "instruction_only",
+    "shuffled_user",
+    "task_lora",
+    "task_lora+pplug",
+    "task_lora+shuffled_user",
+)
 _ANSWERS = (
     Method("answers", "what the user wrote on the nearest inputs", retrieval="dense", answers=True),
-    Method(
-        "pplug+answers",
-        "trained behind what the user wrote on the nearest inputs",
-        plug="pplug+answers",
-        retrieval="dense",
-        answers=True,
-    ),
-    Method(
-        "instruction_only+answers",
-        "as many soft tokens without a history, trained behind the user's answers",
-        plug="instruction_only+answers",
-        history="none",
-        reading=NO_HISTORY,
-        retrieval="dense",
-        answers=True,
-    ),
-    Method(
-        "shuffled_user+answers",
-        "pplug+answers given another user's history",
-        plug="pplug+answers",
-        history="another",
-        retrieval="dense",
-        answers=True,
-    ),
-    Method(
-        "task_lora+answers",
-        "one LoRA for all users, trained behind the user's answers",
-        plug="task_lora+answers",
-        kind="lora",
-        retrieval="dense",
-        answers=True,
-    ),
-    Method(
-        "task_lora+pplug+answers",
-        "one LoRA for all users and pplug, trained together behind the user's answers",
-        plug="task_lora+pplug+answers",
-        kind="lora+persona",
-        retrieval="dense",
-        answers=True,
-    ),
-    Method(
-        "task_lora+shuffled_user+answers",
-        "task_lora+pplug+answers given another user's history",
-        plug="task_lora+pplug+answers",
-        history="another",
-        kind="lora+persona",
-        retrieval="dense",
-        answers=True,
-    ),
+    *(_with_answers(method) for method in _WITHOUT_ANSWERS if method.name in _SHOWN_ANSWERS),
 )
 
 _OTHER = (
@@ -208,8 +183,7 @@ _OTHER = (
     ),
 )
 
-_ALL = (*_UNTRAINED, *_PAPER, *_CONTROLS, *_LORA, *_LORA_AND_PLUG, *_ANSWERS, *_OTHER)
-METHODS = {method.name: method for method in _ALL}
+METHODS = {method.name: method for method in (*_WITHOUT_ANSWERS, *_ANSWERS, *_OTHER)}
 
 
 def methods_of(config: Settings) -> dict[str, Method]:
