@@ -163,7 +163,8 @@ def read_settings(place: str) -> Settings:
 def untrained(scratch: Path, place: str) -> Personalizer:
     """As if one had loaded a trained plug; no token of the LLM ends an answer."""
     models = Models(read_settings(place), scratch / "nothing")
-    write_plug(models, new_weights(models, METHODS["pplug"], models.config), scratch / place)
+    method = METHODS["pplug"]
+    write_plug(models, new_weights(models, method, models.config), method, scratch / place)
     personalizer = load_plug(str(scratch / place), FLAGS.llm_path, FLAGS.encoder_path)
     llm = personalizer.models.llm
     llm.config = dataclasses.replace(llm.config, eos_ids=())

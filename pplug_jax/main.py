@@ -56,6 +56,11 @@ _SUGGEST = flags.DEFINE_bool(
 _OUTPUT = flags.DEFINE_string(
     "output", None, "Of --mode=export: the directory that the plug of --workdir is written to."
 )
+_METHOD = flags.DEFINE_string(
+    "method",
+    None,
+    "Of --mode=export: whose plug is written, if not the first method's that can be.",
+)
 _ENGINE = flags.DEFINE_enum(
     "engine", None, ["ray"], "Of --mode=encode: what histories are encoded on, if not here alone."
 )
@@ -130,6 +135,8 @@ def main(argv: list[str]) -> None:
             f"error: --needs={_NEEDS.value}: expected an object of num_cpus, num_gpus (numbers) or "
             "resources (an object of numbers)"
         )
+    if _METHOD.value and _MODE.value != "export":
+        sys.exit("error: --method belongs to --mode=export; a run has config.methods")
     for flag in (_WORKERS, _NEEDS):
         if flag.present and not _ENGINE.value:
             sys.exit(f"error: --{flag.name} belongs to --engine=ray")
@@ -158,7 +165,7 @@ def main(argv: list[str]) -> None:
         elif _MODE.value == "export":
             from pplug_jax.serve.personalizer import export
 
-            export(workdir, Path(str(_OUTPUT.value)))
+            export(workdir, Path(str(_OUTPUT.value)), _METHOD.value)
         else:
             run(config, workdir, _MODE.value, ray)
     except (InputError, OSError, FloatingPointError) as error:

@@ -62,7 +62,7 @@ def test_the_round_trip_is_bit_equal(trained: Personalizer, copy: Path) -> None:
         assert loaded.generate(INPUT, history) == trained.generate(INPUT, history)
     assert sorted(path.name for path in copy.iterdir()) == before == FILES  # nothing is left there
     assert len({path.stat().st_mode for path in copy.iterdir()}) == 1  # whoever reads one reads all
-    write_plug(loaded.models, loaded.plug, copy.parent / "again")
+    write_plug(loaded.models, loaded.plug, loaded.method, copy.parent / "again")
     for name in FILES:
         assert (copy.parent / "again" / name).read_bytes() == (copy / name).read_bytes(), name
 
@@ -100,12 +100,12 @@ def test_a_card_says_what_was_not_run(
     trained: Personalizer, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trained.models, "workdir", tmp_path)
-    write_plug(trained.models, trained.plug, tmp_path / "plug")
+    write_plug(trained.models, trained.plug, trained.method, tmp_path / "plug")
     assert "was not evaluated before" in (tmp_path / "plug/README.md").read_text()
     results = json.loads((finished / "results.json").read_text())
     del results["methods"]["shuffled_user"]
     (tmp_path / "results.json").write_text(json.dumps(results | {"data": str(tmp_path)}))
-    write_plug(trained.models, trained.plug, tmp_path / "plug")
+    write_plug(trained.models, trained.plug, trained.method, tmp_path / "plug")
     card = (tmp_path / "plug/README.md").read_text()
     assert "**Not run here: shuffled_user.**" in card
     assert tmp_path.name in card
@@ -169,7 +169,7 @@ def test_a_plug_that_compares_users_is_not_handed_on(
     config = trained.models.config.changed({"plug.features": ("difference",)})
     monkeypatch.setattr(trained.models, "config", config)
     with pytest.raises(InputError, match="'difference' compares with what the training users"):
-        write_plug(trained.models, trained.plug, tmp_path / "plug")
+        write_plug(trained.models, trained.plug, trained.method, tmp_path / "plug")
     assert not (tmp_path / "plug").exists()
 
 

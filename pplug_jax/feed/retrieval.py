@@ -74,17 +74,26 @@ class Dense:
     def __call__(self, task: Task, example: Example, top_k: int) -> list[Item]:
         history = History.of(*history_texts(task, example, self.newest, self.labels))
         query = self.store.encoder.encode([task.retrieval_text(example.input)], 1, queries=True)[0]
-        best = np.argsort(-(self.store.vectors(history) @ query), kind="stable")
-        return [example.profile[-self.newest :][i] for i in best[:top_k]]
+        items = example.profile[-self.newest :]
+        return nearest(items, self.store.vectors(history), query, top_k)
+
+
+def nearest(
+    items: Sequence[Item], vectors: np.ndarray, query: np.ndarray, top_k: int
+) -> list[Item]:
+    """Return the items whose vectors (n, E) are nearest to the query's (E,), best first."""
+    best = np.argsort(-(vectors @ query), kind="stable")
+    return [items[i] for i in best[:top_k]]
 
 
 Retriever = Callable[[Task, Example, int], list[Item]]
+LEXICAL: dict[str, Retriever] = {"bm25": bm25, "recency": recency, "random": random}
 
 
 def retrievers(store: HistoryStore, newest: int, labels: bool) -> dict[str, Retriever]:
     """Return all retrievers by name; each returns up to `top_k` items of a profile, best first."""
     dense = Dense(store, newest, labels)
-    return {"bm25": bm25, "recency": recency, "random": random, "dense": dense}
+    return {**LEXICAL, "dense": dense}
 
 
 def demonstration_prompt(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pplug_jax.data.lamp import Example
+from pplug_jax.data.lamp import Example, Item
 from pplug_jax.data.tasks import Task
 from pplug_jax.feed.batches import Tokenized
 from pplug_jax.feed.retrieval import answers_prompt, demonstration_prompt, retrievers
@@ -112,10 +112,26 @@ def _prompts(
 ) -> Iterator[np.ndarray]:
     """Yield the tokens of each example's input with the items that the method shows."""
     data, behind = config.data, layout_of(method, config).behind
-    length, top_k = data.max_input_length, method.top_k or config.eval.top_k
     retrieve = retrievers(store, data.max_history, data.history_labels)[method.retrieval or ""]
-    prompt_of = answers_prompt if method.answers else demonstration_prompt
     for example in examples:
-        items = retrieve(task, example, top_k)
-        prompt = prompt_of(task, example.input, items, tokenizer.tokenizer, length)
-        yield tokenizer.prompt(prompt, length, behind)
+        items = retrieve(task, example, top_k(method, config))
+        prompt = in_words(task, tokenizer, method, config, example.input, items)
+        yield tokenizer.prompt(prompt, data.max_input_length, behind)
+
+
+def top_k(method: Method, config: Settings) -> int:
+    """Return how many items the method shows."""
+    return method.top_k or config.eval.top_k
+
+
+def in_words(
+    task: Task,
+    tokenizer: Tokenizer,
+    method: Method,
+    config: Settings,
+    input: str,
+    items: Sequence[Item],
+) -> str:
+    """Return an input with the items that the method shows, which its retriever chose."""
+    prompt_of = answers_prompt if method.answers else demonstration_prompt
+    return prompt_of(task, input, items, tokenizer.tokenizer, config.data.max_input_length)

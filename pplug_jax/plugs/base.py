@@ -17,6 +17,10 @@ from pplug_jax.settings import Settings
 class Plug(nnx.Module):
     """What a method trains: its trained parameters are `nnx.Param`."""
 
+    def on(self, llm: LLM) -> LLM:
+        """Return the LLM as the plug changes it."""
+        return llm
+
     def adapt(
         self, llm: LLM, batch: Batch, reading: Reading, remat: bool
     ) -> tuple[LLM, jax.Array | None]:

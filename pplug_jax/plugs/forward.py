@@ -97,6 +97,7 @@ def token_losses(
 
 def continuation(
     llm: LLM,
+    changed: LLM,
     soft: jax.Array | None,
     prompt: jax.Array,
     mask: jax.Array,
@@ -106,7 +107,8 @@ def continuation(
     """Generate what follows a prompt with these soft tokens, (B, max_new_tokens) int32.
 
     Args:
-        llm: answers.
+        llm: the unchanged LLM, as in `inputs_embeds`.
+        changed: the LLM as the plug changes it, which answers.
         soft: as in `inputs_embeds`.
         prompt: the `text` of `inputs_embeds`.
         mask: the prompt's mask, bool.
@@ -114,7 +116,7 @@ def continuation(
         **decoding: settings of `generate`.
     """
     embeds, embeds_mask, context = inputs_embeds(llm, soft, prompt, mask, place)
-    return generate(llm, embeds, embeds_mask, **decoding, context=context)
+    return generate(changed, embeds, embeds_mask, **decoding, context=context)
 
 
 @functools.partial(
@@ -132,8 +134,8 @@ def answer_tokens(
 ) -> jax.Array:
     """Generate the answers' tokens, (B, max_new_tokens) int32."""
     changed, soft = adapt(weights, llm, batch, reading)
-    embeds, mask, context = inputs_embeds(llm, soft, batch.prompt, batch.prompt_mask, place)
-    return generate(changed, embeds, mask, **decoding, context=context)
+    prompt = batch.prompt, batch.prompt_mask
+    return continuation(llm, changed, soft, *prompt, place, **decoding)
 
 
 @functools.partial(jax.jit, static_argnames=("place", "reading"))

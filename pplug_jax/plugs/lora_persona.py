@@ -29,9 +29,12 @@ class LoraPersona(Plug):
     def __init__(self, lora: lora.Lora, persona: persona.UserEmbedder):
         self.lora, self.persona = lora, persona
 
+    def on(self, llm: LLM) -> LLM:
+        return self.lora.on(llm)
+
     def adapt(self, llm: LLM, batch: Batch, reading: Reading, remat: bool) -> tuple[LLM, jax.Array]:
         _, soft = self.persona.adapt(llm, batch, reading, remat)
-        return self.lora.on(llm), soft
+        return self.on(llm), soft
 
     def trained(self, reading: Reading) -> int:
         return self.lora.trained(reading) + self.persona.trained(reading)
@@ -45,6 +48,13 @@ def _build(
         lora.Lora(llm, config.lora, rngs=nnx.Rngs(keys[0])),
         persona.build(config, llm, encoder, scale, keys[1]),
     )
+
+
+def persona_of(plug: Plug) -> persona.UserEmbedder:
+    """Return what makes soft tokens: the plug itself, or its part beside a LoRA."""
+    part = plug.persona if isinstance(plug, LoraPersona) else plug
+    assert isinstance(part, persona.UserEmbedder)  # as of all kinds that read an input
+    return part
 
 
 KIND = persona.KIND._replace(build=_build)

@@ -53,6 +53,10 @@ def server_parser() -> argparse.ArgumentParser:
         "--llm", help="of an exported plug: its LLM, if its name does not say where"
     )
     server.add_argument("--encoder", help="of an exported plug: its encoder, likewise")
+    server.add_argument(
+        "--method",
+        help="of a run's workdir: which method answers (the first whose plug reads a person)",
+    )
     server.add_argument("--host", default="127.0.0.1", help="(%(default)s)")
     server.add_argument("--port", type=int, default=8000, help="(%(default)s)")
     server.add_argument(
@@ -83,7 +87,7 @@ def serve(arguments: argparse.Namespace) -> None:
     bound = _bound(arguments.host, arguments.port)
     keep_compiled()
     # Before the store, which is made if it is not there.
-    personalizer = load_plug(arguments.plug, arguments.llm, arguments.encoder)
+    personalizer = load_plug(arguments.plug, arguments.llm, arguments.encoder, arguments.method)
     store = Store(arguments.store)
     has_keys, is_local = store.has_keys(), arguments.host in LOOPBACK
     if not has_keys and not is_local:

@@ -288,13 +288,16 @@ def make_app(service: Service, *, ui: bool = True) -> FastAPI:
     async def persona_of(who: Caller, name: str | None, input: str) -> Persona:
         return await run_in_threadpool(people.persona, who.tenant, name, input)
 
+    def rows_of(persona: Persona) -> np.ndarray:
+        return people.personalizer.inputs_embeds(persona.prompt, persona.soft)
+
     # Answers
 
     async def answer(ask: Chat | Completion, who: Caller, http: Request) -> Response:
         ask.check()
         input, began = ask.text(), int(time.time())
         persona = await persona_of(who, ask.name, input)
-        rows = await run_in_threadpool(people.personalizer.inputs_embeds, input, persona.soft)
+        rows = await run_in_threadpool(rows_of, persona)
         chat = isinstance(ask, Chat)
         samplings = ask.samplings(engine.max_new_tokens)
         answers: list[Answer] = []
@@ -419,9 +422,7 @@ def make_app(service: Service, *, ui: bool = True) -> FastAPI:
         async def one(name: str) -> dict[str, Any]:
             async with places:
                 persona = await persona_of(who, name, ask.input)
-                rows = await run_in_threadpool(
-                    people.personalizer.inputs_embeds, ask.input, persona.soft
-                )
+                rows = await run_in_threadpool(rows_of, persona)
                 while True:
                     try:
                         under_way = Answer(service, rows, sampling, [])
@@ -528,14 +529,16 @@ def make_app(service: Service, *, ui: bool = True) -> FastAPI:
     def soft_prompt(name: Name, ask: SoftPrompt, who: Who) -> Response:
         store.count(who.tenant, name)  # an unknown one is an error here
         personalizer = people.personalizer
+        if personalizer.changes_llm:
+            raise InputError("the plug changes its LLM by a LoRA, so it answers here alone")
+        if personalizer.method.retrieval and ask.rows != "all":
+            raise InputError("the plug's prompts show items too; ask for all rows, 'rows': 'all'")
         persona = people.persona(who.tenant, name, ask.input)
-        rows = persona.soft
-        if ask.rows == "all":
-            rows = personalizer.inputs_embeds(ask.input, rows)
+        rows = rows_of(persona) if ask.rows == "all" else persona.soft
         about = {
             "place": "behind" if personalizer.layout.behind else "front",
             "prefix_tokens": str(len(personalizer.models.tokenizer.prefix)),
-            "scale": str(float(personalizer.plug.scale[...])),
+            "scale": str(float(personalizer.persona.scale[...])),
             "dtype": str(rows.dtype),
             "items": str(len(persona.items)),
         }

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from pplug_jax.errors import InputError
 from pplug_jax.serve.app import Service
 from pplug_jax.serve.engine.jax_engine import JaxEngine
 from pplug_jax.serve.engine.vllm_engine import VllmEngine
@@ -10,23 +11,30 @@ from pplug_jax.serve.metrics import Metrics
 from pplug_jax.serve.people import People
 from pplug_jax.serve.personalizer import Personalizer
 from pplug_jax.serve.store import Store
-from pplug_jax.storage.workdir import CONFIG
+from pplug_jax.storage.workdir import CONFIG, run_path
 
 
-def load_plug(plug: str, llm: str | None = None, encoder: str | None = None) -> Personalizer:
+def load_plug(
+    plug: str,
+    llm: str | None = None,
+    encoder: str | None = None,
+    method: str | None = None,
+) -> Personalizer:
     """Load a run's workdir, or a plug that was handed on.
 
     Args:
         plug: the workdir, or the plug's directory, URL or hub id.
         llm: the LLM of a plug that was handed on; None is the name that the plug knows.
         encoder: its encoder; None likewise.
+        method: of a run: which of its methods answers; None is the first that has such a plug.
+            What was handed on has its own.
 
     Raises:
         InputError: it is neither, or its models are not there.
     """
     directory = Path(plug)
-    if (directory / CONFIG).is_file() and not (directory / PLUG_CONFIG).is_file():
-        return Personalizer.from_checkpoint(directory)
+    if (run_path(directory) / CONFIG).is_file() and not (directory / PLUG_CONFIG).is_file():
+        return Personalizer.from_checkpoint(directory, method=method)
     return Personalizer.from_pretrained(plug, llm=llm, encoder=encoder)
 
 
@@ -59,7 +67,18 @@ def make_service(
     }
     engine: JaxEngine | VllmEngine
     if engine_url is None:
-        engine = JaxEngine(models.llm, models.mesh, own_rows=personalizer.own_rows, **limits)
+        engine = JaxEngine(
+            personalizer.llm,
+            models.mesh,
+            reader=models.llm,
+            own_rows=personalizer.own_rows,
+            **limits,
+        )
+    elif personalizer.changes_llm:
+        raise InputError(
+            f"--engine_url={engine_url}: the plug changes its LLM by a LoRA, which a server does "
+            "not have; answer here (--engine=jax), or serve a method without one"
+        )
     else:
         engine = VllmEngine(engine_url, models.abstract_llm, **limits)
     metrics.watch("num_requests_running", "Answers under way.", lambda: engine.running)

@@ -24,9 +24,11 @@ from pplug_jax.errors import InputError
 from pplug_jax.feed.features import compare_with_peers
 from pplug_jax.llm import fingerprint
 from pplug_jax.methods.shown import layout_of
-from pplug_jax.methods.table import METHODS
-from pplug_jax.plugs.persona import UserEmbedder
-from pplug_jax.plugs.reading import features_of, soft_tokens
+from pplug_jax.methods.table import METHODS, Method
+from pplug_jax.plugs.base import Plug
+from pplug_jax.plugs.lora_persona import persona_of
+from pplug_jax.plugs.reading import features_of
+from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.runtime.mesh import shardings
 from pplug_jax.serve.card import card
 from pplug_jax.session.models import Models, model_path
@@ -36,7 +38,12 @@ from pplug_jax.storage.files import is_remote, read_object, write_json, write_te
 from pplug_jax.storage.hub import HUB_ID, local_directory
 from pplug_jax.storage.workdir import results_path
 
-METHOD = METHODS["pplug"]
+# Methods whose plug reads a person, in the order in which people are told of them.
+SERVED = {
+    name: method
+    for name, method in METHODS.items()
+    if method.trained and method.history == "own" and PLUGS[method.kind].reads_input
+}
 WEIGHTS, PLUG_CONFIG, CARD = "plug.safetensors", "plug_config.json", "README.md"
 FORMAT = 1
 # Settings that say where something lies on a machine, or which machine it is.
@@ -58,13 +65,28 @@ def shared_name(path: str) -> str:
     return Path(path).name if here and not is_remote(path) else path
 
 
-def write_plug(models: Models, plug: UserEmbedder, output: Path) -> None:
+def served(name: str) -> Method:
+    """Return the method of a plug that can be served.
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    if name not in SERVED:
+        raise InputError(
+            f"the method {name!r} cannot be served, as it has no plug of its own that reads a "
+            f"person; one of these can: {', '.join(SERVED)}"
+        )
+    return SERVED[name]
+
+
+def write_plug(models: Models, plug: Plug, method: Method, output: Path) -> None:
     """Write the plug's three files to `output`.
 
     Args:
         models: the run's models; scores are read from results.json in their workdir, if it is
-            there.
+            there. Their config is the method's (`methods.table.configured`).
         plug: the trained plug.
+        method: the plug's method.
         output: the directory; files of an earlier export are replaced.
 
     Raises:
@@ -77,7 +99,7 @@ def write_plug(models: Models, plug: UserEmbedder, output: Path) -> None:
             "a plug that reads it cannot be handed on without them; train one without it"
         )
     weights = {name: np.asarray(value) for name, value in _arrays(plug).items()}
-    about = describe(models, float(plug.scale[...]))
+    about = describe(models, method, float(persona_of(plug).scale[...]))
     try:
         output.mkdir(parents=True, exist_ok=True)
         # Not `save_file`, whose file nobody else may read.
@@ -88,19 +110,21 @@ def write_plug(models: Models, plug: UserEmbedder, output: Path) -> None:
         raise InputError(f"{output} cannot be written: {error}; name another --output") from error
 
 
-def describe(models: Models, scale: float) -> dict[str, Any]:
+def describe(models: Models, method: Method, scale: float) -> dict[str, Any]:
     """Return the content of plug_config.json.
 
     Args:
         models: the run's models.
+        method: the plug's method.
         scale: the soft tokens' norm at initialisation.
     """
     config, tokenizer = models.config, models.tokenizer
-    behind = layout_of(METHOD, config).behind
+    behind = layout_of(method, config).behind
+    count = PLUGS[method.kind].soft_tokens(config, method.reading)
     settings = config.changed(
         OF_THE_MACHINE
         | {
-            "methods": (METHOD.name,),
+            "methods": (method.name,),
             "variants": "",
             "llm.path": shared_name(config.llm.path),
             "encoder.path": shared_name(config.encoder.path),
@@ -112,7 +136,7 @@ def describe(models: Models, scale: float) -> dict[str, Any]:
     results = _read_results(models.workdir)
     return {
         "format": FORMAT,
-        "method": METHOD.name,
+        "method": method.name,
         "llm": {
             "name": settings.llm.path,
             "fingerprint": fingerprint(model_path(config.llm.path, "llm")),
@@ -124,8 +148,8 @@ def describe(models: Models, scale: float) -> dict[str, Any]:
             "width": models.encoder.size,
         },
         "prompt": _prompt_form(models, behind),
-        "soft_tokens": soft_tokens(config.plug),
-        "layout": tokenizer.layout(soft_tokens(config.plug), behind),
+        "soft_tokens": count,
+        "layout": tokenizer.layout(count, behind),
         "scale": scale,
         "config": dataclasses.asdict(settings),
         "results": results and results | {"llm": settings.llm.path},
@@ -157,7 +181,7 @@ def _prompt_form(models: Models, behind: bool) -> dict[str, Any]:
 
 def read_plug(
     path: str | Path, llm: str | Path | None, encoder: str | Path | None
-) -> tuple[Models, UserEmbedder]:
+) -> tuple[Models, Plug, Method]:
     """Load what `write_plug` wrote, with the models that it was trained with.
 
     Args:
@@ -178,6 +202,7 @@ def read_plug(
             f"(--mode=export) as a directory, URL or hub id{reason}"
         ) from error
     about = _read_about(directory / PLUG_CONFIG)
+    method = served(about["method"])
     config = Settings.of(upgraded(about["config"]))
     for role, given in (("llm", llm), ("encoder", encoder)):
         name = about[role]["name"] if given is None else str(given)
@@ -194,14 +219,14 @@ def read_plug(
     _check_same(path, "llm", about, config.llm.path, fingerprint(path_of_llm))
     models = Models(config, directory)
     _check_same(path, "encoder", about, config.encoder.path, models.encoder.fingerprint)
-    form = _prompt_form(models, layout_of(METHOD, config).behind)
+    form = _prompt_form(models, layout_of(method, config).behind)
     if form != about["prompt"]:
         raise InputError(
             f"{path}: the plug was trained with prompts of the form {about['layout']!r}, but the "
             f"tokenizer of {config.llm.path} makes others ({form}, not {about['prompt']}); give "
             "the LLM with the tokenizer and chat template of then"
         )
-    return models, _read_weights(models, directory / WEIGHTS)
+    return models, _read_weights(models, method, directory / WEIGHTS), method
 
 
 def _read_about(path: Path) -> dict[str, Any]:
@@ -216,8 +241,9 @@ def _read_about(path: Path) -> dict[str, Any]:
             f"{path}: the format is {about.get('format')!r}, and this version reads {FORMAT}: "
             "install the version of pplug_jax that wrote it"
         )
-    for field in ("llm", "encoder", "prompt", "config"):
-        if not isinstance(about.get(field), dict):
+    kinds = {"method": str, "llm": dict, "encoder": dict, "prompt": dict, "config": dict}
+    for field, kind in kinds.items():
+        if not isinstance(about.get(field), kind):
             raise InputError(f"{path}: the field {field!r} is missing; export the plug again")
     return about
 
@@ -244,7 +270,7 @@ def _arrays(plug: nnx.Module) -> dict[str, Any]:
     return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
 
 
-def _read_weights(models: Models, path: Path) -> UserEmbedder:
+def _read_weights(models: Models, method: Method, path: Path) -> Plug:
     """Return the plug with the file's arrays, laid out on the models' mesh."""
     try:
         stored = load_file(path)
@@ -252,7 +278,7 @@ def _read_weights(models: Models, path: Path) -> UserEmbedder:
         raise InputError(
             f"{path}: not a whole safetensors file ({error}); fetch or export the plug again"
         ) from error
-    abstract = abstract_weights(models, METHOD, models.config)
+    abstract = abstract_weights(models, method, models.config)
     wanted = {name: (x.shape, x.dtype) for name, x in _arrays(abstract).items()}
     present = {name: (x.shape, x.dtype) for name, x in stored.items()}
     if wrong := sorted(
@@ -262,7 +288,6 @@ def _read_weights(models: Models, path: Path) -> UserEmbedder:
             f"{path}: {wrong[0]} is {present.get(wrong[0], 'missing')}, and {PLUG_CONFIG} asks for "
             f"{wanted.get(wrong[0], 'none')}; export the plug again"
         )
-    assert isinstance(abstract, UserEmbedder)  # as METHOD's are
     graph, state = nnx.split(abstract)
     places = nnx.to_flat_state(shardings(abstract, models.mesh))
     flat = [

@@ -22,12 +22,14 @@ class Persona(NamedTuple):
     """What a plug makes of somebody for one input.
 
     Attributes:
+        prompt: the input, with what the plug's method shows of the items.
         soft: (k + 1, D) float32, the soft tokens.
         known: whether there is such a persona; otherwise these are the null persona's.
         items: the ids of the items that were read, the oldest first.
         weights: (n,) float32, how much each of them weighed.
     """
 
+    prompt: str
     soft: np.ndarray
     known: bool
     items: list[str]
@@ -53,6 +55,7 @@ class People:
         self.encoder = f"{models.encoder.fingerprint}-{form}"
         self._encode_items = Batcher(personalizer.encode_items)
         self._encode_inputs = Batcher(personalizer.encode_inputs)
+        self._encode_queries = Batcher(personalizer.encode_queries)
         self._news, self._ending = threading.Event(), False
         self._thread = threading.Thread(target=self._encode_new, name="encoder", daemon=True)
         self._thread.start()
@@ -70,7 +73,7 @@ class People:
         return list(items)
 
     def persona(self, tenant: int, name: str | None, input: str) -> Persona:
-        """Return the soft tokens of a persona for an input; of nobody's, the null persona's.
+        """Return what the plug makes of a persona for an input; of nobody's, the null persona's.
 
         Raises:
             InputError: the input is no text.
@@ -89,8 +92,15 @@ class People:
         with self.metrics.persona_seconds.time():
             query = self._encode_inputs([input])
             soft, weights = self.personalizer.persona_of(query, items, vectors)
+            prompt = self._prompt(input, items, vectors)
         self.metrics.history_items.observe(len(items))
-        return Persona(soft, known, [item["id"] for item in items], weights)
+        return Persona(prompt, soft, known, [item["id"] for item in items], weights)
+
+    def _prompt(self, input: str, items: list[Item], vectors: np.ndarray) -> str:
+        if not items or not self.personalizer.method.retrieval:
+            return input
+        (query,) = self._encode_queries([input])
+        return self.personalizer.shown(input, items, vectors, query)
 
     def _newest(self, tenant: int, name: str) -> list[StoredItem]:
         data = self.personalizer.models.config.data

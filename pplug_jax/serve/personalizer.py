@@ -1,31 +1,39 @@
 """Serve a trained plug: from a history and an input to a personal answer of the frozen LLM."""
 
+import functools
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
 
 from pplug_jax.data.keys import text_keys
-from pplug_jax.data.lamp import Item, check_history, check_input
+from pplug_jax.data.lamp import Example, Item, check_history, check_input
+from pplug_jax.encoder.bert import Bert
 from pplug_jax.errors import InputError
 from pplug_jax.feed.batches import PlugInputs, round_up
 from pplug_jax.feed.features import compare_with_peers, of_history, of_items
+from pplug_jax.feed.retrieval import LEXICAL, nearest
 from pplug_jax.llm import LLM
-from pplug_jax.methods.shown import layout_of
+from pplug_jax.methods.shown import in_words, layout_of, top_k
+from pplug_jax.methods.table import Method, configured
+from pplug_jax.plugs.base import Plug
 from pplug_jax.plugs.forward import continuation
+from pplug_jax.plugs.lora_persona import LoraPersona, persona_of
 from pplug_jax.plugs.persona import UserEmbedder
-from pplug_jax.plugs.reading import features_of, soft_tokens
+from pplug_jax.plugs.reading import Reading, features_of
+from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.runtime.console import say
 from pplug_jax.serve.handover import (
     CARD,
-    METHOD,
     PLUG_CONFIG,
+    SERVED,
     WEIGHTS,
     read_plug,
+    served,
     upload,
     write_plug,
 )
@@ -33,20 +41,22 @@ from pplug_jax.session import Models
 from pplug_jax.session.weights import restore_weights
 from pplug_jax.settings import Settings, upgraded
 from pplug_jax.storage.files import read_object
-from pplug_jax.storage.workdir import CONFIG
+from pplug_jax.storage.workdir import CONFIG, run_path
 
 History = Sequence[str | dict[str, Any]]
 GROUPS = (16, 4, 1)  # inputs that are encoded together: few numbers, for each is compiled
 
 
-@jax.jit
-def _soft_prompts(plug: UserEmbedder, inputs: PlugInputs) -> jax.Array:
-    return plug(inputs)
+@functools.partial(jax.jit, static_argnames="reading")
+def _soft_prompts(plug: UserEmbedder, inputs: PlugInputs, reading: Reading) -> jax.Array:
+    return plug(inputs, reading=reading)
 
 
-@jax.jit
-def _soft_and_weights(plug: UserEmbedder, inputs: PlugInputs) -> tuple[jax.Array, jax.Array]:
-    return plug(inputs), plug.attention(inputs)
+@functools.partial(jax.jit, static_argnames="reading")
+def _soft_and_weights(
+    plug: UserEmbedder, inputs: PlugInputs, reading: Reading
+) -> tuple[jax.Array, jax.Array]:
+    return plug(inputs, reading=reading), plug.attention(inputs, reading=reading)
 
 
 @jax.jit
@@ -75,31 +85,54 @@ def row(ids: Sequence[int] | np.ndarray, length: int) -> tuple[np.ndarray, np.nd
     return pad(np.asarray(ids, np.int32), length)[None], (np.arange(length) < len(ids))[None]
 
 
-def _read_run(workdir: epath.PathLike) -> tuple[Models, UserEmbedder]:
-    """Load a run's models and its trained plug."""
+class _Person(NamedTuple):
+    """A user's newest items, as the plug reads them.
+
+    Attributes:
+        items: the items, or texts alone.
+        vectors: (n, E) float32.
+        features: of the items, (n, ..) float32, by name.
+    """
+
+    items: Sequence[str | Item]
+    vectors: np.ndarray
+    features: dict[str, np.ndarray]
+
+
+def _read_run(workdir: epath.PathLike, name: str | None) -> tuple[Models, Plug, Method]:
+    """Load a run's models and the trained plug of one of its methods."""
     workdir = epath.Path(workdir)
-    path = workdir / CONFIG
+    run = run_path(workdir)
+    path = run / CONFIG
     if not path.is_file():
         raise InputError(f"{path}: no such file; {workdir} is not the workdir of a run")
     config = Settings.of(upgraded(read_object(path)))
-    if METHOD.name not in config.methods:
+    of_run = [name for name in config.methods if name in SERVED]
+    name = name or next(iter(of_run), "pplug")
+    method = served(name)
+    if name not in of_run:
+        advice = f"take {' or '.join(of_run)}, or " if of_run else ""
         raise InputError(
-            f"{workdir}: the run's methods are {', '.join(config.methods)}, and only "
-            f"{METHOD.name!r} can be served; train it (config.methods)"
+            f"{workdir}: the run's methods are {', '.join(config.methods)}, and {name!r} is none "
+            f"of them; {advice}train it (config.methods)"
         )
-    models = Models(config, workdir)
-    plug = restore_weights(models, METHOD, config, workdir)
-    assert isinstance(plug, UserEmbedder)  # as METHOD's are
-    return models, plug
+    config = configured(config, method, config.seed)
+    models = Models(config, run)
+    return models, restore_weights(models, method, config, workdir), method
 
 
-def export(workdir: epath.PathLike, output: Path) -> None:
-    """Write the plug of the run in `workdir` to `output`, for `Personalizer.from_pretrained`.
+def export(workdir: epath.PathLike, output: Path, method: str | None = None) -> None:
+    """Write a plug of the run in `workdir` to `output`, for `Personalizer.from_pretrained`.
+
+    Args:
+        workdir: the run's; of a comparison `seed_0` in it, or another seed's.
+        output: a directory.
+        method: the plug's, of `handover.SERVED`; None is the first one that the run has.
 
     Raises:
-        InputError: `workdir` has no trained plug, or `output` cannot be written.
+        InputError: `workdir` has no such trained plug, or `output` cannot be written.
     """
-    write_plug(*_read_run(workdir), output)
+    write_plug(*_read_run(workdir, method), output)
     size = (output / WEIGHTS).stat().st_size
     say(f"{output}: the plug ({WEIGHTS}, {size / 1e6:.1f} MB), {PLUG_CONFIG} and a model card")
     say(f"look at {output / CARD}; `hf upload ORG/NAME {output}` puts it on the hub")
@@ -111,25 +144,33 @@ class Personalizer:
     Lengths are padded to a few sizes, so that soon no request compiles anything.
 
     Args:
-        models: the run's models.
+        models: the run's models. Their config is the method's (`methods.table.configured`).
         plug: the trained plug.
+        method: the plug's method.
     """
 
-    def __init__(self, models: Models, plug: UserEmbedder):
-        self.models = models
-        self.plug = plug
+    def __init__(self, models: Models, plug: Plug, method: Method = SERVED["pplug"]):
+        self.models, self.plug, self.method = models, plug, method
+        self.persona = persona_of(plug)
         self.features = features_of(models.config.plug)
         self.peers = models.peers if compare_with_peers(self.features) else None
-        self.layout = layout_of(METHOD, models.config)
+        self.layout = layout_of(method, models.config)
 
     @classmethod
-    def from_checkpoint(cls, workdir: epath.PathLike) -> "Personalizer":
+    def from_checkpoint(
+        cls, workdir: epath.PathLike, *, method: str | None = None
+    ) -> "Personalizer":
         """Load the run that `pplug_jax.main` left in `workdir`.
+
+        Args:
+            workdir: the run's; of a comparison `seed_0` in it, or another seed's.
+            method: which of its methods answers, of those that train a plug which reads a person;
+                None is the first of them.
 
         Raises:
             InputError: `workdir` has no run or no trained plug yet, or its models are gone.
         """
-        return cls(*_read_run(workdir))
+        return cls(*_read_run(workdir, method))
 
     @classmethod
     def from_pretrained(
@@ -165,14 +206,29 @@ class Personalizer:
             InputError: the hub refuses it, or the plug cannot be handed on.
         """
         with tempfile.TemporaryDirectory() as directory:
-            write_plug(self.models, self.plug, Path(directory))
+            write_plug(self.models, self.plug, self.method, Path(directory))
             return upload(Path(directory), repository)
+
+    @property
+    def llm(self) -> LLM:
+        """The LLM as the plug changes it, which answers; what is behind it reads `models.llm`."""
+        return self.plug.on(self.models.llm)
+
+    @property
+    def changes_llm(self) -> bool:
+        """Whether the soft tokens alone are not the plug."""
+        return isinstance(self.plug, LoraPersona)
+
+    @property
+    def soft_tokens(self) -> int:
+        """How many soft tokens a prompt has."""
+        return PLUGS[self.method.kind].soft_tokens(self.models.config, self.method.reading)
 
     @property
     def longest_prompt(self) -> int:
         """The most tokens that the LLM reads of a prompt, soft ones included."""
         tokenizer, config = self.models.tokenizer, self.models.config
-        around = len(tokenizer.prefix) + len(tokenizer.suffix) + soft_tokens(config.plug)
+        around = len(tokenizer.prefix) + len(tokenizer.suffix) + self.soft_tokens
         joint = len(tokenizer.ids(tokenizer.joint)) if self.layout.behind else 0
         return around + config.data.max_input_length + joint
 
@@ -181,7 +237,7 @@ class Personalizer:
         """How many rows of a prompt stand behind its input; 0 if the soft tokens do not."""
         if not self.layout.behind:
             return 0
-        return soft_tokens(self.models.config.plug) + len(self.models.tokenizer.suffix)
+        return self.soft_tokens + len(self.models.tokenizer.suffix)
 
     def soft_prompt(self, input: str, history: History = ()) -> np.ndarray:
         """Return the soft tokens [I ; P] for this input, (k + 1, D) float32.
@@ -210,9 +266,25 @@ class Personalizer:
             InputError: as `soft_prompt`.
         """
         batches = self._soft_batches(input, histories)
-        soft = [np.asarray(x, np.float32)[:count] for x, count in batches]
-        none = 0, soft_tokens(self.models.config.plug), self.models.abstract_llm.config.hidden_size
+        soft = [np.asarray(x, np.float32)[: len(people)] for x, people in batches]
+        none = 0, self.soft_tokens, self.models.abstract_llm.config.hidden_size
         return np.concatenate([np.zeros(none, np.float32), *soft])
+
+    def prompt(self, input: str, history: History = ()) -> str:
+        """Return the input with what the plug's method shows of the user in words, if anything.
+
+        Args:
+            input: as in `soft_prompt`.
+            history: as in `soft_prompt`.
+
+        Raises:
+            InputError: as `soft_prompt`.
+        """
+        check_input(input)
+        if not self.method.retrieval:
+            return input
+        (person,) = self._people([history])
+        return self.shown(input, person.items, person.vectors, self.encode_queries([input])[0])
 
     def inputs_embeds(self, input: str, soft: np.ndarray) -> np.ndarray:
         """Return all that the LLM reads, the soft tokens in their place, (L, D) float32.
@@ -220,7 +292,7 @@ class Personalizer:
         Any server that takes a prompt as embeddings can go on from there.
 
         Args:
-            input: as in `soft_prompt`.
+            input: as in `soft_prompt`; what `prompt` makes of it, where the method shows items.
             soft: (k + 1, D), what `soft_prompt` returns for it.
         """
         tokenizer, behind = self.models.tokenizer, self.layout.behind
@@ -247,7 +319,8 @@ class Personalizer:
     def generate_many(self, input: str, histories: Sequence[History]) -> list[str]:
         """Return the answers to one input for each of these users, as `generate` does.
 
-        With soft tokens behind the input, the LLM reads it once for `config.eval.batch_size` users.
+        With soft tokens behind the input, the LLM reads it once for `config.eval.batch_size` users,
+        unless it shows items of theirs.
 
         Args:
             input: as in `soft_prompt`.
@@ -259,30 +332,72 @@ class Personalizer:
         models, config = self.models, self.models.config
         tokenizer, behind = models.tokenizer, self.layout.behind
         check_input(input)
-        ids = tokenizer.prompt(input, config.data.max_input_length, behind)
-        prompt, mask = row(ids, padded_length(len(ids)))
         answers = []
-        for soft, count in self._soft_batches(input, histories):
-            copies = 1 if behind else len(soft)
+        for soft, people in self._soft_batches(input, histories):
+            ids = [
+                tokenizer.prompt(prompt, config.data.max_input_length, behind)
+                for prompt in self._prompts(input, people)
+            ]
+            length = padded_length(max(map(len, ids)))
+            prompts, masks = map(np.concatenate, zip(*(row(x, length) for x in ids), strict=True))
+            # Users of one prompt read it once if it stands in front; rows fill up as `soft`'s do.
+            rows = 1 if behind and len(ids) == 1 else len(soft)
+            of_row = np.arange(rows) % len(ids)
             tokens = _answers(
                 models.llm,
+                self.llm,
                 soft,
-                np.repeat(prompt, copies, axis=0),
-                np.repeat(mask, copies, axis=0),
+                prompts[of_row],
+                masks[of_row],
                 place=tokenizer.place(behind),
                 **config.eval.decoding,
             )
-            answers += [tokenizer.decode(row) for row in np.asarray(tokens)[:count]]
+            answers += [tokenizer.decode(row) for row in np.asarray(tokens)[: len(people)]]
         return answers
 
     def _soft_batches(
         self, input: str, histories: Sequence[History]
-    ) -> Iterator[tuple[jax.Array, int]]:
-        """Yield `_soft_prompts` of `config.eval.batch_size` users at a time, for one query."""
+    ) -> Iterator[tuple[jax.Array, list[_Person]]]:
+        """Yield the soft tokens of `config.eval.batch_size` users at a time, and the users.
+
+        Behind the users' rows stand others that fill up.
+        """
         check_input(input)
         query, size = self.encode_inputs([input]), self.models.config.eval.batch_size
         for i in range(0, len(histories), size):
-            yield self._soft_prompts(query, histories[i : i + size])
+            people = self._people(histories[i : i + size])
+            inputs = self._inputs(query, people)
+            yield _soft_prompts(self.persona, inputs, self.method.reading), people
+
+    def _prompts(self, input: str, people: Sequence[_Person]) -> list[str]:
+        """Return each user's `prompt`, or one for all if all have the same."""
+        if not self.method.retrieval:
+            return [input]
+        query = self.encode_queries([input])[0]
+        return [self.shown(input, person.items, person.vectors, query) for person in people]
+
+    def shown(
+        self, input: str, items: Sequence[str | Item], vectors: np.ndarray, query: np.ndarray
+    ) -> str:
+        """Return the `prompt` for one user whose vectors are known.
+
+        Args:
+            input: as in `soft_prompt`.
+            items: the user's newest items, in order; of a text alone nothing can be shown.
+            vectors: (n, E), the items' vectors, as `encode_items` makes them.
+            query: (E,), the input's vector, as `encode_queries` makes it.
+        """
+        models, method = self.models, self.method
+        if not method.retrieval:
+            return input
+        whole = [(i, item) for i, item in enumerate(items) if not isinstance(item, str)]
+        profile, count = tuple(item for _, item in whole), top_k(method, models.config)
+        if lexical := LEXICAL.get(method.retrieval):
+            chosen = lexical(models.task, Example("", input, None, profile), count)
+        else:
+            near = vectors[[i for i, _ in whole]].astype(np.float32)
+            chosen = nearest(profile, near, query, count)
+        return in_words(models.task, models.tokenizer, method, models.config, input, chosen)
 
     def item_texts(self, history: Sequence[Item]) -> list[str]:
         """Return items as the encoder reads them, in their order.
@@ -301,15 +416,22 @@ class Personalizer:
 
     def encode_inputs(self, inputs: Sequence[str]) -> np.ndarray:
         """Return the vectors of inputs, (n, E) float32, as the plug compares them with items."""
-        trained, encode = self.plug.input_encoder, self.models.encoder.encode
         texts = [self.models.task.query_text(input) for input in inputs]
+        vectors = self._encode_queries(texts, self.persona.input_encoder)
+        trained = self.persona.input_encoder is not None
+        return vectors if trained else vectors.astype(np.float16).astype(np.float32)
+
+    def encode_queries(self, inputs: Sequence[str]) -> np.ndarray:
+        """Return the vectors of inputs, (n, E) float32, as `shown` compares them with items."""
+        return self._encode_queries([self.models.task.retrieval_text(input) for input in inputs])
+
+    def _encode_queries(self, texts: Sequence[str], model: Bert | None = None) -> np.ndarray:
         groups = []
         while texts:
             size = next(size for size in GROUPS if size <= len(texts))
-            groups.append(encode(texts[:size], queries=True, model=trained))
+            groups.append(self.models.encoder.encode(texts[:size], queries=True, model=model))
             texts = texts[size:]
-        vectors = np.concatenate(groups)
-        return vectors.astype(np.float16).astype(np.float32) if trained is None else vectors
+        return np.concatenate(groups)
 
     def persona_of(
         self, query: np.ndarray, history: Sequence[Item], vectors: np.ndarray
@@ -327,53 +449,42 @@ class Personalizer:
         Raises:
             InputError: as `soft_prompt`.
         """
-        texts, item_features = self._read(history)
-        vectors = vectors.astype(np.float32)
-        users = [(vectors, self._features(texts, item_features, vectors))]
-        soft, weights = _soft_and_weights(self.plug, self._inputs(query, users))
+        person = self._person(*self._read(history), vectors.astype(np.float32))
+        inputs = self._inputs(query, [person])
+        soft, weights = _soft_and_weights(self.persona, inputs, self.method.reading)
         return np.asarray(soft, np.float32)[0], np.asarray(weights)[0, : len(vectors)]
 
-    def _soft_prompts(
-        self, query: np.ndarray, histories: Sequence[History]
-    ) -> tuple[jax.Array, int]:
-        """Return the users' soft tokens, behind them rows that fill up, and the number of users."""
+    def _people(self, histories: Sequence[History]) -> list[_Person]:
+        """Return the users with their vectors, which are made together."""
         read = [self._read(history) for history in histories]
-        texts = [text for texts, _ in read for text in texts]
-        vectors = self.encode_items(texts).astype(np.float32)
-        ends = np.cumsum([len(texts) for texts, _ in read])[:-1]
-        users = [
-            (user_vectors, self._features(texts, item_features, user_vectors))
-            for (texts, item_features), user_vectors in zip(
-                read, np.split(vectors, ends), strict=True
-            )
-        ]
-        return _soft_prompts(self.plug, self._inputs(query, users)), len(users)
+        vectors = self.encode_items([text for _, texts, _ in read for text in texts])
+        ends = np.cumsum([len(texts) for _, texts, _ in read])[:-1]
+        split = np.split(vectors.astype(np.float32), ends)
+        return [self._person(*history, own) for history, own in zip(read, split, strict=True)]
 
-    def _inputs(
-        self,
-        query: np.ndarray,
-        users: Sequence[tuple[np.ndarray, dict[str, np.ndarray]]],
-    ) -> PlugInputs:
+    def _inputs(self, query: np.ndarray, people: Sequence[_Person]) -> PlugInputs:
         """Return one query, and the users' vectors and features as padded batches."""
-        rows = 1 << (len(users) - 1).bit_length()
-        items = padded_length(max(len(user_vectors) for user_vectors, _ in users))
+        rows = 1 << (len(people) - 1).bit_length()
+        items = padded_length(max(len(person.vectors) for person in people))
 
         def batch(arrays: Sequence[np.ndarray]) -> np.ndarray:
             return pad(np.stack([pad(array, items) for array in arrays]), rows)
 
-        masks = [np.ones(len(user_vectors), bool) for user_vectors, _ in users]
+        masks = [np.ones(len(person.vectors), bool) for person in people]
         features = {
-            name: batch([features[name] for _, features in users]) for name in self.features
+            name: batch([person.features[name] for person in people]) for name in self.features
         }
-        history = batch([user_vectors for user_vectors, _ in users])
+        history = batch([person.vectors for person in people])
         return PlugInputs(query, np.ones((1, 1), bool), history, batch(masks), features)
 
     def _texts(self, items: Sequence[str | Item]) -> list[str]:
         text = self.models.item_text
         return [item if isinstance(item, str) else text(item) for item in items]
 
-    def _read(self, history: History) -> tuple[list[str], dict[str, np.ndarray]]:
-        """Return the newest items' texts, and the features that the whole history gives them."""
+    def _read(
+        self, history: History
+    ) -> tuple[Sequence[str | Item], list[str], dict[str, np.ndarray]]:
+        """Return the newest items, their texts, and the features that the whole history gives."""
         models = self.models
         by_date = models.config.data.sort_by_date
         history = check_history(models.task, history, sort_by_date=by_date)
@@ -381,13 +492,19 @@ class Personalizer:
         items = [{} if isinstance(item, str) else item for item in history]
         newest = slice(-models.config.data.max_history, None)
         item_features = of_items(self.features, models.task, items)
-        return texts[newest], {name: values[newest] for name, values in item_features.items()}
+        features = {name: values[newest] for name, values in item_features.items()}
+        return history[newest], texts[newest], features
 
-    def _features(
-        self, texts: Sequence[str], item_features: dict[str, np.ndarray], vectors: np.ndarray
-    ) -> dict[str, np.ndarray]:
+    def _person(
+        self,
+        items: Sequence[str | Item],
+        texts: Sequence[str],
+        item_features: dict[str, np.ndarray],
+        vectors: np.ndarray,
+    ) -> _Person:
         def means() -> np.ndarray:
             assert self.peers is not None  # as some feature compares with them
             return self.peers.means_once(text_keys(texts), vectors)
 
-        return of_history(self.features, item_features, vectors, means)
+        features = of_history(self.features, item_features, vectors, means)
+        return _Person(items, vectors, features)

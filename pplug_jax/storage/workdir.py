@@ -57,5 +57,11 @@ def seed_path(workdir: Path, seed: int) -> Path:
     return workdir / f"seed_{seed}"
 
 
+def run_path(directory: Path) -> Path:
+    """Return the workdir that a directory is, or that it is a seed's directory of."""
+    of_seed = directory.name.startswith("seed_") and not (directory / CONFIG).is_file()
+    return directory.parent if of_seed else directory
+
+
 def trial_path(workdir: Path, learning_rate: float) -> Path:
     return workdir / "tune" / str(learning_rate)

@@ -34,7 +34,7 @@ class JaxEngine(Engine):
     with equally many rows of their own: soft tokens behind the input, and the suffix.
 
     Args:
-        llm: the LLM.
+        llm: the LLM, as the plug changes it.
         mesh: the mesh that it lies on.
         longest_prompt: the most rows of a prompt.
         max_new_tokens: the most new tokens.
@@ -42,6 +42,7 @@ class JaxEngine(Engine):
         waiting: how many may wait besides.
         own_rows: how many rows at a prompt's end are not shared; 0 shares nothing. Needs a
             decoder-only LLM.
+        reader: the unchanged LLM, which reads what is shared; None is `llm`.
     """
 
     def __init__(
@@ -54,9 +55,11 @@ class JaxEngine(Engine):
         slots: int = 32,
         waiting: int = 256,
         own_rows: int = 0,
+        reader: LLM | None = None,
     ):
         super().__init__(longest_prompt, max_new_tokens, waiting)
         self.llm, self.mesh, self.own_rows = llm, mesh, own_rows
+        self.reader = llm if reader is None else reader
         self._contexts: collections.OrderedDict[bytes, Context] = collections.OrderedDict()
         columns = self._lengths()[-1] + own_rows
         self._programs = programs(llm, mesh, slots, columns, max_new_tokens)
@@ -169,7 +172,7 @@ class JaxEngine(Engine):
         """Return these rows as the LLM read them, now or for one of the last prompts."""
         key = hashlib.sha256(rows.tobytes()).digest()
         if key not in self._contexts:
-            self._contexts[key] = self._programs.read(self.llm, *self._padded(rows))
+            self._contexts[key] = self._programs.read(self.reader, *self._padded(rows))
         self._contexts.move_to_end(key)
         if len(self._contexts) > CONTEXTS:
             self._contexts.popitem(last=False)

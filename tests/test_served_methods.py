@@ -1,0 +1,189 @@
+"""Every method whose plug reads a person is served as it was evaluated."""
+
+import functools
+import json
+import queue
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pplug_jax import Personalizer
+from pplug_jax.data.lamp import Example
+from pplug_jax.data.sources import read_split
+from pplug_jax.errors import InputError
+from pplug_jax.run import run
+from pplug_jax.serve.build import load_plug, make_service
+from pplug_jax.serve.engine import Sampling, Token
+from pplug_jax.serve.engine.jax_engine import JaxEngine
+from pplug_jax.serve.handover import SERVED
+from pplug_jax.serve.personalizer import export
+from pplug_jax.serve.store import Store
+from pplug_jax.storage.workdir import predictions_path
+from tests.support.once import Once
+from tests.support.runs import small_config
+from tests.support.server import Running
+
+BOTH = "task_lora+pplug+answers"
+METHODS = {"front": ("task_lora+pplug", "pplug_mean"), "behind": (BOTH, "pplug+retrieval")}
+CASES = [(place, method) for place, methods in METHODS.items() for method in methods]
+
+
+def compare(place: str, workdir: Path) -> None:
+    config = small_config(
+        methods=METHODS[place],
+        plug__place=place,
+        data__max_input_length=160,
+        eval__num_beams=1,
+        eval__top_k=2,
+        seeds=(0,),
+        train__learning_rate=0.01,
+    )
+    run(config, workdir, "compare")
+
+
+def seed_of(once: Once, place: str) -> Path:
+    """The seed's directory of a small comparison at this place; don't write to it."""
+    return once(f"compared_{place}", functools.partial(compare, place)) / "seed_0"
+
+
+def examples_of(personalizer: Personalizer) -> list[Example]:
+    return list(read_split(personalizer.models.config, "eval"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("place", "method"), CASES)
+def test_it_answers_as_in_the_evaluation(once: Once, place: str, method: str) -> None:
+    directory = seed_of(once, place)
+    path = predictions_path(directory, "dev", method)
+    expected = {row["id"]: row["output"] for row in json.loads(path.read_text())["golds"]}
+    personalizer = Personalizer.from_checkpoint(directory, method=method)
+    examples = examples_of(personalizer)
+    found = {
+        example.id: personalizer.generate(example.input, example.profile) for example in examples
+    }
+    assert found == expected
+    assert len(set(found.values())) > 1
+    a, b = examples[:2]
+    together = personalizer.generate_many(a.input, [a.profile, b.profile, ()])
+    assert together == [
+        personalizer.generate(a.input, profile) for profile in (a.profile, b.profile, ())
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("place", "method"), CASES)
+def test_an_engine_answers_so_too(once: Once, place: str, method: str) -> None:
+    personalizer = Personalizer.from_checkpoint(seed_of(once, place), method=method)
+    models = personalizer.models
+    length = models.config.eval.max_new_tokens
+    limits = {"longest_prompt": personalizer.longest_prompt, "max_new_tokens": length, "slots": 4}
+    settings = {"reader": models.llm, "own_rows": personalizer.own_rows}
+    engine = JaxEngine(personalizer.llm, models.mesh, **settings, **limits)
+    for example in examples_of(personalizer)[:4]:
+        prompt = personalizer.prompt(example.input, example.profile)
+        soft = personalizer.soft_prompt(example.input, example.profile)
+        events: queue.SimpleQueue = queue.SimpleQueue()
+        engine.submit(personalizer.inputs_embeds(prompt, soft), Sampling(length), events.put)
+        tokens = []
+        while isinstance(event := events.get(timeout=60), Token):
+            tokens.append(event.id)
+        answer = models.tokenizer.decode(np.array(tokens, np.int32))
+        assert answer == personalizer.generate(example.input, example.profile)
+    engine.close()
+
+
+@pytest.mark.slow
+def test_the_words_are_those_of_the_person(once: Once) -> None:
+    personalizer = Personalizer.from_checkpoint(seed_of(once, "behind"), method=BOTH)
+    example = examples_of(personalizer)[0]
+    prompt = personalizer.prompt(example.input, example.profile)
+    titles = [item["title"] for item in example.profile]
+    assert prompt.startswith(example.input)
+    assert sum(f"- {title}" in prompt for title in titles) == 2
+    assert personalizer.prompt(example.input) == example.input
+    assert personalizer.prompt(example.input, titles) == example.input  # texts say no answer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["persona", "words", "LoRA"])
+def test_every_part_counts(once: Once, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the other tests would show little."""
+    whole = Personalizer.from_checkpoint(seed_of(once, "behind"), method=BOTH)
+    less = whole
+    if part == "LoRA":
+        less = Personalizer(whole.models, whole.persona, SERVED["pplug+answers"])
+    if part == "words":
+        less = Personalizer(whole.models, whole.plug, SERVED["task_lora+pplug"])
+    examples = examples_of(whole)
+    answers = [whole.generate(example.input, example.profile) for example in examples]
+    if part == "persona":
+        zeros = np.zeros_like(whole.soft_prompt(examples[0].input))
+        monkeypatch.setattr(
+            "pplug_jax.serve.personalizer._soft_prompts",
+            lambda plug, inputs, reading: zeros[None],
+        )
+    assert answers != [less.generate(example.input, example.profile) for example in examples]
+
+
+@pytest.mark.slow
+def test_it_is_handed_on(once: Once, tmp_path: Path) -> None:
+    directory = seed_of(once, "behind")
+    export(directory, tmp_path / "plug", BOTH)
+    trained = Personalizer.from_checkpoint(directory, method=BOTH)
+    loaded = Personalizer.from_pretrained(tmp_path / "plug")
+    assert loaded.method == trained.method
+    for example in examples_of(trained)[:3]:
+        soft = trained.soft_prompt(example.input, example.profile)
+        np.testing.assert_array_equal(loaded.soft_prompt(example.input, example.profile), soft)
+        expected = trained.generate(example.input, example.profile)
+        assert loaded.generate(example.input, example.profile) == expected
+
+
+@pytest.mark.slow
+def test_it_answers_over_http(once: Once, tmp_path: Path) -> None:
+    personalizer = load_plug(str(seed_of(once, "behind")), method=BOTH)
+    store = Store(f"sqlite:///{tmp_path / 'store.sqlite'}")
+    running = Running(make_service("both", personalizer, store, slots=4))
+    try:
+        (example, *_) = examples_of(personalizer)
+        items = [{k: v for k, v in item.items() if k != "id"} for item in example.profile]
+        running.ask("POST", "/v1/personas/ann/items", json={"items": items}).raise_for_status()
+        for user, history in (("ann", items), ("nobody", [])):
+            answer = running.openai().completions.create(
+                model="both", prompt=example.input, user=user
+            )
+            assert answer.choices[0].text == personalizer.generate(example.input, history)
+        one = {"input": example.input, "users": ["ann"]}
+        (line,) = running.ask("POST", "/v1/personalize", json=one).text.splitlines()
+        assert json.loads(line)["answer"] == personalizer.generate(example.input, items)
+        refused = running.ask("POST", "/v1/personas/ann/soft_prompt", json={"input": example.input})
+        assert refused.status_code == 400
+        assert "a LoRA" in refused.json()["error"]["message"]
+    finally:
+        running.stop()
+    with pytest.raises(InputError, match="changes its LLM by a LoRA, which a server does not"):
+        make_service("both", personalizer, store, engine_url="http://127.0.0.1:1/v1")
+
+
+@pytest.mark.slow
+def test_what_cannot_be_served(once: Once, tmp_path: Path) -> None:
+    directory = seed_of(once, "behind")
+    for name in ("none", "instruction_only", "shuffled_user", "user_lora", "nothing"):
+        with pytest.raises(InputError, match=f"the method '{name}' cannot be served.*: pplug, "):
+            Personalizer.from_checkpoint(directory, method=name)
+    with pytest.raises(
+        InputError, match=rf"'pplug' is none of them; take {BOTH.replace('+', '.')} or"
+    ):
+        Personalizer.from_checkpoint(directory, method="pplug")
+    assert Personalizer.from_checkpoint(directory).method.name == BOTH  # the run's first
+    export(directory, tmp_path / "plug", BOTH)
+    about = json.loads((tmp_path / "plug" / "plug_config.json").read_text())
+    (tmp_path / "plug" / "plug_config.json").write_text(json.dumps(about | {"method": "none"}))
+    with pytest.raises(InputError, match="the method 'none' cannot be served"):
+        Personalizer.from_pretrained(tmp_path / "plug")
+    shutil.copytree(directory.parent, tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    with pytest.raises(InputError, match=r"run/config\.json: no such file"):
+        Personalizer.from_checkpoint(tmp_path / "run" / "seed_0", method=BOTH)
