@@ -6,12 +6,13 @@ import pytest
 from pplug_jax.scoring.summary import holm, verdicts
 
 LOW, HIGH = np.zeros((30, 1)), np.ones((30, 1))
+NAMES = {"plug": "pplug", "stranger": "shuffled_user"}
 NOISE = np.random.default_rng(0).random((30, 1))
 
 
 def said(metric: str, pplug: np.ndarray, **others: np.ndarray) -> list[str]:
     every = {"pplug": pplug} | others
-    return verdicts({name: {metric: rows} for name, rows in every.items()}, metric, 500)
+    return verdicts({name: {metric: rows} for name, rows in every.items()}, metric, 500, **NAMES)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ def test_loss_metric_and_style_are_judged_together():
     """A plug that only lowers the loss has learnt the user, whatever ROUGE sees."""
     ours = {"rouge1": NOISE, "loss": sums(NOISE), "style": sums(NOISE)}
     theirs = ours | {"rouge1": NOISE[::-1], "loss": sums(NOISE + 0.1)}
-    (line,) = verdicts({"pplug": ours, "shuffled_user": theirs}, "rouge1", 500)
+    (line,) = verdicts({"pplug": ours, "shuffled_user": theirs}, "rouge1", 500, **NAMES)
     better, same = line.split("; ")
     assert better.startswith("pplug against shuffled_user: better in loss -0.100 [")
     assert same.startswith("not significantly different in rouge1 ")
@@ -71,4 +72,4 @@ def test_a_stranger_who_does_as_well_is_remarked_upon():
 
 
 def test_without_pplug_nothing_is_compared():
-    assert verdicts({"none": {"rouge1": LOW}}, "rouge1", 500) == []
+    assert verdicts({"none": {"rouge1": LOW}}, "rouge1", 500, **NAMES) == []

@@ -1,5 +1,6 @@
 """Every task's texts, by hand: what is compared, what is encoded, what a prompt shows."""
 
+import dataclasses
 import importlib
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from pplug_jax.config import PARITY, checked
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.feed.retrieval import demonstration_prompt
+from pplug_jax.methods.table import CONTROLS, METHODS
 from pplug_jax.scoring.metrics import METRICS
 from tests.support.environment import ROOT
 from tests.support.task_files import INPUTS, ITEMS
@@ -165,8 +167,8 @@ def test_every_config_is_complete(name: str):
     assert {importlib.import_module(f"configs.{n}").get_config().task for n in CONFIGS} == {*TASKS}
 
 
-@pytest.mark.parametrize("argument", ["lamp4", "lamp5:flan_t5_xxl@v5e-8", "custom:gemma3_1b"])
-def test_the_best_plug_is_a_tasks_config_with_another_plug(argument: str):
+@pytest.mark.parametrize("argument", [*CONFIGS, "lamp5:flan_t5_xxl@v5e-8", "custom:gemma3_1b"])
+def test_the_best_is_a_tasks_config_with_other_methods_and_another_plug(argument: str):
     from configs import best
 
     config = best.get_config(argument)
@@ -175,7 +177,14 @@ def test_the_best_plug_is_a_tasks_config_with_another_plug(argument: str):
     plain = importlib.import_module(f"configs.{task}").get_config(*llm)
     assert config.plug != plain.plug
     assert config.plug.place == ("front" if "t5" in argument else "behind")
-    config.plug = plain.plug
+    if config.task == "LaMP_QA":  # nothing to train on
+        assert config.methods == plain.methods
+    else:
+        (plug,) = CONTROLS.keys() & set(config.methods)
+        assert set(dataclasses.astuple(CONTROLS[plug])) < set(config.methods)
+        assert METHODS[plug].kind == "lora+persona"
+        assert METHODS[plug].answers == (config.task != "LaMP_1")
+    config.plug, config.methods, config.eval.top_k = plain.plug, plain.methods, plain.eval.top_k
     assert config == plain
 
 

@@ -18,7 +18,7 @@ from pplug_jax.evaluate.predict import Answers, answer_examples
 from pplug_jax.evaluate.run import empty_results, statistics_of
 from pplug_jax.feed.batches import Tokenized
 from pplug_jax.methods.shown import Layout
-from pplug_jax.methods.table import Method, asked_for, configured, methods_of
+from pplug_jax.methods.table import CONTROLS, Method, asked_for, configured, methods_of
 from pplug_jax.methods.users import unseen
 from pplug_jax.runtime.console import say
 from pplug_jax.scoring.metrics import paired_difference, value_of
@@ -43,7 +43,15 @@ from pplug_jax.train.loop import Trainer
 from pplug_jax.train.meter import training_seconds
 from pplug_jax.train.tune import tune
 
-REFERENCES = ("none", "instruction_only", "shuffled_user", "pplug")  # what differences are from
+# What differences are from: the LLM alone, and for each plug its controls and itself.
+REFERENCES = (
+    "none",
+    *(
+        name
+        for plug, controls in CONTROLS.items()
+        for name in (controls.nobody, controls.stranger, plug)
+    ),
+)
 
 
 class SeedRun(NamedTuple):

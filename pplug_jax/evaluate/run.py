@@ -9,7 +9,7 @@ import numpy as np
 from pplug_jax.data.lamp import Example
 from pplug_jax.data.sources import data_name
 from pplug_jax.evaluate.predict import Answers, answer_examples
-from pplug_jax.methods.table import configured, methods_of
+from pplug_jax.methods.table import CONTROLS, configured, methods_of
 from pplug_jax.plugs.forward import Weights
 from pplug_jax.runtime.console import say
 from pplug_jax.scoring.metrics import example_statistics
@@ -87,7 +87,12 @@ def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
         write_json(path, results)
 
     if any(statistics.values()):
-        remarks = verdicts(statistics, task.metrics[0], config.eval.bootstrap_samples, users)
+        judged = statistics, task.metrics[0], config.eval.bootstrap_samples, users
+        remarks = [
+            line
+            for plug, controls in CONTROLS.items()
+            for line in verdicts(*judged, plug=plug, stranger=controls.stranger)
+        ]
         header, rows = _cells(results)
         lines = [markdown(header, rows), "", *(f"- {line}" for line in remarks)]
         show_table(title_of(results), header, rows)
@@ -141,9 +146,11 @@ def show_examples(
             "input": models.task.query_text(example.input),
             "gold": example.target or "(withheld)",
         }
-        rows |= {name: answers[name][example.id] for name in ("none", "pplug") if name in answers}
+        compared = [name for name in ("none", *CONTROLS) if name in answers]
+        rows |= {name: answers[name][example.id] for name in compared}
+        width = max(map(len, rows)) + 2
         for name, text in rows.items():
-            say(f"  {name + ':':7}{shorten(text)}")
+            say(f"  {name + ':':{width}}{shorten(text)}")
 
 
 def shorten(text: str) -> str:

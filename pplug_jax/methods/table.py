@@ -138,6 +138,14 @@ _LORA_AND_PLUG = (
         kind="lora+persona",
     ),
     Method(
+        "task_lora+instruction_only",
+        "one LoRA for all users and as many soft tokens, trained without any history",
+        plug="task_lora+instruction_only",
+        history="none",
+        reading=NO_HISTORY,
+        kind="lora+persona",
+    ),
+    Method(
         "task_lora+shuffled_user",
         "task_lora+pplug given another user's history",
         plug="task_lora+pplug",
@@ -167,6 +175,7 @@ _SHOWN_ANSWERS = (
     "shuffled_user",
     "task_lora",
     "task_lora+pplug",
+    "task_lora+instruction_only",
     "task_lora+shuffled_user",
 )
 _ANSWERS = (
@@ -184,6 +193,35 @@ _OTHER = (
 )
 
 METHODS = {method.name: method for method in (*_WITHOUT_ANSWERS, *_ANSWERS, *_OTHER)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Controls:
+    """The methods that tell whether a plug has learnt the user or only the task, by name.
+
+    Attributes:
+        nobody: trains as many soft tokens without any history.
+        stranger: gives the plug another user's history.
+    """
+
+    nobody: str
+    stranger: str
+
+
+def _controls() -> dict[str, Controls]:
+    methods = METHODS.values()
+    strangers = {method.plug: method.name for method in methods if method.history == "another"}
+    nobodies = {
+        (method.kind, method.answers): method.name for method in methods if method.history == "none"
+    }
+    return {
+        method.name: Controls(nobodies[method.kind, method.answers], strangers[method.name])
+        for method in methods
+        if method.name in strangers
+    }
+
+
+CONTROLS = _controls()  # of the methods that have them
 
 
 def methods_of(config: Settings) -> dict[str, Method]:

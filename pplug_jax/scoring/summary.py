@@ -56,23 +56,34 @@ def verdicts(
     metric: str,
     samples: int,
     users: Sequence[str] = (),
+    *,
+    plug: str,
+    stranger: str,
 ) -> list[str]:
-    """Say in words what the paired differences between pplug and every other method mean.
+    """Say in words what the paired differences between a plug and every other method mean.
 
     They are judged by loss, the task's metric and style, where measured. The p-values of a method
     are corrected for looking so often (Holm 1979).
+
+    Args:
+        statistics: each example's statistics, by method and metric.
+        metric: the task's.
+        samples: how many swaps and bootstrap samples are drawn.
+        users: the examples' users.
+        plug: the method that is compared; without it there is nothing to say.
+        stranger: its control with another user's history.
     """
-    if "pplug" not in statistics:
+    if plug not in statistics:
         return []
     lines = []
-    judged = [name for name in ("loss", metric, "style") if name in statistics["pplug"]]
+    judged = [name for name in ("loss", metric, "style") if name in statistics[plug]]
     for name in statistics:
-        if name == "pplug":
+        if name == plug:
             continue
         comparisons = [
             paired_difference(
                 measure,
-                statistics["pplug"][measure],
+                statistics[plug][measure],
                 statistics[name][measure],
                 samples,
                 users=users,
@@ -95,8 +106,8 @@ def verdicts(
         parts = (
             f"{word} in {', '.join(figures)}" for word, figures in by_verdict.items() if figures
         )
-        lines.append(f"pplug against {name}: {'; '.join(parts)}")
-        if name == "shuffled_user" and not by_verdict["better"]:
+        lines.append(f"{plug} against {name}: {'; '.join(parts)}")
+        if name == stranger and not by_verdict["better"]:
             lines.append(
                 "So nothing here shows that the plug learnt the user rather than the task."
             )
