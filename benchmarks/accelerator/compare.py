@@ -39,6 +39,7 @@ MAIN = (
     "instruction_only+answers",
     "task_lora+pplug",
     "task_lora+pplug+answers",
+    "task_lora+instruction_only+answers",
     "task_lora+shuffled_user+answers",
 )
 ALL = (*MAIN, "recency", "mean_persona", "task_lora", "task_lora+answers", "pplug_paper")

@@ -234,11 +234,12 @@ function select(options, value, label, onchange) {
 const users = data.explorer?.examples ?? [];
 const answering = users.length ? Object.keys(users[0].outputs) : [];
 const weighing = users.length ? Object.keys(users[0].weights) : [];
-const preferred = ["none", "bm25", "pplug", ...answering].filter((name) => answering.includes(name));
+const plug = weighing.includes("pplug") ? "pplug" : weighing[0];
+const preferred = ["none", "bm25", plug, ...answering].filter((name) => answering.includes(name));
 const state = {
   user: 0,
   methods: [...new Set(preferred)].slice(0, 3),
-  weights: weighing.includes("pplug") ? "pplug" : weighing[0],
+  weights: plug,
   compare: false,
   order: weighing.length ? "weight" : "newest",
 };
@@ -371,7 +372,7 @@ function open(i) {
 // ---- Map
 
 const maps = data.explorer?.maps ?? {};
-const map = { method: "pplug" in maps ? "pplug" : Object.keys(maps)[0], colours: null };
+const map = { method: plug in maps ? plug : Object.keys(maps)[0], colours: null };
 
 /** What a map's dots may be coloured by: {key: [name, colour of a dot, legend]}. */
 function colourings(plane) {
