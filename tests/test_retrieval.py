@@ -148,10 +148,11 @@ def test_dense_takes_the_nearest_by_the_encoders_query(tmp_path: Path):
     store = HistoryStore(tmp_path, AxisEncoder())
     store.add([(asked("", profile).owner, [TASK.item_text(each) for each in profile])])
     dense = Dense(store, newest=9, labels=True)
-    input = f"{INSTRUCTION}4"
-    assert dense(TASK, asked(input, profile), 2) == [profile[2], profile[4]]
-    assert dense(TASK, asked(input, profile), 9) == [profile[i] for i in (2, 4, 0, 1, 3)]
-    assert dense(TASK, asked(input, []), 2) == []
+    four, three = (asked(f"{INSTRUCTION}{number}", profile) for number in (4, 3))
+    nobody = asked(four.input, [])
+    fives = [profile[2], profile[4]]
+    assert list(dense(TASK, [four, nobody, three], 2)) == [fives, [], [profile[1], profile[0]]]
+    assert list(dense(TASK, [four], 9)) == [[profile[i] for i in (2, 4, 0, 1, 3)]]
 
 
 def words(n: int, word: str = "w") -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import transformers
@@ -71,11 +71,13 @@ class Dense:
     newest: int
     labels: bool
 
-    def __call__(self, task: Task, example: Example, top_k: int) -> list[Item]:
-        history = History.of(*history_texts(task, example, self.newest, self.labels))
-        query = self.store.encoder.encode([task.retrieval_text(example.input)], 1, queries=True)[0]
-        items = example.profile[-self.newest :]
-        return nearest(items, self.store.vectors(history), query, top_k)
+    def __call__(self, task: Task, examples: Sequence[Example], top_k: int) -> Iterator[list[Item]]:
+        inputs = [task.retrieval_text(example.input) for example in examples]
+        queries = self.store.encoder.encode(inputs, queries=True)
+        for example, query in zip(examples, queries, strict=True):
+            history = History.of(*history_texts(task, example, self.newest, self.labels))
+            items = example.profile[-self.newest :]
+            yield nearest(items, self.store.vectors(history), query, top_k)
 
 
 def nearest(
@@ -86,14 +88,25 @@ def nearest(
     return [items[i] for i in best[:top_k]]
 
 
-Retriever = Callable[[Task, Example, int], list[Item]]
-LEXICAL: dict[str, Retriever] = {"bm25": bm25, "recency": recency, "random": random}
+# What needs no encoder, one example at a time.
+LEXICAL: dict[str, Callable[[Task, Example, int], list[Item]]] = {
+    "bm25": bm25,
+    "recency": recency,
+    "random": random,
+}
+Retriever = Callable[[Task, Sequence[Example], int], Iterator[list[Item]]]
 
 
 def retrievers(store: HistoryStore, newest: int, labels: bool) -> dict[str, Retriever]:
-    """Return all retrievers by name; each returns up to `top_k` items of a profile, best first."""
-    dense = Dense(store, newest, labels)
-    return {**LEXICAL, "dense": dense}
+    """Return all retrievers by name; each yields up to `top_k` items of a profile, best first."""
+
+    def each(retrieve: Callable[[Task, Example, int], list[Item]]) -> Retriever:
+        return lambda task, examples, top_k: (
+            retrieve(task, example, top_k) for example in examples
+        )
+
+    lexical = {name: each(retrieve) for name, retrieve in LEXICAL.items()}
+    return {**lexical, "dense": Dense(store, newest, labels)}
 
 
 def demonstration_prompt(

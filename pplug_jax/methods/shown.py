@@ -1,6 +1,7 @@
 """Make a method's examples: what each shows the LLM of its user."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ from pplug_jax.methods.table import Method
 from pplug_jax.methods.users import strangers
 from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.settings import Settings
+
+AT_ONCE = 256  # examples whose items are retrieved together: their inputs are encoded in batches
 
 
 class Layout(NamedTuple):
@@ -113,10 +116,12 @@ def _prompts(
     """Yield the tokens of each example's input with the items that the method shows."""
     data, behind = config.data, layout_of(method, config).behind
     retrieve = retrievers(store, data.max_history, data.history_labels)[method.retrieval or ""]
-    for example in examples:
-        items = retrieve(task, example, top_k(method, config))
-        prompt = in_words(task, tokenizer, method, config, example.input, items)
-        yield tokenizer.prompt(prompt, data.max_input_length, behind)
+    left = iter(examples)
+    while together := list(itertools.islice(left, AT_ONCE)):
+        retrieved = retrieve(task, together, top_k(method, config))
+        for example, items in zip(together, retrieved, strict=True):
+            prompt = in_words(task, tokenizer, method, config, example.input, items)
+            yield tokenizer.prompt(prompt, data.max_input_length, behind)
 
 
 def top_k(method: Method, config: Settings) -> int:
