@@ -26,7 +26,10 @@ from tests.support.runs import small_config
 from tests.support.server import Running
 
 BOTH = "task_lora+pplug+answers"
-METHODS = {"front": ("task_lora+pplug", "pplug_mean"), "behind": (BOTH, "pplug+retrieval")}
+METHODS = {
+    "front": ("task_lora+pplug", "instruction_only+answers"),
+    "behind": (BOTH, "pplug+retrieval"),
+}
 CASES = [(place, method) for place, methods in METHODS.items() for method in methods]
 
 

@@ -55,7 +55,7 @@ def server_parser() -> argparse.ArgumentParser:
     server.add_argument("--encoder", help="of an exported plug: its encoder, likewise")
     server.add_argument(
         "--method",
-        help="of a run's workdir: which method answers (the first whose plug reads a person)",
+        help="of a run's workdir: which method answers (the first that can be served)",
     )
     server.add_argument("--host", default="127.0.0.1", help="(%(default)s)")
     server.add_argument("--port", type=int, default=8000, help="(%(default)s)")

@@ -38,12 +38,15 @@ from pplug_jax.storage.files import is_remote, read_object, write_json, write_te
 from pplug_jax.storage.hub import HUB_ID, local_directory
 from pplug_jax.storage.workdir import results_path
 
-# Methods whose plug reads a person, in the order in which people are told of them.
-SERVED = {
-    name: method
-    for name, method in METHODS.items()
-    if method.trained and method.history == "own" and PLUGS[method.kind].reads_input
-}
+
+def _answers_for_a_person(method: Method) -> bool:
+    """Whether a plug's method reads the history, or shows items of it to a plug that does not."""
+    reads = method.history == "own" or method.retrieval is not None
+    return method.trained and PLUGS[method.kind].reads_input and reads
+
+
+# In the order in which people are told of them.
+SERVED = {name: method for name, method in METHODS.items() if _answers_for_a_person(method)}
 WEIGHTS, PLUG_CONFIG, CARD = "plug.safetensors", "plug_config.json", "README.md"
 FORMAT = 1
 # Settings that say where something lies on a machine, or which machine it is.
@@ -73,8 +76,8 @@ def served(name: str) -> Method:
     """
     if name not in SERVED:
         raise InputError(
-            f"the method {name!r} cannot be served, as it has no plug of its own that reads a "
-            f"person; one of these can: {', '.join(SERVED)}"
+            f"the method {name!r} cannot be served: it trains no soft tokens, or nothing of a "
+            f"person reaches the LLM; these can: {', '.join(SERVED)}"
         )
     return SERVED[name]
 

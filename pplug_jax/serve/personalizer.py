@@ -164,8 +164,7 @@ class Personalizer:
 
         Args:
             workdir: the run's; of a comparison `seed_0` in it, or another seed's.
-            method: which of its methods answers, of those that train a plug which reads a person;
-                None is the first of them.
+            method: which of its methods answers, of `handover.SERVED`; None is the first of them.
 
         Raises:
             InputError: `workdir` has no run or no trained plug yet, or its models are gone.
@@ -211,7 +210,10 @@ class Personalizer:
 
     @property
     def llm(self) -> LLM:
-        """The LLM as the plug changes it, which answers; what is behind it reads `models.llm`."""
+        """The LLM as the plug changes it, which answers.
+
+        What stands in front of soft tokens behind the input is read by `models.llm`.
+        """
         return self.plug.on(self.models.llm)
 
     @property
@@ -444,7 +446,7 @@ class Personalizer:
             vectors: (n, E), the items' vectors, as `encode_items` makes them.
 
         Returns:
-            (k + 1, D) float32 and (n,) float32, which add up to 1.
+            (k + 1, D) float32 and (n,) float32, which add up to 1, or to 0 if the plug reads none.
 
         Raises:
             InputError: as `soft_prompt`.
@@ -470,7 +472,8 @@ class Personalizer:
         def batch(arrays: Sequence[np.ndarray]) -> np.ndarray:
             return pad(np.stack([pad(array, items) for array in arrays]), rows)
 
-        masks = [np.ones(len(person.vectors), bool) for person in people]
+        reads = self.method.history == "own"
+        masks = [np.full(len(person.vectors), reads) for person in people]
         features = {
             name: batch([person.features[name] for person in people]) for name in self.features
         }
