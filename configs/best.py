@@ -1,8 +1,8 @@
-"""What did best on real texts (docs/results.md), for any task, with its controls.
+"""What did best on real texts (docs/results.md), for any task.
 
 `--config=configs/best.py:lamp4` or `--config=configs/best.py:lamp4:llama3_8b@v5e-8`: the task's
-config and the LLM's name. A LoRA for the task and a plug for the person are trained together,
-behind what the person wrote on the nearest inputs, where a history's items say that. The method
+config and the LLM's name. A prompt shows what the person wrote on the nearest inputs, where a
+history's items say that, and the plug stands behind it; its controls are run too. The method
 `pplug_paper` is the paper's plug beside it.
 """
 
@@ -33,11 +33,9 @@ def get_config(arg: str = "lamp5") -> ml_collections.ConfigDict:
     c.plug.history_dropout = 0.2
     # An LLM with an encoder reads the whole prompt at once: behind it nothing is gained.
     c.plug.place = "front" if any("t5" in name for name in llm) else "behind"
-    if task == "lamp_qa":  # its records have nothing to train on
-        return c
     known = TASKS[c.task]
-    answers = "+answers" if known.answer or known.answers else ""
-    best = [f"task_lora+{name}{answers}" for name in ("pplug", "instruction_only", "shuffled_user")]
-    c.methods = ("none", "bm25", *(["answers"] if answers else []), *best)
-    c.eval.top_k = 4
+    if (known.answer or known.answers) and "pplug" in c.methods:
+        controls = "instruction_only+answers", "shuffled_user+answers"
+        c.methods = ("none", "bm25", "answers", "pplug+answers", *controls)
+        c.eval.top_k = 4
     return c
