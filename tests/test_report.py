@@ -309,6 +309,7 @@ def test_seeds_are_averaged_in_the_bins_and_drawn_as_curves_of_their_own(tmp_pat
                 (20, "pplug/grad_norm", 1.0),
                 (40, "pplug/loss", seed / 2),
                 (20, "pplug/loss", float(seed)),  # taken again after a stop
+                (20, "k16/loss", 1.0),  # trained in another run
             )
         ]
         text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -319,12 +320,18 @@ def test_seeds_are_averaged_in_the_bins_and_drawn_as_curves_of_their_own(tmp_pat
 
     path = report([workdir])
     page = Page(path)
-    assert page.data["losses"] == {"pplug": [[[20, 3.0], [40, 1.5]], [[20, 5.0], [40, 2.5]]]}
+    assert page.data["losses"] == {
+        "pplug": [[[20, 3.0], [40, 1.5]], [[20, 5.0], [40, 2.5]]],
+        "k16": [[[20, 1.0]], [[20, 1.0]]],
+    }
+    assert page.data["methods"] == [*results["methods"], "k16"]
     assert [list(row.values()) for row in rows_of(path.parent / "losses.csv")] == [
         ["pplug", "3", "20", "3.0"],
         ["pplug", "3", "40", "1.5"],
         ["pplug", "5", "20", "5.0"],
         ["pplug", "5", "40", "2.5"],
+        ["k16", "3", "20", "1.0"],
+        ["k16", "5", "20", "1.0"],
     ]
     values = [score["value"] for score in page.data["lengths"]["rouge1"]["pplug"]]
     assert values == [0, 0, 0.5, 0]

@@ -73,9 +73,11 @@ def report(workdirs: Sequence[Path]) -> Path:
         problem = str(error)
         say(f"the report lacks history lengths, users and map: {problem}")
     losses = {name: [_thinned(seed) for seed in seeds.values()] for name, seeds in curves.items()}
+    evaluated = [name for shown in runs for name in shown.results["methods"]]
     lower = [name for name, metric in METRICS.items() if metric.lower_is_better]
     data = {
-        "methods": list(dict.fromkeys(name for shown in runs for name in shown.results["methods"])),
+        # Each has a colour; what was only trained, too.
+        "methods": list(dict.fromkeys([*evaluated, *losses])),
         "metrics": run.metrics,
         "lower": lower,
         "runs": [{"metrics": shown.metrics, "methods": shown.results["methods"]} for shown in runs],
