@@ -177,16 +177,23 @@ def test_what_cannot_be_served(once: Once, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=f"the method '{name}' cannot be served.*: pplug, "):
             Personalizer.from_checkpoint(directory, method=name)
     with pytest.raises(
-        InputError, match=rf"'pplug' is none of them; take {BOTH.replace('+', '.')} or"
+        InputError, match=rf"'pplug' was not trained here .*; take {BOTH.replace('+', '.')} or"
     ):
         Personalizer.from_checkpoint(directory, method="pplug")
     assert Personalizer.from_checkpoint(directory).method.name == BOTH  # the run's first
+    config = json.loads((directory.parent / "config.json").read_text())
     export(directory, tmp_path / "plug", BOTH)
     about = json.loads((tmp_path / "plug" / "plug_config.json").read_text())
     (tmp_path / "plug" / "plug_config.json").write_text(json.dumps(about | {"method": "none"}))
     with pytest.raises(InputError, match="the method 'none' cannot be served"):
         Personalizer.from_pretrained(tmp_path / "plug")
     shutil.copytree(directory.parent, tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text(
+        json.dumps(config | {"methods": ["none", "pplug+retrieval"]})
+    )
+    for method in (None, BOTH):  # it was trained there, perhaps by another command since
+        found = Personalizer.from_checkpoint(tmp_path / "run" / "seed_0", method=method)
+        assert found.method.name == (method or "pplug+retrieval")
     (tmp_path / "run" / "config.json").unlink()
     with pytest.raises(InputError, match=r"run/config\.json: no such file"):
         Personalizer.from_checkpoint(tmp_path / "run" / "seed_0", method=BOTH)

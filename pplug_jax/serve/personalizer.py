@@ -41,7 +41,7 @@ from pplug_jax.session import Models
 from pplug_jax.session.weights import restore_weights
 from pplug_jax.settings import Settings, upgraded
 from pplug_jax.storage.files import read_object
-from pplug_jax.storage.workdir import CONFIG, run_path
+from pplug_jax.storage.workdir import CONFIG, checkpoints_path, run_path
 
 History = Sequence[str | dict[str, Any]]
 GROUPS = (16, 4, 1)  # inputs that are encoded together: few numbers, for each is compiled
@@ -107,14 +107,15 @@ def _read_run(workdir: epath.PathLike, name: str | None) -> tuple[Models, Plug, 
     if not path.is_file():
         raise InputError(f"{path}: no such file; {workdir} is not the workdir of a run")
     config = Settings.of(upgraded(read_object(path)))
-    of_run = [name for name in config.methods if name in SERVED]
-    name = name or next(iter(of_run), "pplug")
-    method = served(name)
-    if name not in of_run:
-        advice = f"take {' or '.join(of_run)}, or " if of_run else ""
+    # The config's methods first; others may have been trained here since.
+    known = [name for name in dict.fromkeys([*config.methods, *SERVED]) if name in SERVED]
+    trained = [name for name in known if checkpoints_path(workdir, name).is_dir()]
+    method = served(name or next(iter(trained), "pplug"))
+    if method.name not in trained:
+        advice = f"take {' or '.join(trained)}, or " if trained else ""
         raise InputError(
-            f"{workdir}: the run's methods are {', '.join(config.methods)}, and {name!r} is none "
-            f"of them; {advice}train it (config.methods)"
+            f"{workdir}: {method.name!r} was not trained here (config.methods: "
+            f"{', '.join(config.methods)}); {advice}train it"
         )
     config = configured(config, method, config.seed)
     models = Models(config, run)
