@@ -1,9 +1,9 @@
 """What did best on real texts (docs/results.md), for any task.
 
 `--config=configs/best.py:lamp4` or `--config=configs/best.py:lamp4:llama3_8b@v5e-8`: the task's
-config and the LLM's name. A prompt shows what the person wrote on the nearest inputs, where a
-history's items say that, and the plug stands behind it; its controls are run too. The method
-`pplug_paper` is the paper's plug beside it.
+config and the LLM's name. A prompt shows what the person wrote on the nearest inputs, where the
+task's items say that, and the plug stands behind it; its controls are run too. For `custom`, whose
+data say it or not, name these methods. The method `pplug_paper` is the paper's plug beside it.
 """
 
 import importlib
@@ -33,8 +33,7 @@ def get_config(arg: str = "lamp5") -> ml_collections.ConfigDict:
     c.plug.history_dropout = 0.2
     # An LLM with an encoder reads the whole prompt at once: behind it nothing is gained.
     c.plug.place = "front" if any("t5" in name for name in llm) else "behind"
-    known = TASKS[c.task]
-    if (known.answer or known.answers) and "pplug" in c.methods:
+    if TASKS[c.task].answer and "pplug" in c.methods:
         controls = "instruction_only+answers", "shuffled_user+answers"
         c.methods = ("none", "bm25", "answers", "pplug+answers", *controls)
         c.eval.top_k = 4

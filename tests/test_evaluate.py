@@ -6,7 +6,7 @@ import pytest
 from pplug_jax.scoring.summary import holm, verdicts
 
 LOW, HIGH = np.zeros((30, 1)), np.ones((30, 1))
-NAMES = {"plug": "pplug", "stranger": "shuffled_user"}
+NAMES = {"plug": "pplug", "controls": ("instruction_only", "shuffled_user")}
 NOISE = np.random.default_rng(0).random((30, 1))
 
 
@@ -65,10 +65,16 @@ def test_holm(p_values: list[float], corrected: list[float]):
     assert holm(p_values) == pytest.approx(corrected)
 
 
-def test_a_stranger_who_does_as_well_is_remarked_upon():
-    assert "So nothing here shows" in said("rouge1", HIGH, shuffled_user=HIGH)[-1]
-    assert "So nothing here shows" in said("mae", HIGH, shuffled_user=LOW)[-1]
-    assert len(said("mae", LOW, shuffled_user=HIGH)) == 1
+def test_a_control_that_does_as_well_is_remarked_upon():
+    for control in NAMES["controls"]:
+        other = next(name for name in NAMES["controls"] if name != control)
+        remark = said("rouge1", HIGH, **{control: HIGH, other: LOW})[-1]
+        assert "So nothing here shows" in remark
+        assert remark.endswith(f"it is not better than {control}.")
+        assert "So nothing here shows" in said("mae", HIGH, **{control: LOW})[-1]
+        assert len(said("mae", LOW, **{control: HIGH})) == 1
+    both = said("rouge1", LOW, instruction_only=LOW, shuffled_user=HIGH)[-1]
+    assert both.endswith("not better than instruction_only and shuffled_user.")
 
 
 def test_without_pplug_nothing_is_compared():

@@ -110,6 +110,10 @@ def test_a_card_says_what_was_not_run(
     assert "**Not run here: shuffled_user.**" in card
     assert tmp_path.name in card
     assert str(tmp_path) not in card
+    del results["methods"]["pplug"]  # only others were
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    write_plug(trained.models, trained.plug, trained.method, tmp_path / "plug")
+    assert "was not evaluated before" in (tmp_path / "plug/README.md").read_text()
 
 
 @pytest.mark.slow
@@ -155,7 +159,7 @@ def test_files_that_are_not_whole(copy: Path) -> None:
     (copy / "plug.safetensors").write_bytes(b"PK")
     refused("not a whole safetensors file")
     edit(copy, format=99)
-    refused("the format is 99, and this version reads 1: install")
+    refused("the format is 99, and this version reads 1 and 2: install")
     edit(copy, format=1, llm=None)
     refused("the field 'llm' is missing; export the plug again")
     (copy / "plug_config.json").unlink()

@@ -268,9 +268,13 @@ def _bytes_per_user(
             text_of = operator.itemgetter(models.task.answer)
         texts = [map(text_of, example.profile) for example in examples]
         total += statistics.mean(sum(len(text.encode()) for text in items) for items in texts)
-    if method.retrieval == "dense" or (method.plug and PLUGS[method.kind].reads_input):
-        items = statistics.mean(len(arrays.history.texts) for arrays in inputs)
-        total += items * models.encoder.size * 2
+    vectors = 0.0
+    if method.retrieval == "dense":
+        most = config.data.max_history
+        vectors = statistics.mean(min(len(example.profile), most) for example in examples)
+    elif method.plug and PLUGS[method.kind].reads_input:
+        vectors = statistics.mean(len(arrays.history.texts) for arrays in inputs)
+    total += vectors * models.encoder.size * 2
     if method.user_lora:
         weights: Any = abstract_weights(models, method, config)
         total += parameter_count(weights) * 2

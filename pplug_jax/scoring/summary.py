@@ -1,6 +1,6 @@
 """Turn examples' statistics into scores, columns of tables, and differences in words."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,7 @@ def verdicts(
     users: Sequence[str] = (),
     *,
     plug: str,
-    stranger: str,
+    controls: Collection[str],
 ) -> list[str]:
     """Say in words what the paired differences between a plug and every other method mean.
 
@@ -71,11 +71,11 @@ def verdicts(
         samples: how many swaps and bootstrap samples are drawn.
         users: the examples' users.
         plug: the method that is compared; without it there is nothing to say.
-        stranger: its control with another user's history.
+        controls: those that it must be better than, or it has not learnt the user.
     """
     if plug not in statistics:
         return []
-    lines = []
+    lines, equals = list[str](), list[str]()
     judged = [name for name in ("loss", metric, "style") if name in statistics[plug]]
     for name in statistics:
         if name == plug:
@@ -107,10 +107,13 @@ def verdicts(
             f"{word} in {', '.join(figures)}" for word, figures in by_verdict.items() if figures
         )
         lines.append(f"{plug} against {name}: {'; '.join(parts)}")
-        if name == stranger and not by_verdict["better"]:
-            lines.append(
-                "So nothing here shows that the plug learnt the user rather than the task."
-            )
+        if name in controls and not by_verdict["better"]:
+            equals.append(name)
+    if equals:
+        lines.append(
+            f"So nothing here shows that the plug of {plug} learnt the user rather than the task: "
+            f"it is not better than {' and '.join(equals)}."
+        )
     return lines
 
 

@@ -30,12 +30,15 @@ def load_plug(
             What was handed on has its own.
 
     Raises:
-        InputError: it is neither, or its models are not there.
+        InputError: it is neither, of another method, or its models are not there.
     """
     directory = Path(plug)
     if (run_path(directory) / CONFIG).is_file() and not (directory / PLUG_CONFIG).is_file():
         return Personalizer.from_checkpoint(directory, method=method)
-    return Personalizer.from_pretrained(plug, llm=llm, encoder=encoder)
+    personalizer = Personalizer.from_pretrained(plug, llm=llm, encoder=encoder)
+    if method not in (None, personalizer.method.name):
+        raise InputError(f"--method={method}: {plug} is a plug of {personalizer.method.name!r}")
+    return personalizer
 
 
 def make_service(

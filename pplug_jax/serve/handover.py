@@ -41,14 +41,16 @@ from pplug_jax.storage.workdir import results_path
 
 def _answers_for_a_person(method: Method) -> bool:
     """Whether a plug's method reads the history, or shows items of it to a plug that does not."""
-    reads = method.history == "own" or method.retrieval is not None
-    return method.trained and PLUGS[method.kind].reads_input and reads
+    if not method.trained or not PLUGS[method.kind].reads_input:
+        return False
+    # A person's store has the newest items alone, and BM25 is of the whole history.
+    return method.retrieval == "dense" or (method.history == "own" and not method.retrieval)
 
 
 # In the order in which people are told of them.
 SERVED = {name: method for name, method in METHODS.items() if _answers_for_a_person(method)}
 WEIGHTS, PLUG_CONFIG, CARD = "plug.safetensors", "plug_config.json", "README.md"
-FORMAT = 1
+FORMATS = (1, 2)  # 1 is of `pplug`, and was read without a look at the method
 # Settings that say where something lies on a machine, or which machine it is.
 OF_THE_MACHINE: dict[str, str | int] = {
     "data.path": "",
@@ -76,8 +78,8 @@ def served(name: str) -> Method:
     """
     if name not in SERVED:
         raise InputError(
-            f"the method {name!r} cannot be served: it trains no soft tokens, or nothing of a "
-            f"person reaches the LLM; these can: {', '.join(SERVED)}"
+            f"the method {name!r} cannot be served; these can: {', '.join(SERVED)} (a variant "
+            "can if its settings are those of a run of 'pplug')"
         )
     return SERVED[name]
 
@@ -137,8 +139,13 @@ def describe(models: Models, method: Method, scale: float) -> dict[str, Any]:
         }
     )
     results = _read_results(models.workdir)
+    own = results["methods"].get(method.name) if results else None
+    if own is None:
+        results = None  # of other methods
+    elif rate := own.get("learning_rate"):  # which may be tuned
+        settings = settings.changed({"train.learning_rate": rate})
     return {
-        "format": FORMAT,
+        "format": FORMATS[method.name != "pplug"],
         "method": method.name,
         "llm": {
             "name": settings.llm.path,
@@ -239,10 +246,10 @@ def _read_about(path: Path) -> dict[str, Any]:
             "--mode=export wrote (a run's workdir is loaded by Personalizer.from_checkpoint)"
         )
     about = read_object(path)
-    if about.get("format") != FORMAT:
+    if about.get("format") not in FORMATS:
         raise InputError(
-            f"{path}: the format is {about.get('format')!r}, and this version reads {FORMAT}: "
-            "install the version of pplug_jax that wrote it"
+            f"{path}: the format is {about.get('format')!r}, and this version reads "
+            f"{' and '.join(map(str, FORMATS))}: install the version of pplug_jax that wrote it"
         )
     kinds = {"method": str, "llm": dict, "encoder": dict, "prompt": dict, "config": dict}
     for field, kind in kinds.items():

@@ -88,19 +88,17 @@ class People:
             except UnknownPersona:
                 known = False
         vectors = self._vectors(stored)
-        items = [row.item for row in stored]
+        items = check_history(
+            self.personalizer.models.task, [row.item for row in stored], sort_by_date=False
+        )
         with self.metrics.persona_seconds.time():
             query = self._encode_inputs([input])
             soft, weights = self.personalizer.persona_of(query, items, vectors)
-            prompt = self._prompt(input, items, vectors)
+            prompt = self.personalizer.shown(
+                input, items, vectors, lambda: self._encode_queries([input])[0]
+            )
         self.metrics.history_items.observe(len(items))
-        return Persona(prompt, soft, known, [item["id"] for item in items], weights)
-
-    def _prompt(self, input: str, items: list[Item], vectors: np.ndarray) -> str:
-        if not items or not self.personalizer.method.retrieval:
-            return input
-        (query,) = self._encode_queries([input])
-        return self.personalizer.shown(input, items, vectors, query)
+        return Persona(prompt, soft, known, [row.item["id"] for row in stored], weights)
 
     def _newest(self, tenant: int, name: str) -> list[StoredItem]:
         data = self.personalizer.models.config.data

@@ -2,7 +2,7 @@
 
 import functools
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +11,12 @@ import numpy as np
 from etils import epath
 
 from pplug_jax.data.keys import text_keys
-from pplug_jax.data.lamp import Example, Item, check_history, check_input
+from pplug_jax.data.lamp import Item, check_history, check_input
 from pplug_jax.encoder.bert import Bert
 from pplug_jax.errors import InputError
 from pplug_jax.feed.batches import PlugInputs, round_up
 from pplug_jax.feed.features import compare_with_peers, of_history, of_items
-from pplug_jax.feed.retrieval import LEXICAL, nearest
+from pplug_jax.feed.retrieval import nearest
 from pplug_jax.llm import LLM
 from pplug_jax.methods.shown import in_words, layout_of, top_k
 from pplug_jax.methods.table import Method, configured
@@ -41,7 +41,7 @@ from pplug_jax.session import Models
 from pplug_jax.session.weights import restore_weights
 from pplug_jax.settings import Settings, upgraded
 from pplug_jax.storage.files import read_object
-from pplug_jax.storage.workdir import CONFIG, checkpoints_path, run_path
+from pplug_jax.storage.workdir import CONFIG, checkpoints_path, run_path, seed_path
 
 History = Sequence[str | dict[str, Any]]
 GROUPS = (16, 4, 1)  # inputs that are encoded together: few numbers, for each is compiled
@@ -109,17 +109,23 @@ def _read_run(workdir: epath.PathLike, name: str | None) -> tuple[Models, Plug, 
     config = Settings.of(upgraded(read_object(path)))
     # The config's methods first; others may have been trained here since.
     known = [name for name in dict.fromkeys([*config.methods, *SERVED]) if name in SERVED]
-    trained = [name for name in known if checkpoints_path(workdir, name).is_dir()]
+    trained = [name for name in known if _any_in(checkpoints_path(workdir, name))]
     method = served(name or next(iter(trained), "pplug"))
     if method.name not in trained:
-        advice = f"take {' or '.join(trained)}, or " if trained else ""
+        seeds = [path for seed in config.seeds if (path := seed_path(workdir, seed)).is_dir()]
+        advice = f"take {' or '.join(trained or map(str, seeds))}, or " if trained or seeds else ""
         raise InputError(
             f"{workdir}: {method.name!r} was not trained here (config.methods: "
             f"{', '.join(config.methods)}); {advice}train it"
         )
-    config = configured(config, method, config.seed)
+    seed = config.seed if run == workdir else int(workdir.name.removeprefix("seed_"))
+    config = configured(config, method, seed)
     models = Models(config, run)
     return models, restore_weights(models, method, config, workdir), method
+
+
+def _any_in(directory: epath.Path) -> bool:
+    return directory.is_dir() and any(directory.iterdir())
 
 
 def export(workdir: epath.PathLike, output: Path, method: str | None = None) -> None:
@@ -284,15 +290,12 @@ class Personalizer:
             InputError: as `soft_prompt`.
         """
         check_input(input)
-        if not self.method.retrieval:
-            return input
-        (person,) = self._people([history])
-        return self.shown(input, person.items, person.vectors, self.encode_queries([input])[0])
+        return self._prompts(input, self._people([history]))[0]
 
     def inputs_embeds(self, input: str, soft: np.ndarray) -> np.ndarray:
         """Return all that the LLM reads, the soft tokens in their place, (L, D) float32.
 
-        Any server that takes a prompt as embeddings can go on from there.
+        Any server that takes a prompt as embeddings can go on from there, unless `changes_llm`.
 
         Args:
             input: as in `soft_prompt`; what `prompt` makes of it, where the method shows items.
@@ -376,11 +379,15 @@ class Personalizer:
         """Return each user's `prompt`, or one for all if all have the same."""
         if not self.method.retrieval:
             return [input]
-        query = self.encode_queries([input])[0]
+        query = functools.cache(lambda: self.encode_queries([input])[0])
         return [self.shown(input, person.items, person.vectors, query) for person in people]
 
     def shown(
-        self, input: str, items: Sequence[str | Item], vectors: np.ndarray, query: np.ndarray
+        self,
+        input: str,
+        items: Sequence[str | Item],
+        vectors: np.ndarray,
+        query: Callable[[], np.ndarray],
     ) -> str:
         """Return the `prompt` for one user whose vectors are known.
 
@@ -388,18 +395,15 @@ class Personalizer:
             input: as in `soft_prompt`.
             items: the user's newest items, in order; of a text alone nothing can be shown.
             vectors: (n, E), the items' vectors, as `encode_items` makes them.
-            query: (E,), the input's vector, as `encode_queries` makes it.
+            query: returns the input's vector (E,), as `encode_queries` makes it.
         """
         models, method = self.models, self.method
-        if not method.retrieval:
-            return input
         whole = [(i, item) for i, item in enumerate(items) if not isinstance(item, str)]
-        profile, count = tuple(item for _, item in whole), top_k(method, models.config)
-        if lexical := LEXICAL.get(method.retrieval):
-            chosen = lexical(models.task, Example("", input, None, profile), count)
-        else:
-            near = vectors[[i for i, _ in whole]].astype(np.float32)
-            chosen = nearest(profile, near, query, count)
+        if not method.retrieval or not whole:
+            return input
+        own = vectors[[i for i, _ in whole]].astype(np.float32)
+        count = top_k(method, models.config)
+        chosen = nearest([item for _, item in whole], own, query(), count)
         return in_words(models.task, models.tokenizer, method, models.config, input, chosen)
 
     def item_texts(self, history: Sequence[Item]) -> list[str]:
@@ -437,7 +441,7 @@ class Personalizer:
         return np.concatenate(groups)
 
     def persona_of(
-        self, query: np.ndarray, history: Sequence[Item], vectors: np.ndarray
+        self, query: np.ndarray, history: Sequence[str | Item], vectors: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the soft tokens for one user whose vectors are known, and the items' weights.
 

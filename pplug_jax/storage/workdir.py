@@ -3,6 +3,7 @@
 A comparison has a directory like a workdir for each seed.
 """
 
+import re
 from pathlib import Path
 
 CONFIG = "config.json"
@@ -59,7 +60,7 @@ def seed_path(workdir: Path, seed: int) -> Path:
 
 def run_path(directory: Path) -> Path:
     """Return the workdir that a directory is, or that it is a seed's directory of."""
-    of_seed = directory.name.startswith("seed_") and not (directory / CONFIG).is_file()
+    of_seed = re.fullmatch(r"seed_\d+", directory.name) and not (directory / CONFIG).is_file()
     return directory.parent if of_seed else directory
 
 
