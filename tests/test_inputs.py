@@ -68,7 +68,7 @@ def test_whose_answers_are_shown(
 ) -> None:
     monkeypatch.setattr(
         "pplug_jax.methods.shown.retrievers",
-        lambda *_: {"dense": lambda task, example, top_k: list(example.profile)},
+        lambda *_: {"dense": lambda task, examples, top_k: [list(e.profile) for e in examples]},
     )
     tokenizer = SimpleNamespace(
         tokenizer=WordTokenizer(), prompt=lambda text, max_length, behind: text

@@ -147,7 +147,7 @@ def test_modes_stop_where_they_say(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoints").exists()
     with pytest.raises(CheckpointError, match="no checkpoint; train first"):
         run(config, tmp_path, "evaluate")
-    with pytest.raises(InputError, match="no checkpoint"):
+    with pytest.raises(InputError, match=r"'pplug' was not trained here .*\); train it"):
         Personalizer.from_checkpoint(tmp_path)
     with pytest.raises(InputError, match="not the workdir of a run"):
         Personalizer.from_checkpoint(tmp_path / "nowhere")
