@@ -88,12 +88,6 @@ def nearest(
     return [items[i] for i in best[:top_k]]
 
 
-# What needs no encoder, one example at a time.
-LEXICAL: dict[str, Callable[[Task, Example, int], list[Item]]] = {
-    "bm25": bm25,
-    "recency": recency,
-    "random": random,
-}
 Retriever = Callable[[Task, Sequence[Example], int], Iterator[list[Item]]]
 
 
@@ -105,8 +99,12 @@ def retrievers(store: HistoryStore, newest: int, labels: bool) -> dict[str, Retr
             retrieve(task, example, top_k) for example in examples
         )
 
-    lexical = {name: each(retrieve) for name, retrieve in LEXICAL.items()}
-    return {**lexical, "dense": Dense(store, newest, labels)}
+    return {
+        "bm25": each(bm25),
+        "recency": each(recency),
+        "random": each(random),
+        "dense": Dense(store, newest, labels),
+    }
 
 
 def demonstration_prompt(

@@ -290,7 +290,8 @@ class Personalizer:
             InputError: as `soft_prompt`.
         """
         check_input(input)
-        return self._prompts(input, self._people([history]))[0]
+        people = self._people([history]) if self.method.retrieval else []
+        return self._prompts(input, people)[0]
 
     def inputs_embeds(self, input: str, soft: np.ndarray) -> np.ndarray:
         """Return all that the LLM reads, the soft tokens in their place, (L, D) float32.
