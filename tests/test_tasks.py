@@ -1,6 +1,5 @@
 """Every task's texts, by hand: what is compared, what is encoded, what a prompt shows."""
 
-import dataclasses
 import importlib
 
 import pytest
@@ -183,7 +182,7 @@ def test_the_best_is_a_tasks_config_with_other_methods_and_another_plug(argument
     else:
         (plug,) = CONTROLS.keys() & set(config.methods)
         assert plug == "pplug+answers"
-        assert set(dataclasses.astuple(CONTROLS[plug])) < set(config.methods)
+        assert set(CONTROLS[plug]) < set(config.methods)
     config.plug, config.methods, config.eval.top_k = plain.plug, plain.methods, plain.eval.top_k
     assert config == plain
 

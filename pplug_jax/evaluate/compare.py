@@ -46,11 +46,7 @@ from pplug_jax.train.tune import tune
 # What differences are from: the LLM alone, and for each plug its controls and itself.
 REFERENCES = (
     "none",
-    *(
-        name
-        for plug, controls in CONTROLS.items()
-        for name in (controls.nobody, controls.stranger, plug)
-    ),
+    *(name for plug, controls in CONTROLS.items() for name in (*controls, plug)),
 )
 
 

@@ -1,6 +1,5 @@
 """Evaluate every method on the held-out users: predictions, scores, intervals, and the table."""
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -92,7 +91,7 @@ def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
         remarks = [
             line
             for plug, controls in CONTROLS.items()
-            for line in verdicts(*judged, plug=plug, controls=dataclasses.astuple(controls))
+            for line in verdicts(*judged, plug=plug, controls=controls)
         ]
         header, rows = _cells(results)
         lines = [markdown(header, rows), "", *(f"- {line}" for line in remarks)]

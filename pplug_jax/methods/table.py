@@ -7,7 +7,7 @@ import ast
 import dataclasses
 import functools
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from pplug_jax.errors import ConfigError
 from pplug_jax.plugs.reading import PAPER, Reading
@@ -195,8 +195,7 @@ _OTHER = (
 METHODS = {method.name: method for method in (*_WITHOUT_ANSWERS, *_ANSWERS, *_OTHER)}
 
 
-@dataclasses.dataclass(frozen=True)
-class Controls:
+class Controls(NamedTuple):
     """The methods that tell whether a plug has learnt the user or only the task, by name.
 
     Attributes:

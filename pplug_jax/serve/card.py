@@ -1,6 +1,5 @@
 """The model card of a plug that is handed on, made from plug_config.json alone."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,7 @@ def card(about: dict[str, Any]) -> str:
         header, cells = metric_columns(results)
         rows = [[method, *row] for method, row in zip(results["methods"], cells, strict=True)]
         table = markdown(["method", *header], rows)
-        wanted = dataclasses.astuple(controls) if controls else ()
-        lacking = [control for control in wanted if control not in results["methods"]]
+        lacking = [control for control in controls or () if control not in results["methods"]]
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         about,
