@@ -219,6 +219,11 @@ def test_variants_are_trained_on_what_they_say(tmp_path: Path) -> None:
     sizes = [entries[name]["trainable"] for name in ("task_lora+pplug", "own_items")]
     assert sizes[0] > sizes[1]
     assert (tmp_path / "seed_0" / "personas" / "dev.task_lora+pplug.npz").is_file()
+    about = tmp_path / "seed_0" / "predictions" / "dev.pplug+answers.about.json"
+    held_out = read_split(Settings.of(comparison()), "eval")
+    for example, places in zip(held_out, json.loads(about.read_text())["shown"], strict=True):
+        assert len(set(places)) == min(comparison().eval.top_k, len(example.profile))
+        assert all(place < len(example.profile) for place in places)
     examples = read_split(Settings.of(comparison()), "train")
     pool = {text for example in examples for text in map(str, example.profile)}
     assert len(np.load(tmp_path / "peers.npy")) == len(pool)

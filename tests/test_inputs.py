@@ -68,8 +68,12 @@ def test_whose_answers_are_shown(
 ) -> None:
     monkeypatch.setattr(
         "pplug_jax.methods.shown.retrievers",
-        lambda *_: {"dense": lambda task, examples, top_k: [list(e.profile) for e in examples]},
+        lambda *_: {"dense": lambda task, examples, top_k: [places_of(e) for e in examples]},
     )
+
+    def places_of(example: Example) -> list[int]:
+        return list(range(len(example.profile)))
+
     tokenizer = SimpleNamespace(
         tokenizer=WordTokenizer(), prompt=lambda text, max_length, behind: text
     )
@@ -86,6 +90,7 @@ def test_whose_answers_are_shown(
     for each, asked, wanted in zip(found, examples, titles, strict=True):
         assert each.prompt.startswith(asked.input)
         assert wanted is None or re.findall(r"T[\d.]+", each.prompt) == wanted[::-1]
+        assert wanted is None or each.shown == list(range(len(wanted)))
 
 
 def test_users_with_half_a_history_in_common_are_one() -> None:

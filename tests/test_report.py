@@ -392,14 +392,44 @@ def test_users_have_losses_and_the_style_of_answers(tmp_path: Path) -> None:
     assert data["explorer"]["scored"] == ["rouge1", "rougeL", "style"]
 
 
+def write_shown(workdir: Path, method: str, shown: Sequence[Sequence[int]]) -> None:
+    path = workdir / "predictions" / f"dev.{method}.about.json"
+    path.write_text(json.dumps({"losses": [[1, 1]] * len(LENGTHS), "shown": shown}))
+
+
+def test_items_that_a_prompt_shows_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workdir = make_workdir(tmp_path, ANSWERS)
+    write_shown(workdir, "none", [[]] * 8)
+    write_shown(workdir, "bm25", [[], [0], [0], [1], [1], [2], [4], [3, 7]])
+    examples = Page(report([workdir])).data["explorer"]["examples"]
+    assert [item["prompts"] for item in examples[4]["items"]] == [[], ["bm25"]]
+    assert [item["place"] for item in examples[7]["items"] if item["prompts"]] == [3, 7]
+    # Of a history longer than the page shows, such items stay.
+    monkeypatch.setattr("pplug_jax.report.explorer.MAX_ITEMS", 3)
+    last = Page(report([workdir])).data["explorer"]["examples"][7]["items"]
+    assert [item["place"] for item in last] == [3, 6, 7]
+    # A plug reads the newest items alone: places are counted among them.
+    config = json.loads((workdir / "config.json").read_text())
+    config["data"]["max_history"] = 2
+    (workdir / "config.json").write_text(json.dumps(config))
+    last = Page(report([workdir])).data["explorer"]["examples"][7]["items"]
+    assert [(item["place"], item["prompts"]) for item in last] == [(0, []), (1, ["bm25"])]
+
+
 @pytest.mark.slow
-def test_a_browser_shows_what_a_user_wrote_in_bold(
+def test_a_browser_shows_what_a_user_wrote_and_what_a_prompt_shows(
     tmp_path: Path, browser: "playwright.Page"
 ) -> None:
-    browser.goto(report([make_workdir(tmp_path, ANSWERS)]).as_uri())
+    workdir = make_workdir(tmp_path, ANSWERS)
+    write_shown(workdir, "bm25", [[], [0], [0], [1], [1], [2], [4], [3, 7]])
+    browser.goto(report([workdir]).as_uri())
     browser.get_by_label("Find a user").fill("user 3")
     browser.locator("#found button").click()
     assert browser.locator("#user .items b").all_text_contents() == ["T", "T"]
+    marks = browser.locator("#user .items .asked")
+    assert marks.all_text_contents() == ["in the prompt of bm25:"]
+    browser.get_by_label("Method 2").select_option("none")
+    assert marks.all_text_contents() == []
 
 
 def test_the_plane_of_points_on_a_line_is_that_line() -> None:

@@ -108,12 +108,19 @@ def is_misleading(date: Any) -> bool:
     return not ORDERLY.fullmatch(str(date))
 
 
-def by_date(profile: Sequence[Item]) -> Sequence[Item]:
-    """Return the profile oldest first if every item has a date, and otherwise unchanged.
+def by_date(profile: Sequence[Item]) -> list[Item]:
+    """Return the profile oldest first if every item has a date, and otherwise unchanged."""
+    return [profile[i] for i in places_by_date(profile)]
+
+
+def places_by_date(profile: Sequence[Item]) -> list[int]:
+    """Return the items' places, oldest first if every item has a date, and otherwise as they are.
 
     LaMP's readers take the file's order for that of time.
     """
-    return sorted(profile, key=date_order) if all("date" in item for item in profile) else profile
+    dated = all("date" in item for item in profile)
+    places = range(len(profile))
+    return sorted(places, key=lambda i: date_order(profile[i])) if dated else list(places)
 
 
 def _item(item: Any, task: Task, where: str) -> Item:

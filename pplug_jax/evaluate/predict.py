@@ -61,6 +61,8 @@ class Answers(NamedTuple):
         trainable: the number of parameters that training changed.
         bytes_per_user: the bytes that must be kept of a user, on average.
         milliseconds: an example's time, the median over batches.
+        shown: for each example the places in its profile of the items that the prompt shows, if
+            they are the user's own.
     """
 
     texts: dict[str, str]
@@ -69,6 +71,7 @@ class Answers(NamedTuple):
     trainable: int
     bytes_per_user: float
     milliseconds: float
+    shown: Sequence[Sequence[int]] = ()
 
 
 class Shared:
@@ -241,6 +244,7 @@ def answer_examples(
         trainable,
         _bytes_per_user(models, method, config, examples, inputs),
         preparing + milliseconds,
+        [] if method.history == "another" else [list(each.shown) for each in inputs],
     )
     submission.write(path, task, answers.texts)
     if task.judged:

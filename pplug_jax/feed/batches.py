@@ -104,6 +104,7 @@ class Tokenized(NamedTuple):
         item_features: {name: (n, width)}, the features that need nothing but the history
             (`features.of_items`).
         asked: the query, as the store of queries knows it; None without such a store.
+        shown: the places in the profile of the items that the prompt shows.
     """
 
     prompt: np.ndarray
@@ -112,6 +113,7 @@ class Tokenized(NamedTuple):
     history: History
     item_features: dict[str, np.ndarray]
     asked: History | None = None
+    shown: Sequence[int] = ()
 
     def with_history_of(self, other: "Tokenized | None") -> "Tokenized":
         """Return the example with the history of `other`, or with an empty one if that is None."""

@@ -9,7 +9,7 @@ import numpy as np
 import transformers
 
 from pplug_jax.data.keys import text_key
-from pplug_jax.data.lamp import Example, Item, by_date
+from pplug_jax.data.lamp import Example, Item, places_by_date
 from pplug_jax.data.tasks import Task
 from pplug_jax.feed.batches import history_texts
 from pplug_jax.feed.store import History, HistoryStore
@@ -18,8 +18,8 @@ OWN_ANSWERS = "\n\nThe same person wrote before:"
 BULLET = "\n- "
 
 
-def bm25(task: Task, example: Example, top_k: int) -> list[Item]:
-    """Return the items nearest to the input by BM25, best first; equals in the profile's order.
+def bm25(task: Task, example: Example, top_k: int) -> list[int]:
+    """Return the places of the items nearest to the input by BM25, best first, equals in order.
 
     k1 1.5, b 0.75 and words split at white space are LaMP's. The idf is bm25s' (Lucene's), which
     never falls below 0, where LaMP's rank_bm25 floors the idf of words that most items have.
@@ -31,28 +31,27 @@ def bm25(task: Task, example: Example, top_k: int) -> list[Item]:
     corpus = [task.document_text(item).split() for item in profile]
     query = task.retrieval_text(example.input).split()
     if not any(corpus) or not query:
-        return list(profile[:top_k])
+        return list(range(len(profile)))[:top_k]
     index = bm25s.BM25(k1=1.5, b=0.75)
     index.index(corpus, show_progress=False)
-    best = np.argsort(-index.get_scores(query), kind="stable")
-    return [profile[i] for i in best[:top_k]]
+    return _best(index.get_scores(query), top_k)
 
 
-def recency(task: Task, example: Example, top_k: int) -> list[Item]:
-    """Return the newest items, newest first.
+def recency(task: Task, example: Example, top_k: int) -> list[int]:
+    """Return the places of the newest items, newest first.
 
     Items are ordered by `date` if all have one, else by place, since LaMP's lists end with the
     newest.
     """
     del task
-    return list(by_date(example.profile))[::-1][:top_k]
+    return places_by_date(example.profile)[::-1][:top_k]
 
 
-def random(task: Task, example: Example, top_k: int) -> list[Item]:
-    """Return random items, each at most once; equal inputs get equal items."""
+def random(task: Task, example: Example, top_k: int) -> list[int]:
+    """Return the places of random items, each at most once; equal inputs get equal ones."""
     del task
     rng = np.random.default_rng(list(text_key(example.input)))
-    return [example.profile[i] for i in rng.permutation(len(example.profile))[:top_k]]
+    return rng.permutation(len(example.profile))[:top_k].tolist()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,30 +70,31 @@ class Dense:
     newest: int
     labels: bool
 
-    def __call__(self, task: Task, examples: Sequence[Example], top_k: int) -> Iterator[list[Item]]:
+    def __call__(self, task: Task, examples: Sequence[Example], top_k: int) -> Iterator[list[int]]:
         inputs = [task.retrieval_text(example.input) for example in examples]
         queries = self.store.encoder.encode(inputs, queries=True)
         for example, query in zip(examples, queries, strict=True):
             history = History.of(*history_texts(task, example, self.newest, self.labels))
-            items = example.profile[-self.newest :]
-            yield nearest(items, self.store.vectors(history), query, top_k)
+            older = max(0, len(example.profile) - self.newest)
+            yield [older + i for i in nearest(self.store.vectors(history), query, top_k)]
 
 
-def nearest(
-    items: Sequence[Item], vectors: np.ndarray, query: np.ndarray, top_k: int
-) -> list[Item]:
-    """Return the items whose vectors (n, E) are nearest to the query's (E,), best first."""
-    best = np.argsort(-(vectors @ query), kind="stable")
-    return [items[i] for i in best[:top_k]]
+def nearest(vectors: np.ndarray, query: np.ndarray, top_k: int) -> list[int]:
+    """Return the places of the vectors (n, E) that are nearest to the query's (E,), best first."""
+    return _best(vectors @ query, top_k)
 
 
-Retriever = Callable[[Task, Sequence[Example], int], Iterator[list[Item]]]
+def _best(scores: np.ndarray, top_k: int) -> list[int]:
+    return np.argsort(-scores, kind="stable")[:top_k].tolist()
+
+
+Retriever = Callable[[Task, Sequence[Example], int], Iterator[list[int]]]
 
 
 def retrievers(store: HistoryStore, newest: int, labels: bool) -> dict[str, Retriever]:
-    """Return all retrievers by name; each yields up to `top_k` items of a profile, best first."""
+    """Return all retrievers by name; each yields the places of up to `top_k` items of a profile."""
 
-    def each(retrieve: Callable[[Task, Example, int], list[Item]]) -> Retriever:
+    def each(retrieve: Callable[[Task, Example, int], list[int]]) -> Retriever:
         return lambda task, examples, top_k: (
             retrieve(task, example, top_k) for example in examples
         )

@@ -84,12 +84,14 @@ def shown(
         readers = [None] * len(tokenized)
     else:
         readers = range(len(tokenized))
-    prompts: Iterator[np.ndarray] = (arrays.prompt for arrays in tokenized)
+    prompts: Iterator[tuple[np.ndarray, list[int]]] = ((arrays.prompt, []) for arrays in tokenized)
     if method.retrieval:
         prompts = _prompts(task, tokenizer, store, method, config, examples)
     return [
-        arrays._replace(prompt=prompt).with_history_of(None if i is None else tokenized[i])
-        for arrays, prompt, i in zip(tokenized, prompts, readers, strict=True)
+        arrays._replace(prompt=prompt, shown=places).with_history_of(
+            None if i is None else tokenized[i]
+        )
+        for arrays, (prompt, places), i in zip(tokenized, prompts, readers, strict=True)
     ]
 
 
@@ -112,16 +114,17 @@ def _prompts(
     method: Method,
     config: Settings,
     examples: Iterable[Example],
-) -> Iterator[np.ndarray]:
-    """Yield the tokens of each example's input with the items that the method shows."""
+) -> Iterator[tuple[np.ndarray, list[int]]]:
+    """Yield the tokens of each example's input with the items that the method shows, and these."""
     data, behind = config.data, layout_of(method, config).behind
     retrieve = retrievers(store, data.max_history, data.history_labels)[method.retrieval or ""]
     left = iter(examples)
     while together := list(itertools.islice(left, AT_ONCE)):
         retrieved = retrieve(task, together, top_k(method, config))
-        for example, items in zip(together, retrieved, strict=True):
+        for example, places in zip(together, retrieved, strict=True):
+            items = [example.profile[i] for i in places]
             prompt = in_words(task, tokenizer, method, config, example.input, items)
-            yield tokenizer.prompt(prompt, data.max_input_length, behind)
+            yield tokenizer.prompt(prompt, data.max_input_length, behind), places
 
 
 def top_k(method: Method, config: Settings) -> int:

@@ -1,5 +1,6 @@
 """Collect what the page's script needs to show single users: texts, scores, weights, the map."""
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ def explorer(
     answers: Mapping[str, Sequence[str]],
     statistics: Mapping[str, Statistics],
     personas: Mapping[str, Mapping[str, np.ndarray]],
+    prompts: Mapping[str, Sequence[Sequence[int]]],
 ) -> dict[str, Any]:
     """Return the users shown, and for each method that left personas their map."""
     shown = list(split.shown)
@@ -75,7 +77,10 @@ def explorer(
             name: _rounded(np.array([values[place] for values in of.values()]))
             for name, of in scores.items()
         }
-        examples.append(_texts(run, example, weights) | {"outputs": outputs, "scores": of_methods})
+        in_prompt = {name: list(places[i]) for name, places in prompts.items()}
+        examples.append(
+            _texts(run, example, weights, in_prompt) | {"outputs": outputs, "scores": of_methods}
+        )
     maps = {}
     for name, arrays in personas.items():
         points, shares = principal_plane(arrays["persona"][shown])
@@ -92,11 +97,17 @@ def explorer(
     }
 
 
-def _texts(run: Run, example: Example, weights: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return an example's texts, and the weights of the items that are shown."""
+def _texts(
+    run: Run,
+    example: Example,
+    weights: Mapping[str, Mapping[str, Any]],
+    prompts: Mapping[str, Sequence[int]],
+) -> dict[str, Any]:
+    """Return an example's texts, and of the items shown the weights and whose prompts have them."""
     items = run.history(example)
     known = [of for w in weights.values() for of in (w["own"], w["other"]) if of is not None]
-    places = _shown_items(len(items), known, (w["item"] for w in weights.values()))
+    wanted = [*(w["item"] for w in weights.values()), *itertools.chain(*prompts.values())]
+    places = _shown_items(len(items), known, wanted)
     with_label = run.config.data.history_labels
     return {
         "id": example.id,
@@ -109,6 +120,7 @@ def _texts(run: Run, example: Example, weights: Mapping[str, Mapping[str, Any]])
                 "place": place,
                 "text": _cut(run.task.item_text(items[place], with_label), MAX_ITEM_TEXT),
                 "answer": (items[place].get(run.task.answer) or "").strip(),
+                "prompts": [name for name, chosen in prompts.items() if place in chosen],
             }
             for place in places
         ],

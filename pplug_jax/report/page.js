@@ -283,6 +283,12 @@ function bar(weight, largest, even, kind) {
     percent(weight));
 }
 
+/** In whose prompts, of the methods whose outputs are shown, an item stands in words. */
+function prompted({ prompts }) {
+  const names = [...new Set(state.methods)].filter((name) => prompts.includes(name));
+  return names.length ? make("span", { class: "asked" }, `in the prompt of ${names.join(", ")}:`) : null;
+}
+
 function itemList(user) {
   const weights = user.weights[state.weights];
   const other = state.compare && weights ? weights.other : null;
@@ -298,7 +304,7 @@ function itemList(user) {
         other && bar(other[i], largest, 1 / user.length, "other")),
       make("div", { class: "words" }, make("span", { class: "place" }, `${place + 1}.`),
         other && place === weights.item ? make("span", { class: "asked" }, "the other input is about this item:") : null,
-        ...item(user.items[i])));
+        prompted(user.items[i]), ...item(user.items[i])));
   }));
 }
 
@@ -308,9 +314,8 @@ function output(user, column) {
   return make("div", {},
     select(answering.map((each) => [each, each]), name, `Method ${column + 1}`, (chosen) => {
       state.methods[column] = chosen;
-      const next = output(user, column);
-      byId("user").querySelectorAll(".outputs > div")[column].replaceWith(next);
-      next.querySelector("select").focus();
+      show();
+      byId("user").querySelector(`[aria-label="Method ${column + 1}"]`).focus();
     }),
     make("div", { class: "text long" }, ...marked(user.outputs[name], user.gold)),
     make("p", { class: "note" }, scores.join(", ")));

@@ -20,6 +20,7 @@ from pplug_jax.report.runs import (
     read_personas,
     read_predictions,
     read_run,
+    read_shown,
     spread,
 )
 from pplug_jax.report.scores import length_bins, over_seeds, scores_by_length, scores_by_top_k
@@ -117,7 +118,8 @@ def _examples(run: Run, folder: Path) -> dict[str, Any]:
     """
     split = read_examples(run)
     answers = [read_predictions(run, path, split) for path in run.folders.values()]
-    personas = read_personas(run, next(iter(run.folders.values())), split)
+    first = next(iter(run.folders.values()))
+    personas, shown = read_personas(run, first, split), read_shown(run, first, split)
     bins, by_length = [], {}
     statistics: list[dict[str, Any]] = [{}]
     golds = [gold for gold in split.golds if gold is not None]
@@ -145,7 +147,7 @@ def _examples(run: Run, folder: Path) -> dict[str, Any]:
             for metric, of in by_length.items()
         }
         figures.write_scores(folder / "history_length", "items", "items of history", names, named)
-    users = explorer.explorer(run, split, answers[0], statistics[0], personas)
+    users = explorer.explorer(run, split, answers[0], statistics[0], personas, shown)
     figures.write_map(folder, users)
     return {"bins": bins, "by_length": by_length, "explorer": users}
 

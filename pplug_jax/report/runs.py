@@ -104,6 +104,7 @@ class Split(NamedTuple):
         users: their users.
         golds: the right outputs.
         lengths: (n,) int, the history items that each user has for a method to read.
+        older: (n,) int, the older items of their profiles, which a plug does not read.
         shown: the examples that the page shows, by their place in the split.
     """
 
@@ -111,6 +112,7 @@ class Split(NamedTuple):
     users: list[str]
     golds: list[str | None]
     lengths: np.ndarray
+    older: np.ndarray
     shown: dict[int, Example]
 
 
@@ -164,12 +166,14 @@ def read_examples(run: Run) -> Split:
             f"{run.results['n']}: the data have changed, evaluate again"
         )
     kept = set(spread(len(examples), MAX_EXAMPLES))
-    split = Split([], [], [], np.zeros(len(examples), int), {})
+    lengths, older = np.zeros((2, len(examples)), int)
+    split = Split([], [], [], lengths, older, {})
     for i, example in enumerate(examples):
         split.ids.append(example.id)
         split.users.append(example.user)
         split.golds.append(example.target)
-        split.lengths[i] = len(run.history(example))
+        lengths[i] = len(run.history(example))
+        older[i] = len(example.profile) - lengths[i]
         if i in kept:
             split.shown[i] = example
     return split
@@ -198,12 +202,35 @@ def read_losses(run: Run, folder: Path, split: Split) -> dict[str, np.ndarray]:
     Methods without the file that `predict.answer_examples` writes, or one of other examples, have
     none.
     """
-    losses = {}
-    for name in run.results["methods"]:
-        path = about_path(predictions_path(folder, run.results["split"], name))
-        if path.is_file():
-            losses[name] = np.array(_load(path)["losses"], float)
+    losses = {
+        name: np.array(about["losses"], float) for name, about in _abouts(run, folder).items()
+    }
     return {name: rows for name, rows in losses.items() if rows.shape == (len(split.ids), 2)}
+
+
+def read_shown(run: Run, folder: Path, split: Split) -> dict[str, list[list[int]]]:
+    """Return, for the methods that say it, the items of each profile that a prompt shows, by place.
+
+    They are best first, and places are those of `Run.history`; what it lacks is left out.
+    """
+    shown = {name: about.get("shown", []) for name, about in _abouts(run, folder).items()}
+    return {
+        name: [
+            [place - older for place in places if place >= older]
+            for places, older in zip(of, split.older.tolist(), strict=True)
+        ]
+        for name, of in shown.items()
+        if len(of) == len(split.ids) and any(of)
+    }
+
+
+def _abouts(run: Run, folder: Path) -> dict[str, dict[str, Any]]:
+    """Return what stands beside each method's answers (`evaluate.predict.Answers`), if it does."""
+    split = run.results["split"]
+    paths = {
+        name: about_path(predictions_path(folder, split, name)) for name in run.results["methods"]
+    }
+    return {name: _load(path) for name, path in paths.items() if path.is_file()}
 
 
 def read_personas(run: Run, folder: Path, split: Split) -> dict[str, dict[str, np.ndarray]]:

@@ -403,8 +403,8 @@ class Personalizer:
         if not method.retrieval or not whole:
             return input
         own = vectors[[i for i, _ in whole]].astype(np.float32)
-        count = top_k(method, models.config)
-        chosen = nearest([item for _, item in whole], own, query(), count)
+        places = nearest(own, query(), top_k(method, models.config))
+        chosen = [whole[i][1] for i in places]
         return in_words(models.task, models.tokenizer, method, models.config, input, chosen)
 
     def item_texts(self, history: Sequence[Item]) -> list[str]:
