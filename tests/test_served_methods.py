@@ -1,13 +1,12 @@
 """Every method whose plug reads a person is served as it was evaluated."""
 
+import dataclasses
 import functools
 import json
 import queue
 import re
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ import pytest
 from pplug_jax import Personalizer
 from pplug_jax.data.lamp import Example, Item
 from pplug_jax.data.sources import read_split
-from pplug_jax.data.tasks import TASKS
+from pplug_jax.data.tasks import TASKS, Task
 from pplug_jax.errors import InputError
 from pplug_jax.run import run
 from pplug_jax.serve.build import load_plug, make_service
@@ -34,6 +33,7 @@ from tests.support.runs import small_config
 from tests.support.server import Running
 
 BOTH = "task_lora+pplug+answers"
+TITLED = dataclasses.replace(TASKS["custom"], answer="title")
 METHODS = {
     "front": ("task_lora+pplug", "instruction_only+answers"),
     "behind": (BOTH, "pplug+answers"),
@@ -219,29 +219,28 @@ def test_what_cannot_be_served(once: Once, tmp_path: Path) -> None:
         Personalizer.from_checkpoint(tmp_path / "run" / "seed_3", method=BOTH)
 
 
-def test_stored_items_are_read_as_a_files_are(tmp_path: Path) -> None:
-    """A score may be a number there, and an optional field may be missing."""
-
-    def zeros(texts: Sequence[object]) -> np.ndarray:
-        return np.zeros((len(texts), 2), np.float16)
-
-    seen: list[Item] = []
-    fakes = {
-        "persona_of": lambda query, items, vectors: (zeros([0]), zeros(items)[:, 0]),
-        "shown": lambda input, items, vectors, query: seen.extend(items) or input,
-        "item_texts": lambda items: ["text"] * len(items),
-    }
-    encoder = SimpleNamespace(fingerprint="encoder", size=2)
-    encodes = dict.fromkeys(["encode_items", "encode_inputs", "encode_queries"], zeros)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "item", "shown"),
+    [
+        (TASKS["LaMP_5"], {"title": "A title", "abstract": "What of."}, "- A title"),
+        (TASKS["LaMP_3"], {"text": "Good.", "score": 5}, "- 5"),  # a score may be a number
+        (TITLED, {"text": "No title."}, "input"),  # and an optional field may be missing
+    ],
+)
+def test_a_stored_item_is_read_as_a_files_is(
+    once: Once, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: Task, item: Item, shown: str
+) -> None:
+    personalizer = Personalizer.from_checkpoint(seed_of(once, "behind"), method=BOTH)
+    monkeypatch.setattr(personalizer.models, "task", task)
     store = Store(f"sqlite:///{tmp_path / 'store.sqlite'}")
-    given = {"LaMP_3": {"text": "Good.", "score": 5}, "custom": {"text": "No title."}}
-    read = {"LaMP_3": {"text": "Good.", "score": "5"}, "custom": {"text": "No title.", "title": ""}}
-    for task, item in given.items():
-        models = SimpleNamespace(task=TASKS[task], config=Settings(task=task), encoder=encoder)
-        people = People(SimpleNamespace(models=models, **encodes, **fakes), store, Metrics())
-        tenant = store.tenant(task)
-        store.add(tenant, "ann", people.check([item]))
-        people.persona(tenant, "ann", "input")
-        assert seen.pop().items() >= read[task].items()
-        people.close()
+    people = People(personalizer, store, Metrics())
+    tenant = store.tenant("tenant")
+    store.add(tenant, "ann", people.check([item]))
+    found = people.persona(tenant, "ann", "input")
+    assert (found.known, len(found.items), found.made.weights.tolist()) == (True, 1, [1])
+    assert found.made.prompt == personalizer.prompt("input", [item])
+    assert found.made.prompt.endswith(shown)
+    np.testing.assert_array_equal(found.made.soft, personalizer.soft_prompt("input", [item]))
+    people.close()
     store.close()

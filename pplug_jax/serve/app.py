@@ -289,7 +289,7 @@ def make_app(service: Service, *, ui: bool = True) -> FastAPI:
         return await run_in_threadpool(people.persona, who.tenant, name, input)
 
     def rows_of(persona: Persona) -> np.ndarray:
-        return people.personalizer.inputs_embeds(persona.prompt, persona.soft)
+        return people.personalizer.inputs_embeds(persona.made.prompt, persona.made.soft)
 
     # Answers
 
@@ -314,7 +314,7 @@ def make_app(service: Service, *, ui: bool = True) -> FastAPI:
             "model": service.name,
         }
         if ask.persona.explain:
-            weighed = zip(persona.items, persona.weights.tolist(), strict=True)
+            weighed = zip(persona.items, persona.made.weights.tolist(), strict=True)
             head["persona"] = {"items": [{"id": id, "weight": w} for id, w in weighed]}
         known = "known" if persona.known else "unknown" if ask.name else "none"
         headers = {"x-pplug-persona": known, "x-pplug-items": str(len(persona.items))}
@@ -534,7 +534,7 @@ def make_app(service: Service, *, ui: bool = True) -> FastAPI:
         if personalizer.method.retrieval and ask.rows != "all":
             raise InputError("the plug's prompts show items too; ask for all rows, 'rows': 'all'")
         persona = people.persona(who.tenant, name, ask.input)
-        rows = rows_of(persona) if ask.rows == "all" else persona.soft
+        rows = rows_of(persona) if ask.rows == "all" else persona.made.soft
         about = {
             "place": "behind" if personalizer.layout.behind else "front",
             "prefix_tokens": str(len(personalizer.models.tokenizer.prefix)),

@@ -11,7 +11,7 @@ from pplug_jax.data.lamp import Item, check_history, check_input
 from pplug_jax.errors import InputError
 from pplug_jax.serve.batcher import Batcher
 from pplug_jax.serve.metrics import Metrics
-from pplug_jax.serve.personalizer import Personalizer
+from pplug_jax.serve.personalizer import Personal, Personalizer
 from pplug_jax.serve.store import Store, StoredItem, StoreUnavailable, UnknownPersona
 
 AT_ONCE = 64  # items that are encoded at a time in the background
@@ -22,18 +22,14 @@ class Persona(NamedTuple):
     """What a plug makes of somebody for one input.
 
     Attributes:
-        prompt: the input, with what the plug's method shows of the items.
-        soft: (k + 1, D) float32, the soft tokens.
+        made: the prompt, the soft tokens and the weights of the items.
         known: whether there is such a persona; otherwise these are the null persona's.
         items: the ids of the items that were read, the oldest first.
-        weights: (n,) float32, how much each of them weighed.
     """
 
-    prompt: str
-    soft: np.ndarray
+    made: Personal
     known: bool
     items: list[str]
-    weights: np.ndarray
 
 
 class People:
@@ -55,7 +51,6 @@ class People:
         self.encoder = f"{models.encoder.fingerprint}-{form}"
         self._encode_items = Batcher(personalizer.encode_items)
         self._encode_inputs = Batcher(personalizer.encode_inputs)
-        self._encode_queries = Batcher(personalizer.encode_queries)
         self._news, self._ending = threading.Event(), False
         self._thread = threading.Thread(target=self._encode_new, name="encoder", daemon=True)
         self._thread.start()
@@ -87,18 +82,12 @@ class People:
                     stored = self._newest(tenant, name)
             except UnknownPersona:
                 known = False
-        vectors = self._vectors(stored)
-        items = check_history(
-            self.personalizer.models.task, [row.item for row in stored], sort_by_date=False
-        )
+        items, vectors = [row.item for row in stored], self._vectors(stored)
         with self.metrics.persona_seconds.time():
-            query = self._encode_inputs([input])
-            soft, weights = self.personalizer.persona_of(query, items, vectors)
-            prompt = self.personalizer.shown(
-                input, items, vectors, lambda: self._encode_queries([input])[0]
-            )
+            asked = self._encode_inputs([input])[0]
+            made = self.personalizer.personal(input, asked, items, vectors)
         self.metrics.history_items.observe(len(items))
-        return Persona(prompt, soft, known, [row.item["id"] for row in stored], weights)
+        return Persona(made, known, [item["id"] for item in items])
 
     def _newest(self, tenant: int, name: str) -> list[StoredItem]:
         data = self.personalizer.models.config.data

@@ -2,7 +2,7 @@
 
 import functools
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,6 +83,21 @@ def pad(array: np.ndarray, *lengths: int) -> np.ndarray:
 def row(ids: Sequence[int] | np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Return tokens as a batch of one padded row, (1, length) int32, and its mask."""
     return pad(np.asarray(ids, np.int32), length)[None], (np.arange(length) < len(ids))[None]
+
+
+class Personal(NamedTuple):
+    """What a plug makes of a user for one input.
+
+    Attributes:
+        prompt: the input, with what the plug's method shows of the user in words.
+        soft: (k + 1, D) float32, the soft tokens.
+        weights: (n,) float32, how much each of the newest items weighed; they add up to 1, or to 0
+            if the plug reads none.
+    """
+
+    prompt: str
+    soft: np.ndarray
+    weights: np.ndarray
 
 
 class _Person(NamedTuple):
@@ -274,7 +289,8 @@ class Personalizer:
         Raises:
             InputError: as `soft_prompt`.
         """
-        batches = self._soft_batches(input, histories)
+        check_input(input)
+        batches = self._soft_batches(self.encode_inputs([input])[0], histories)
         soft = [np.asarray(x, np.float32)[: len(people)] for x, people in batches]
         none = 0, self.soft_tokens, self.models.abstract_llm.config.hidden_size
         return np.concatenate([np.zeros(none, np.float32), *soft])
@@ -290,8 +306,9 @@ class Personalizer:
             InputError: as `soft_prompt`.
         """
         check_input(input)
-        people = self._people([history]) if self.method.retrieval else []
-        return self._prompts(input, people)[0]
+        if not self.method.retrieval:
+            return input
+        return self._shown(input, self.encode_inputs([input])[0], self._people([history])[0])
 
     def inputs_embeds(self, input: str, soft: np.ndarray) -> np.ndarray:
         """Return all that the LLM reads, the soft tokens in their place, (L, D) float32.
@@ -339,14 +356,16 @@ class Personalizer:
         models, config = self.models, self.models.config
         tokenizer, behind = models.tokenizer, self.layout.behind
         check_input(input)
-        answers = []
-        for soft, people in self._soft_batches(input, histories):
+        asked, answers = self.encode_inputs([input])[0], []
+        for soft, people in self._soft_batches(asked, histories):
+            # All have the same prompt if it shows no items.
+            shows = people if self.method.retrieval else people[:1]
+            prompts = [self._shown(input, asked, person) for person in shows]
             ids = [
-                tokenizer.prompt(prompt, config.data.max_input_length, behind)
-                for prompt in self._prompts(input, people)
+                tokenizer.prompt(prompt, config.data.max_input_length, behind) for prompt in prompts
             ]
             length = padded_length(max(map(len, ids)))
-            prompts, masks = map(np.concatenate, zip(*(row(x, length) for x in ids), strict=True))
+            texts, masks = map(np.concatenate, zip(*(row(x, length) for x in ids), strict=True))
             # Users of one prompt read it once if it stands in front; rows fill up as `soft`'s do.
             rows = 1 if behind and len(ids) == 1 else len(soft)
             of_row = np.arange(rows) % len(ids)
@@ -354,7 +373,7 @@ class Personalizer:
                 models.llm,
                 self.llm,
                 soft,
-                prompts[of_row],
+                texts[of_row],
                 masks[of_row],
                 place=tokenizer.place(behind),
                 **config.eval.decoding,
@@ -362,48 +381,50 @@ class Personalizer:
             answers += [tokenizer.decode(row) for row in np.asarray(tokens)[: len(people)]]
         return answers
 
+    def personal(
+        self, input: str, asked: np.ndarray, history: Sequence[str | Item], vectors: np.ndarray
+    ) -> Personal:
+        """Return what the plug makes of one user whose vectors are known.
+
+        Args:
+            input: as in `soft_prompt`.
+            asked: (1 or 2, E), the input's vectors, as `encode_inputs` makes them.
+            history: the user's newest items, in order.
+            vectors: (n, E), the items' vectors, as `encode_items` makes them.
+
+        Raises:
+            InputError: as `soft_prompt`.
+        """
+        person = self._person(*self._read(history), vectors.astype(np.float32))
+        inputs = self._inputs(asked, [person])
+        soft, weights = _soft_and_weights(self.persona, inputs, self.method.reading)
+        return Personal(
+            self._shown(input, asked, person),
+            np.asarray(soft, np.float32)[0],
+            np.asarray(weights)[0, : len(vectors)],
+        )
+
     def _soft_batches(
-        self, input: str, histories: Sequence[History]
+        self, asked: np.ndarray, histories: Sequence[History]
     ) -> Iterator[tuple[jax.Array, list[_Person]]]:
         """Yield the soft tokens of `config.eval.batch_size` users at a time, and the users.
 
         Behind the users' rows stand others that fill up.
         """
-        check_input(input)
-        query, size = self.encode_inputs([input]), self.models.config.eval.batch_size
+        size = self.models.config.eval.batch_size
         for i in range(0, len(histories), size):
             people = self._people(histories[i : i + size])
-            inputs = self._inputs(query, people)
+            inputs = self._inputs(asked, people)
             yield _soft_prompts(self.persona, inputs, self.method.reading), people
 
-    def _prompts(self, input: str, people: Sequence[_Person]) -> list[str]:
-        """Return each user's `prompt`, or one for all if all have the same."""
-        if not self.method.retrieval:
-            return [input]
-        query = functools.cache(lambda: self.encode_queries([input])[0])
-        return [self.shown(input, person.items, person.vectors, query) for person in people]
-
-    def shown(
-        self,
-        input: str,
-        items: Sequence[str | Item],
-        vectors: np.ndarray,
-        query: Callable[[], np.ndarray],
-    ) -> str:
-        """Return the `prompt` for one user whose vectors are known.
-
-        Args:
-            input: as in `soft_prompt`.
-            items: the user's newest items, in order; of a text alone nothing can be shown.
-            vectors: (n, E), the items' vectors, as `encode_items` makes them.
-            query: returns the input's vector (E,), as `encode_queries` makes it.
-        """
+    def _shown(self, input: str, asked: np.ndarray, person: _Person) -> str:
+        """Return the `prompt` of a user; of an item that is a text alone nothing can be shown."""
         models, method = self.models, self.method
-        whole = [(i, item) for i, item in enumerate(items) if not isinstance(item, str)]
+        whole = [(i, item) for i, item in enumerate(person.items) if not isinstance(item, str)]
         if not method.retrieval or not whole:
             return input
-        own = vectors[[i for i, _ in whole]].astype(np.float32)
-        places = nearest(own, query(), top_k(method, models.config))
+        own = person.vectors[[i for i, _ in whole]]
+        places = nearest(own, asked[-1], top_k(method, models.config))
         chosen = [whole[i][1] for i in places]
         return in_words(models.task, models.tokenizer, method, models.config, input, chosen)
 
@@ -423,15 +444,21 @@ class Personalizer:
         return self.models.encoder.encode(texts).astype(np.float16)
 
     def encode_inputs(self, inputs: Sequence[str]) -> np.ndarray:
-        """Return the vectors of inputs, (n, E) float32, as the plug compares them with items."""
-        texts = [self.models.task.query_text(input) for input in inputs]
-        vectors = self._encode_queries(texts, self.persona.input_encoder)
-        trained = self.persona.input_encoder is not None
-        return vectors if trained else vectors.astype(np.float16).astype(np.float32)
+        """Return the vectors of inputs, (n, 1 or 2, E) float32.
 
-    def encode_queries(self, inputs: Sequence[str]) -> np.ndarray:
-        """Return the vectors of inputs, (n, E) float32, as `shown` compares them with items."""
-        return self._encode_queries([self.models.task.retrieval_text(input) for input in inputs])
+        An input's first vector is what the plug compares with the items, and the second one, if the
+        plug's method shows items, what retrieval compares with them.
+        """
+        task, trained = self.models.task, self.persona.input_encoder
+        texts = [task.query_text(input) for input in inputs]
+        vectors = self._encode_queries(texts, trained)
+        own = vectors if trained else vectors.astype(np.float16).astype(np.float32)
+        if not self.method.retrieval:
+            return own[:, None]
+        wanted = [task.retrieval_text(input) for input in inputs]
+        if trained or wanted != texts:
+            vectors = self._encode_queries(wanted)
+        return np.stack([own, vectors], axis=1)
 
     def _encode_queries(self, texts: Sequence[str], model: Bert | None = None) -> np.ndarray:
         groups = []
@@ -441,27 +468,6 @@ class Personalizer:
             texts = texts[size:]
         return np.concatenate(groups)
 
-    def persona_of(
-        self, query: np.ndarray, history: Sequence[str | Item], vectors: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the soft tokens for one user whose vectors are known, and the items' weights.
-
-        Args:
-            query: (1, E), the input's vector, as `encode_inputs` makes it.
-            history: the user's newest items, in order.
-            vectors: (n, E), the items' vectors, as `encode_items` makes them.
-
-        Returns:
-            (k + 1, D) float32 and (n,) float32, which add up to 1, or to 0 if the plug reads none.
-
-        Raises:
-            InputError: as `soft_prompt`.
-        """
-        person = self._person(*self._read(history), vectors.astype(np.float32))
-        inputs = self._inputs(query, [person])
-        soft, weights = _soft_and_weights(self.persona, inputs, self.method.reading)
-        return np.asarray(soft, np.float32)[0], np.asarray(weights)[0, : len(vectors)]
-
     def _people(self, histories: Sequence[History]) -> list[_Person]:
         """Return the users with their vectors, which are made together."""
         read = [self._read(history) for history in histories]
@@ -470,8 +476,8 @@ class Personalizer:
         split = np.split(vectors.astype(np.float32), ends)
         return [self._person(*history, own) for history, own in zip(read, split, strict=True)]
 
-    def _inputs(self, query: np.ndarray, people: Sequence[_Person]) -> PlugInputs:
-        """Return one query, and the users' vectors and features as padded batches."""
+    def _inputs(self, asked: np.ndarray, people: Sequence[_Person]) -> PlugInputs:
+        """Return one input's vector, and the users' vectors and features as padded batches."""
         rows = 1 << (len(people) - 1).bit_length()
         items = padded_length(max(len(person.vectors) for person in people))
 
@@ -484,7 +490,7 @@ class Personalizer:
             name: batch([person.features[name] for person in people]) for name in self.features
         }
         history = batch([person.vectors for person in people])
-        return PlugInputs(query, np.ones((1, 1), bool), history, batch(masks), features)
+        return PlugInputs(asked[:1], np.ones((1, 1), bool), history, batch(masks), features)
 
     def _texts(self, items: Sequence[str | Item]) -> list[str]:
         text = self.models.item_text
