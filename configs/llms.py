@@ -115,6 +115,7 @@ def _laptop(c: ml_collections.ConfigDict) -> None:
     The learning rate is that of SmolLM2-135M in docs/results.md.
     """
     c.llm.dtype = c.plug.dtype = c.encoder.dtype = "float32"
+    c.llm.prompt_cache = 6.0  # of a few hundred examples
     c.encoder.path = "sentence-transformers/all-MiniLM-L6-v2"
     c.encoder.query_prefix = None
     c.encoder.max_length = 128

@@ -250,14 +250,21 @@ def check_batches(config: Settings, parts: int) -> None:
             )
 
 
-MAY_DIFFER = ("data.eval_split", "data.history_store", "methods", "seeds", "variants")
+MAY_DIFFER = (
+    "data.eval_split",
+    "data.history_store",
+    "llm.prompt_cache",
+    "methods",
+    "seeds",
+    "variants",
+)
 
 
 def claim_workdir(workdir: Path, config: Settings) -> None:
     """Write config.json, or check that the existing one says the same.
 
     Only these may differ: the mesh, the split to evaluate on, the methods, the seeds, which
-    variants exist, and where the history store is.
+    variants exist, where the history store is, and how many prompts are kept.
 
     Raises:
         ConfigError: the workdir belongs to another config; the message names the fields.

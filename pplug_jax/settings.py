@@ -56,6 +56,9 @@ class LLMSettings:
     converted: str = ""  # where --mode=convert writes the LLM, also gs://; empty: WORKDIR/llm
     chat: bool = False  # use the tokenizer's chat template
     separator: str = "\n"  # between input and answer, without a chat template
+    # GB of host memory for what it has read of prompts in front of soft tokens (plug.place
+    # "behind"), so that no epoch, method or seed reads them again; for a single process.
+    prompt_cache: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from pplug_jax.encoder import Encoder
 from pplug_jax.feed.features import FEATURES, of_history, of_items
 from pplug_jax.feed.peers import Peers
 from pplug_jax.feed.store import History, HistoryStore
+from pplug_jax.llm.decoder import KeysValues
 from pplug_jax.llm.prompts import Tokenizer
 from pplug_jax.runtime.mesh import place_rows
 
@@ -66,6 +67,7 @@ class Batch(NamedTuple):
         index: (B,) int32, each row's place in the list of examples.
         weight: (B,) float32, 1 or 0.
         features: {name: (B, H, width) float32}, the items' features (`feed.features`).
+        was_read: what the LLM has made of `text`, if it was read before; in front of soft tokens.
     """
 
     prompt: jax.Array
@@ -81,6 +83,7 @@ class Batch(NamedTuple):
     index: jax.Array  # type: ignore[assignment]  # hides a tuple's method
     weight: jax.Array
     features: dict[str, jax.Array]
+    was_read: KeysValues | None = None
 
     def with_prompts_of(self, users: int) -> "Batch":
         """Return the batch with one prompt for every `users` rows, which all have the same one."""

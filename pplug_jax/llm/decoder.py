@@ -185,6 +185,31 @@ class Context(NamedTuple):
         )
 
 
+class KeysValues(NamedTuple):
+    """A `Context`'s keys and values by text, which lie on the mesh as `AXES` says.
+
+    Attributes:
+        keys: (P, layers, S, kv_heads, head_dim).
+        values: (P, layers, S, kv_heads, head_dim).
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
+    @classmethod
+    def of(cls, context: Context) -> "KeysValues":
+        by_text = (jnp.moveaxis(x, 1, 0) for x in (context.keys, context.values))
+        return cls(*(constrain(x, *AXES) for x in by_text))
+
+    def context(self, mask: jax.Array) -> Context:
+        """Return them as a context of texts with mask (P, S) bool."""
+        keys, values = (jnp.moveaxis(x, 0, 1) for x in self)
+        return Context(keys, values, positions(mask), mask)
+
+
+AXES = ("batch", None, None, "kv_heads", None)
+
+
 class KVCache(NamedTuple):
     """Keys and values of the tokens so far; a slot holds a token of a row, or padding, or nothing.
 

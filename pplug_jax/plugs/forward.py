@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pplug_jax.feed.batches import Batch
 from pplug_jax.llm import LLM
-from pplug_jax.llm.decoder import Context, Decoder
+from pplug_jax.llm.decoder import Context, Decoder, KeysValues
 from pplug_jax.llm.generate import generate
 from pplug_jax.llm.loss import cross_entropy
 from pplug_jax.llm.prompts import Front, Place
@@ -36,6 +36,7 @@ def inputs_embeds(
     place: Place,
     target: jax.Array | None = None,
     target_mask: jax.Array | None = None,
+    was_read: KeysValues | None = None,
 ) -> tuple[jax.Array, jax.Array, Context | None]:
     """Return a prompt's embeddings with the soft tokens in their place, and the target behind them.
 
@@ -50,6 +51,7 @@ def inputs_embeds(
         place: where the soft tokens stand.
         target: (B, T) int32, for soft tokens behind.
         target_mask: (B, T) bool.
+        was_read: what `read_prompts` returned for `text`, if it was read before.
 
     Returns:
         embeddings (B, S, D), their mask (B, S), and what they go on from, if anything.
@@ -69,7 +71,7 @@ def inputs_embeds(
     assert isinstance(llm, Decoder)  # `Models` refuses others
     # Nothing here depends on the plug. So JAX differentiates none of it, and keeps keys and values
     # alone.
-    context = llm.read(embeds, mask)
+    context = llm.read(embeds, mask) if was_read is None else was_read.context(mask)
     suffix = jnp.array(place.suffix, jnp.int32)
     tokens = jnp.broadcast_to(suffix, (len(soft), len(suffix)))
     mask = jnp.pad(soft_mask, ((0, 0), (0, len(suffix))), constant_values=True)
@@ -90,7 +92,9 @@ def token_losses(
     """Return -log p(y_t | I, P, x, y_<t) of the target's tokens, (B, T) float32, 0 at padding."""
     changed, soft = adapt(weights, llm, batch, reading, remat)
     target = batch.target, batch.target_mask
-    embeds, mask, context = inputs_embeds(llm, soft, batch.text, batch.text_mask, place, *target)
+    embeds, mask, context = inputs_embeds(
+        llm, soft, batch.text, batch.text_mask, place, *target, batch.was_read
+    )
     hidden = changed.target_hidden(embeds, mask, *target, remat, context)
     return cross_entropy(llm, hidden, batch.target) * batch.target_mask
 
@@ -102,6 +106,7 @@ def continuation(
     prompt: jax.Array,
     mask: jax.Array,
     place: Place,
+    was_read: KeysValues | None = None,
     **decoding: Any,
 ) -> jax.Array:
     """Generate what follows a prompt with these soft tokens, (B, max_new_tokens) int32.
@@ -113,10 +118,17 @@ def continuation(
         prompt: the `text` of `inputs_embeds`.
         mask: the prompt's mask, bool.
         place: where the soft tokens stand.
+        was_read: as in `inputs_embeds`.
         **decoding: settings of `generate`.
     """
-    embeds, embeds_mask, context = inputs_embeds(llm, soft, prompt, mask, place)
+    embeds, embeds_mask, context = inputs_embeds(llm, soft, prompt, mask, place, was_read=was_read)
     return generate(changed, embeds, embeds_mask, **decoding, context=context)
+
+
+@jax.jit
+def read_prompts(llm: Decoder, text: jax.Array, mask: jax.Array) -> KeysValues:
+    """Read prompts in front of soft tokens, (B, L) int32 with mask (B, L) bool, for all users."""
+    return KeysValues.of(llm.read(llm.embed(text), mask))
 
 
 @functools.partial(
@@ -134,8 +146,13 @@ def answer_tokens(
 ) -> jax.Array:
     """Generate the answers' tokens, (B, max_new_tokens) int32."""
     changed, soft = adapt(weights, llm, batch, reading)
-    prompt = batch.prompt, batch.prompt_mask
-    return continuation(llm, changed, soft, *prompt, place, **decoding)
+    # Soft tokens behind the input leave both texts alike, but for the padding.
+    prompt = (
+        (batch.prompt, batch.prompt_mask)
+        if batch.was_read is None
+        else (batch.text, batch.text_mask)
+    )
+    return continuation(llm, changed, soft, *prompt, place, batch.was_read, **decoding)
 
 
 @functools.partial(jax.jit, static_argnames=("place", "reading"))

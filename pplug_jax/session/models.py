@@ -20,6 +20,7 @@ from pplug_jax.llm import LLM, abstract_llm, llm_loader
 from pplug_jax.llm.prompts import Tokenizer
 from pplug_jax.runtime.mesh import make_mesh, parts, place_abstract
 from pplug_jax.session.check import check_methods
+from pplug_jax.session.prompts import GB, PromptCache
 from pplug_jax.settings import Settings
 from pplug_jax.storage import hf
 from pplug_jax.storage.checkpoint import is_saved, module_loader, read_origin, save_module
@@ -191,6 +192,12 @@ class Models:
     def peers(self) -> Peers:
         """The items of the training split's histories, which `train.inputs.save_peers` wrote."""
         return Peers.load(self.store, self.workdir)
+
+    @functools.cached_property
+    def prompts(self) -> PromptCache:
+        """What the LLM has read of prompts in front of soft tokens."""
+        budget = self.config.llm.prompt_cache * GB
+        return PromptCache(self.abstract_llm, self.mesh, budget)
 
     @functools.cached_property
     def soft_norm(self) -> jax.Array:

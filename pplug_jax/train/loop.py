@@ -1,7 +1,7 @@
 """The loop that fits a plug or a LoRA: resume, step, log, validate, save."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from signal import Signals
 
@@ -10,8 +10,9 @@ import numpy as np
 
 from pplug_jax.errors import CheckpointError
 from pplug_jax.feed.batches import Batch, Plan, Tokenized, place_batch, training_batches
+from pplug_jax.llm.prompts import Behind
 from pplug_jax.methods.table import Method
-from pplug_jax.plugs.forward import Weights
+from pplug_jax.plugs.forward import Weights, read_prompts
 from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.runtime.ahead import compiled_ahead
 from pplug_jax.runtime.console import Progress, say
@@ -69,6 +70,8 @@ class Trainer:
         self.buckets = [self.plan[i][1] for i in range(len(self.plan))]
         self.soft_tokens = PLUGS[method.kind].soft_tokens(config, method.reading)
         self.place = place_of(models, method, config)
+        prompts = (example.prompt for example in (*tokenized, *validation))
+        self.keeps_prompts = isinstance(self.place, Behind) and models.prompts.keep(prompts)
         self.optimizer = optimizer_of(config, len(self.plan))
         shapes = abstract_weights(models, method, config)
         self.trained = shapes, abstract_optimizer(self.optimizer, shapes, models.mesh)
@@ -92,7 +95,9 @@ class Trainer:
             if self.step == len(self.plan):
                 say(f"training {self.method.name}: all {self.step} steps were done")
                 return self.weights
-            coming = dict.fromkeys(self.buckets[self.step :])
+            programs: list[Callable] = [*[read_prompts] * self.keeps_prompts, self.jitted]
+            buckets = dict.fromkeys(self.buckets[self.step :])
+            coming = [(program, bucket) for bucket in buckets for program in programs]
             with compiled_ahead(self._lower, coming) as self.compiled:
                 self._begin()
                 return self._train()
@@ -110,14 +115,20 @@ class Trainer:
             )
         self.weights, self.opt_state, self.step = self.checkpoints.restore(*self.trained)
 
-    def _lower(self, bucket: int) -> jax.stages.Lowered:
-        """Lower the step for a bucket's shape."""
-        empty = self.assemble((0, bucket, np.zeros(0, int)))
-        with jax.set_mesh(self.models.mesh):
+    def _lower(self, program: tuple[Callable, int]) -> jax.stages.Lowered:
+        """Lower a function, the step or `read_prompts`, for a bucket's shape."""
+        function, bucket = program
+        llm, mesh = self.models.abstract_llm, self.models.mesh
+        with jax.set_mesh(mesh):
+            batch = place_batch(self.assemble((0, bucket, np.zeros(0, int))), mesh)
+            if function is read_prompts:
+                return read_prompts.lower(llm, batch.text, batch.text_mask)
+            if self.keeps_prompts:
+                batch = self.models.prompts.abstract(batch)
             return self.jitted.lower(
                 *self.trained,
-                self.models.abstract_llm,
-                place_batch(empty, self.models.mesh),
+                llm,
+                batch,
                 optimizer=self.optimizer,
                 place=self.place,
                 accumulation=self.config.train.accumulation,
@@ -167,8 +178,12 @@ class Trainer:
         """Make a step with this process' rows of its batch, and return its metrics."""
         tokens = batch.prompt_mask.sum() + batch.target_mask.sum()
         tokens += self.soft_tokens * batch.weight.sum()
-        self.update = self.compiled(self.buckets[self.step])
-        self.batch = place_batch(batch, self.models.mesh)
+        bucket, models = self.buckets[self.step], self.models
+        self.update = self.compiled((self.jitted, bucket))
+        self.batch = place_batch(batch, models.mesh)
+        if self.keeps_prompts:
+            read = self.compiled((read_prompts, bucket))
+            self.batch = models.prompts.read(self.llm, self.batch, read)
         first = self.step == 0
         if first:
             with self.meter.paused():
@@ -223,7 +238,7 @@ class Trainer:
         if self.validation and validated:
             settings = self.models, self.method, self.config
             with self.meter.paused():
-                loss = validation_loss(*settings, self.weights, self.validation)
+                loss = validation_loss(*settings, self.weights, self.validation, self.keeps_prompts)
             self.writer.write(self.step, validation_loss=loss)
         self.checkpoints.save(self.step, self.weights, self.opt_state, loss)
         self.writer.flush()

@@ -20,6 +20,7 @@ def validation_loss(
     config: Settings,
     weights: Weights,
     tokenized: Sequence[Tokenized],
+    keeps_prompts: bool = False,
 ) -> float:
     """Return the mean loss per target token, without dropout."""
     size = config.train.batch_size
@@ -30,6 +31,8 @@ def validation_loss(
     for bucket, indices in plan_batches(np.arange(len(tokenized)), assemble.buckets.of, size):
         with jax.set_mesh(models.mesh):
             batch = place_batch(assemble((0, bucket, indices)), models.mesh)
+            if keeps_prompts:
+                batch = models.prompts.read(models.llm, batch)
             sums = loss(weights, models.llm, batch, place=place, reading=method.reading)
         total += np.array(sums)
     return float(total[0] / total[1])
