@@ -115,7 +115,6 @@ def _laptop(c: ml_collections.ConfigDict) -> None:
     The learning rate is that of SmolLM2-135M in docs/results.md.
     """
     c.llm.dtype = c.plug.dtype = c.encoder.dtype = "float32"
-    c.llm.prompt_cache = 6.0  # of a few hundred examples
     c.encoder.path = "sentence-transformers/all-MiniLM-L6-v2"
     c.encoder.query_prefix = None
     c.encoder.max_length = 128
@@ -127,6 +126,7 @@ def _laptop(c: ml_collections.ConfigDict) -> None:
     c.train.epochs = 4.0
     c.train.learning_rate = 3e-3
     c.train.remat = False
+    c.train.prompt_cache = 6.0  # a few hundred of SmolLM2's
     c.eval.batch_size = 16
     c.eval.num_beams = 1
     c.eval.max_new_tokens = 24

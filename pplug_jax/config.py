@@ -253,9 +253,9 @@ def check_batches(config: Settings, parts: int) -> None:
 MAY_DIFFER = (
     "data.eval_split",
     "data.history_store",
-    "llm.prompt_cache",
     "methods",
     "seeds",
+    "train.prompt_cache",
     "variants",
 )
 

@@ -56,9 +56,6 @@ class LLMSettings:
     converted: str = ""  # where --mode=convert writes the LLM, also gs://; empty: WORKDIR/llm
     chat: bool = False  # use the tokenizer's chat template
     separator: str = "\n"  # between input and answer, without a chat template
-    # GB of host memory for what it has read of prompts in front of soft tokens (plug.place
-    # "behind"), so that no epoch, method or seed reads them again; for a single process.
-    prompt_cache: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +109,9 @@ class TrainSettings:
     clip_norm: float = 1.0  # largest norm of the gradient
     own_items: int = 0  # number of each user's history items that become examples too
     remat: bool = False  # recompute the LLM's activations in the backward pass, to save memory
+    # GB of host memory for the keys and values of prompts in front of soft tokens (plug.place
+    # "behind"), so that no epoch, method or seed reads them again; for a job of one process.
+    prompt_cache: float = 0.0
     # At a loss far above where it began and the LLM's own: `stop`, or go `back` to the last
     # checkpoint and end the method's training with it.
     on_divergence: str = "stop"

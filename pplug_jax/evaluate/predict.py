@@ -24,7 +24,7 @@ from pplug_jax.methods.shown import Layout, layout_of, shown
 from pplug_jax.methods.table import Method, methods_of
 from pplug_jax.methods.users import own_items
 from pplug_jax.plugs.base import parameter_count
-from pplug_jax.plugs.forward import Weights, answer_tokens, gold_losses, read_prompts
+from pplug_jax.plugs.forward import Weights, answer_tokens, gold_losses
 from pplug_jax.plugs.lora import Lora
 from pplug_jax.plugs.lora_persona import LoraPersona
 from pplug_jax.plugs.persona import UserEmbedder
@@ -126,9 +126,7 @@ def predict(
         else Shared(models, weights, len(tokenized))
     )
     order, users_of_one = trained.order, 1
-    behind = layout_of(method, config).behind
-    keeps_prompts = behind and models.prompts.keep(example.prompt for example in tokenized)
-    if behind:
+    if layout_of(method, config).behind:
         order, users_of_one = by_prompt(tokenized, size // parts(models.mesh, "batch"))
     groups = order.reshape(-1, users_of_one)
     planned = plan_batches(
@@ -144,15 +142,10 @@ def predict(
         empty = assemble((0, bucket, np.zeros(0, int))).with_prompts_of(users_of_one)
         with jax.set_mesh(models.mesh):
             batch = place_batch(empty, models.mesh)
-            if function is read_prompts:
-                return read_prompts.lower(trained.shapes, batch.text, batch.text_mask)
-            if keeps_prompts:
-                batch = models.prompts.abstract(batch)
             return function.lower(*untrained, batch, **static[function])
 
     buckets = dict.fromkeys(bucket for bucket, _ in batches)
-    functions: list[Any] = [*[read_prompts] * keeps_prompts, *static]
-    programs = [(function, bucket) for bucket in buckets for function in functions]
+    programs = [(function, bucket) for bucket in buckets for function in static]
     with (
         compiled_ahead(lower, programs) as compiled,
         Progress(f"answering with {method.name}", len(tokenized), "examples") as progress,
@@ -164,8 +157,6 @@ def predict(
             arguments = trained.of(indices), llm
             batch = assemble((0, bucket, indices)).with_prompts_of(users_of_one)
             batch = place_batch(batch, models.mesh)
-            if keeps_prompts:
-                batch = models.prompts.read(llm, batch, compiled((read_prompts, bucket)))
             tokens = answer_with(*arguments, batch)
             for index, row in zip(indices, fetch(tokens), strict=False):
                 answers[index] = tokenizer.decode(row)

@@ -106,7 +106,6 @@ def continuation(
     prompt: jax.Array,
     mask: jax.Array,
     place: Place,
-    was_read: KeysValues | None = None,
     **decoding: Any,
 ) -> jax.Array:
     """Generate what follows a prompt with these soft tokens, (B, max_new_tokens) int32.
@@ -118,10 +117,9 @@ def continuation(
         prompt: the `text` of `inputs_embeds`.
         mask: the prompt's mask, bool.
         place: where the soft tokens stand.
-        was_read: as in `inputs_embeds`.
         **decoding: settings of `generate`.
     """
-    embeds, embeds_mask, context = inputs_embeds(llm, soft, prompt, mask, place, was_read=was_read)
+    embeds, embeds_mask, context = inputs_embeds(llm, soft, prompt, mask, place)
     return generate(changed, embeds, embeds_mask, **decoding, context=context)
 
 
@@ -146,13 +144,8 @@ def answer_tokens(
 ) -> jax.Array:
     """Generate the answers' tokens, (B, max_new_tokens) int32."""
     changed, soft = adapt(weights, llm, batch, reading)
-    # Soft tokens behind the input leave both texts alike, but for the padding.
-    prompt = (
-        (batch.prompt, batch.prompt_mask)
-        if batch.was_read is None
-        else (batch.text, batch.text_mask)
-    )
-    return continuation(llm, changed, soft, *prompt, place, batch.was_read, **decoding)
+    prompt = batch.prompt, batch.prompt_mask
+    return continuation(llm, changed, soft, *prompt, place, **decoding)
 
 
 @functools.partial(jax.jit, static_argnames=("place", "reading"))

@@ -196,7 +196,7 @@ class Models:
     @functools.cached_property
     def prompts(self) -> PromptCache:
         """What the LLM has read of prompts in front of soft tokens."""
-        budget = self.config.llm.prompt_cache * GB
+        budget = self.config.train.prompt_cache * GB
         return PromptCache(self.abstract_llm, self.mesh, budget)
 
     @functools.cached_property

@@ -1,8 +1,8 @@
 """Keep what the frozen LLM has read of prompts, so that it reads none of them twice.
 
 With soft tokens behind the input nothing that is trained comes before them. So every epoch, every
-plug and every seed would read the same prompts again. Their keys and values are kept in the host's
-memory instead, and a step costs no more than the soft tokens and the answers.
+plug and every seed would read the training's prompts again. Their keys and values are kept in the
+host's memory instead, and a step costs no more than the soft tokens and the answers.
 """
 
 import math
@@ -57,7 +57,7 @@ class PromptCache:
         if size > self._room:
             say(
                 f"{len(new)} prompts are read anew at each use: to keep them takes "
-                f"{size / GB:.1f} GB, and config.llm.prompt_cache has {self._room / GB:.1f} left"
+                f"{size / GB:.1f} GB, and config.train.prompt_cache has {self._room / GB:.1f} left"
             )
             return False
         self._room -= size
