@@ -1,9 +1,10 @@
-"""What did best on real texts (docs/results.md), for any task.
+"""What did best on real texts with a frozen LLM (docs/results.md), for any task.
 
 `--config=configs/best.py:lamp4` or `--config=configs/best.py:lamp4:llama3_8b@v5e-8`: the task's
-config and the LLM's name. A prompt shows what the person wrote on the nearest inputs, where the
-task's items say that, and the plug stands behind it; its controls are run too. For `custom`, whose
-data say it or not, name these methods. The method `pplug_paper` is the paper's plug beside it.
+config and the LLM's name. The prompt shows what the person wrote on the four nearest inputs, where
+the task's items say that. Behind it stand four soft tokens of the persona and four of the form of
+their texts. Controls without one or the other are run too. For `custom`, whose data say what people
+wrote or do not, name these methods. The method `pplug_paper` is the paper's plug beside it.
 """
 
 import importlib
