@@ -392,6 +392,14 @@ def test_users_have_losses_and_the_style_of_answers(tmp_path: Path) -> None:
     assert data["explorer"]["scored"] == ["rouge1", "rougeL", "style"]
 
 
+def test_an_answer_that_ends_an_item_is_not_cut_off(tmp_path: Path) -> None:
+    item = {"text": "long " * 99, "title": "The end"}
+    workdir = make_workdir(tmp_path, ANSWERS, task="LaMP_4", config_file="lamp4", item=item)
+    shown = Page(report([workdir])).data["explorer"]["examples"][1]["items"][0]
+    assert shown["text"].startswith("long long") and len(shown["text"]) < 320
+    assert shown["text"].endswith("\N{HORIZONTAL ELLIPSIS} The end")
+
+
 def write_shown(workdir: Path, method: str, shown: Sequence[Sequence[int]]) -> None:
     path = workdir / "predictions" / f"dev.{method}.about.json"
     path.write_text(json.dumps({"losses": [[1, 1]] * len(LENGTHS), "shown": shown}))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pplug_jax.data.lamp import Example
+from pplug_jax.data.lamp import Example, Item
 from pplug_jax.report.runs import Run, Split
 from pplug_jax.report.scores import Statistics
 from pplug_jax.scoring.metrics import METRICS
@@ -108,7 +108,6 @@ def _texts(
     known = [of for w in weights.values() for of in (w["own"], w["other"]) if of is not None]
     wanted = [*(w["item"] for w in weights.values()), *itertools.chain(*prompts.values())]
     places = _shown_items(len(items), known, wanted)
-    with_label = run.config.data.history_labels
     return {
         "id": example.id,
         "user": example.user,
@@ -116,10 +115,9 @@ def _texts(
         "input": _cut(example.input, MAX_TEXT),
         "gold": None if example.target is None else _cut(example.target, MAX_TEXT),
         "items": [
-            {
+            _item(run, items[place])
+            | {
                 "place": place,
-                "text": _cut(run.task.item_text(items[place], with_label), MAX_ITEM_TEXT),
-                "answer": (items[place].get(run.task.answer) or "").strip(),
                 "prompts": [name for name, chosen in prompts.items() if place in chosen],
             }
             for place in places
@@ -133,6 +131,16 @@ def _texts(
             for name, w in weights.items()
         },
     }
+
+
+def _item(run: Run, item: Item) -> dict[str, str]:
+    """Return an item's text, cut in front of an answer that ends it, and the answer."""
+    text = run.task.item_text(item, run.config.data.history_labels)
+    answer = (item.get(run.task.answer) or "").strip()
+    before = text.removesuffix(answer)
+    cut = _cut(before, MAX_ITEM_TEXT)
+    end = text[len(before) :]
+    return {"text": f"{cut} {end}" if end and cut != before else cut + end, "answer": answer}
 
 
 def _shown_items(length: int, weights: Sequence[np.ndarray], others: Iterable[int]) -> list[int]:
