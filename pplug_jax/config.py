@@ -64,6 +64,7 @@ FROM_ONE = (
     "mesh.fsdp",
     "mesh.tensor",
 )
+FROM_ZERO = ("train.prompt_cache",)
 ABOVE_ZERO = ("plug.temperature", "train.epochs", "train.learning_rate", "train.clip_norm")
 SHARES = ("plug.history_dropout", "plug.persona_dropout", "train.warmup", "train.validation")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -218,6 +219,7 @@ def _check_ranges(config: Settings) -> None:
     wrong = {
         "must be at least 1": [field for field in FROM_ONE if not given[field] >= 1],
         "must be above 0": [field for field in ABOVE_ZERO if not 0 < given[field] < math.inf],
+        "must be at least 0": [field for field in FROM_ZERO if not 0 <= given[field] < math.inf],
         "is a share, from 0 to 1": [field for field in SHARES if not 0 <= given[field] <= 1],
     }
     for problem, fields in wrong.items():

@@ -110,7 +110,8 @@ class TrainSettings:
     own_items: int = 0  # number of each user's history items that become examples too
     remat: bool = False  # recompute the LLM's activations in the backward pass, to save memory
     # GB of host memory for the keys and values of prompts in front of soft tokens (plug.place
-    # "behind"), so that no epoch, method or seed reads them again; for a job of one process.
+    # "behind"), so that no epoch, method or seed reads them again; for a job of one process, and
+    # batches in one part.
     prompt_cache: float = 0.0
     # At a loss far above where it began and the LLM's own: `stop`, or go `back` to the last
     # checkpoint and end the method's training with it.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -91,6 +92,28 @@ def test_whose_answers_are_shown(
         assert each.prompt.startswith(asked.input)
         assert wanted is None or re.findall(r"T[\d.]+", each.prompt) == wanted[::-1]
         assert wanted is None or each.shown == list(range(len(wanted)))
+
+
+def test_a_prompt_without_room_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "pplug_jax.methods.shown.retrievers",
+        lambda *_: {name: lambda *_: [[1, 0]] for name in ("dense", "bm25")},
+    )
+    tokenizer = SimpleNamespace(tokenizer=WordTokenizer(), prompt=lambda text, *_: text)
+
+    def places(method: str, max_length: int, asked: Example) -> Sequence[int]:
+        config = Settings().changed({"data.max_input_length": max_length})
+        given = TASK, tokenizer, None, METHODS[method], config, [asked], tokenized([0, 1])
+        return shown(*given)[0].shown
+
+    asked = example(0, 2)
+    for method in ("answers", "bm25"):
+        assert places(method, 100, asked) == [1, 0]
+        assert places(method, 1, asked) == []
+    untitled = dataclasses.replace(
+        asked, profile=(asked.profile[0], asked.profile[1] | {"title": ""})
+    )
+    assert places("answers", 100, untitled) == [0]
 
 
 def test_users_with_half_a_history_in_common_are_one() -> None:

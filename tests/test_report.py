@@ -412,10 +412,12 @@ def test_items_that_a_prompt_shows_say_so(tmp_path: Path, monkeypatch: pytest.Mo
     examples = Page(report([workdir])).data["explorer"]["examples"]
     assert [item["prompts"] for item in examples[4]["items"]] == [[], ["bm25"]]
     assert [item["place"] for item in examples[7]["items"] if item["prompts"]] == [3, 7]
-    # Of a history longer than the page shows, such items stay.
-    monkeypatch.setattr("pplug_jax.report.explorer.MAX_ITEMS", 3)
+    # Of a history longer than the page shows, such items stay beside the heaviest or newest.
+    monkeypatch.setattr("pplug_jax.report.explorer.MAX_ITEMS", 4)
+    write_shown(workdir, "none", [[]] * 7 + [[0, 1, 2, 4]])
     last = Page(report([workdir])).data["explorer"]["examples"][7]["items"]
-    assert [item["place"] for item in last] == [3, 6, 7]
+    assert [item["place"] for item in last] == [0, 1, 6, 7]
+    write_shown(workdir, "none", [[]] * 8)
     # A plug reads the newest items alone: places are counted among them.
     config = json.loads((workdir / "config.json").read_text())
     config["data"]["max_history"] = 2

@@ -114,6 +114,11 @@ def test_the_words_are_those_of_the_person(once: Once) -> None:
     titles = [item["title"] for item in example.profile]
     assert prompt.startswith(example.input)
     assert sum(f"- {title}" in prompt for title in titles) == 2
+    # Vectors that are given are those of the items in their order, whatever their dates.
+    dated = [item | {"date": 2020 - i} for i, item in enumerate(example.profile)]
+    vectors = personalizer.encode_items(personalizer.item_texts(dated))
+    asked = personalizer.encode_inputs([example.input])[0]
+    assert personalizer.personal(example.input, asked, dated, vectors).prompt == prompt
     assert personalizer.prompt(example.input) == example.input
     assert personalizer.prompt(example.input, titles) == example.input  # texts say no answer
 

@@ -122,9 +122,12 @@ def _prompts(
     while together := list(itertools.islice(left, AT_ONCE)):
         retrieved = retrieve(task, together, top_k(method, config))
         for example, places in zip(together, retrieved, strict=True):
+            if method.answers:
+                places = [i for i in places if example.profile[i][task.answer].strip()]
             items = [example.profile[i] for i in places]
             prompt = in_words(task, tokenizer, method, config, example.input, items)
-            yield tokenizer.prompt(prompt, data.max_input_length, behind), places
+            in_prompt = [] if prompt == example.input else places  # there may be no room
+            yield tokenizer.prompt(prompt, data.max_input_length, behind), in_prompt
 
 
 def top_k(method: Method, config: Settings) -> int:

@@ -12,7 +12,7 @@ from pplug_jax.report.scores import Statistics
 from pplug_jax.scoring.metrics import METRICS
 from pplug_jax.scoring.style import distances
 
-MAX_ITEMS = 40  # of a history: the heaviest, or the newest where there are no weights
+MAX_ITEMS = 40  # of a history: the heaviest, or without weights the newest, and what prompts have
 MAX_ITEM_TEXT = 300  # characters
 MAX_TEXT = 1200  # of an input, a gold or an output
 
@@ -106,8 +106,8 @@ def _texts(
     """Return an example's texts, and of the items shown the weights and whose prompts have them."""
     items = run.history(example)
     known = [of for w in weights.values() for of in (w["own"], w["other"]) if of is not None]
-    wanted = [*(w["item"] for w in weights.values()), *itertools.chain(*prompts.values())]
-    places = _shown_items(len(items), known, wanted)
+    others = [w["item"] for w in weights.values()]
+    places = _shown_items(len(items), known, others, [*itertools.chain(*prompts.values())])
     return {
         "id": example.id,
         "user": example.user,
@@ -143,14 +143,20 @@ def _item(run: Run, item: Item) -> dict[str, str]:
     return {"text": f"{cut} {end}" if end and cut != before else cut + end, "answer": answer}
 
 
-def _shown_items(length: int, weights: Sequence[np.ndarray], others: Iterable[int]) -> list[int]:
-    """Return the places of the items that the page shows of a history of `length`."""
+def _shown_items(
+    length: int, weights: Sequence[np.ndarray], others: Iterable[int], prompted: Iterable[int]
+) -> list[int]:
+    """Return the places of the items that the page shows of a history of `length`.
+
+    They are `others`, half of the room for the heaviest, and then what prompts have.
+    """
     if length <= MAX_ITEMS:
         return list(range(length))
     importance = np.max(weights, axis=0) if len(weights) else np.arange(length)
-    wanted = {other for other in others if other >= 0}
     ranked = np.argsort(-importance, kind="stable").tolist()
-    return sorted(list(dict.fromkeys([*wanted, *ranked]))[:MAX_ITEMS])
+    first = [other for other in others if other >= 0]
+    wanted = [*first, *ranked[: MAX_ITEMS // 2], *prompted, *ranked]
+    return sorted(list(dict.fromkeys(wanted))[:MAX_ITEMS])
 
 
 def _cut(text: str, length: int) -> str:

@@ -18,7 +18,7 @@ class Batcher:
     meanwhile is encoded next.
 
     Args:
-        encode: returns the vectors of texts, (n, E).
+        encode: returns the vectors of texts, (n, ..).
     """
 
     def __init__(self, encode: Callable[[Sequence[str]], np.ndarray]):
@@ -28,7 +28,7 @@ class Batcher:
         self._turn = threading.Lock()
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Return the texts' vectors, (n, E)."""
+        """Return the texts' vectors, (n, ..)."""
         made: Future[np.ndarray] = Future()
         self._waiting.append((texts, made))
         with self._turn:

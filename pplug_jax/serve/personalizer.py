@@ -389,13 +389,13 @@ class Personalizer:
         Args:
             input: as in `soft_prompt`.
             asked: (1 or 2, E), the input's vectors, as `encode_inputs` makes them.
-            history: the user's newest items, in order.
+            history: the user's newest items, at most `config.data.max_history`, in order.
             vectors: (n, E), the items' vectors, as `encode_items` makes them.
 
         Raises:
-            InputError: as `soft_prompt`.
+            InputError: an item lacks a field of the task or has a mistyped one.
         """
-        person = self._person(*self._read(history), vectors.astype(np.float32))
+        person = self._person(*self._read(history, by_date=False), vectors.astype(np.float32))
         inputs = self._inputs(asked, [person])
         soft, weights = _soft_and_weights(self.persona, inputs, self.method.reading)
         return Personal(
@@ -470,7 +470,8 @@ class Personalizer:
 
     def _people(self, histories: Sequence[History]) -> list[_Person]:
         """Return the users with their vectors, which are made together."""
-        read = [self._read(history) for history in histories]
+        by_date = self.models.config.data.sort_by_date
+        read = [self._read(history, by_date) for history in histories]
         vectors = self.encode_items([text for _, texts, _ in read for text in texts])
         ends = np.cumsum([len(texts) for _, texts, _ in read])[:-1]
         split = np.split(vectors.astype(np.float32), ends)
@@ -497,11 +498,10 @@ class Personalizer:
         return [item if isinstance(item, str) else text(item) for item in items]
 
     def _read(
-        self, history: History
+        self, history: History, by_date: bool
     ) -> tuple[Sequence[str | Item], list[str], dict[str, np.ndarray]]:
         """Return the newest items, their texts, and the features that the whole history gives."""
         models = self.models
-        by_date = models.config.data.sort_by_date
         history = check_history(models.task, history, sort_by_date=by_date)
         texts = self._texts(history)
         items = [{} if isinstance(item, str) else item for item in history]

@@ -7,7 +7,7 @@ host's memory instead, and a step costs no more than the soft tokens and the ans
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,6 +25,13 @@ GB = 10**9
 Read = Callable[[LLM, jax.Array, jax.Array], KeysValues]  # as `forward.read_prompts`
 
 
+class _Kept(NamedTuple):
+    """A prompt's keys and values, (layers, n, kv_heads, head_dim), and how far it was padded."""
+
+    keys_values: KeysValues
+    padded: int
+
+
 class PromptCache:
     """The keys and values of prompts that were read, up to a number of bytes.
 
@@ -39,9 +46,10 @@ class PromptCache:
 
     def __init__(self, llm: LLM, mesh: Mesh, budget: float):
         self._llm, self._mesh = llm, mesh
-        self._room = budget if jax.process_count() == 1 else 0
+        self._keeps = budget > 0 and jax.process_count() == 1
+        self._room = budget
         self._wanted: set[bytes] = set()
-        self._kept: dict[bytes, tuple[np.ndarray, ...]] = {}
+        self._kept: dict[bytes, _Kept] = {}
 
     def keep(self, prompts: Iterable[np.ndarray]) -> bool:
         """Return whether there is room for these prompts too; if so, they are kept once read.
@@ -49,19 +57,20 @@ class PromptCache:
         Args:
             prompts: their tokens, (n,) int32 each.
         """
-        if not self._room:
+        if not self._keeps:
             return False
-        new = {prompt.tobytes(): len(prompt) for prompt in prompts}
-        new = {key: length for key, length in new.items() if key not in self._wanted}
-        size = sum(new.values()) * self._bytes_per_token
+        lengths = {prompt.tobytes(): len(prompt) for prompt in prompts}
+        new = lengths.keys() - self._wanted
+        size = sum(lengths[key] for key in new) * self._bytes_per_token
         if size > self._room:
             say(
-                f"{len(new)} prompts are read anew at each use: to keep them takes "
-                f"{size / GB:.1f} GB, and config.train.prompt_cache has {self._room / GB:.1f} left"
+                f"{len(lengths)} prompts are read anew at each use: to keep them takes "
+                f"{size / GB:.3g} GB more, and config.train.prompt_cache has {self._room / GB:.3g} "
+                "left"
             )
             return False
         self._room -= size
-        self._wanted |= new.keys()
+        self._wanted |= new
         return True
 
     def read(self, llm: LLM, batch: Batch, read: Read = read_prompts) -> Batch:
@@ -74,11 +83,13 @@ class PromptCache:
         """
         text, mask = np.asarray(batch.text), np.asarray(batch.text_mask)
         prompts = [row[real] for row, real in zip(text, mask, strict=True)]
-        if any(prompt.tobytes() not in self._kept for prompt in prompts):
+        kept = [self._kept.get(prompt.tobytes()) for prompt in prompts]
+        # Another padded length rounds otherwise. A run that was stopped would end with others.
+        if any(one is None or one.padded != text.shape[1] for one in kept):
             was_read = read(llm, batch.text, batch.text_mask)
-            of_rows = zip(prompts, *map(np.asarray, was_read), strict=True)
-            for prompt, *arrays in of_rows:
-                self._kept[prompt.tobytes()] = tuple(x[:, : len(prompt)].copy() for x in arrays)
+            for prompt, *arrays in zip(prompts, *map(np.asarray, was_read), strict=True):
+                own = KeysValues(*(x[:, : len(prompt)].copy() for x in arrays))
+                self._kept[prompt.tobytes()] = _Kept(own, text.shape[1])
             return batch._replace(was_read=was_read)
 
         def together(whole: Any, arrays: Iterable[np.ndarray]) -> jax.Array:
@@ -87,8 +98,8 @@ class PromptCache:
                 row[:, : array.shape[1]] = array
             return jax.device_put(rows, whole.sharding)
 
-        kept = zip(*(self._kept[prompt.tobytes()] for prompt in prompts), strict=True)
-        keys_values = map(together, self._abstract(*text.shape), kept)
+        by_kind = zip(*(one.keys_values for one in kept if one), strict=True)
+        keys_values = map(together, self._abstract(*text.shape), by_kind)
         return batch._replace(was_read=KeysValues(*keys_values))
 
     def abstract(self, batch: Batch) -> Batch:

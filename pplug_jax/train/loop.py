@@ -70,8 +70,6 @@ class Trainer:
         self.buckets = [self.plan[i][1] for i in range(len(self.plan))]
         self.soft_tokens = PLUGS[method.kind].soft_tokens(config, method.reading)
         self.place = place_of(models, method, config)
-        prompts = (example.prompt for example in (*tokenized, *validation))
-        self.keeps_prompts = isinstance(self.place, Behind) and models.prompts.keep(prompts)
         self.optimizer = optimizer_of(config, len(self.plan))
         shapes = abstract_weights(models, method, config)
         self.trained = shapes, abstract_optimizer(self.optimizer, shapes, models.mesh)
@@ -95,6 +93,7 @@ class Trainer:
             if self.step == len(self.plan):
                 say(f"training {self.method.name}: all {self.step} steps were done")
                 return self.weights
+            self.keeps_prompts = self._keep_prompts()
             programs: list[Callable] = [*[read_prompts] * self.keeps_prompts, self.jitted]
             buckets = dict.fromkeys(self.buckets[self.step :])
             coming = [(program, bucket) for bucket in buckets for program in programs]
@@ -114,6 +113,13 @@ class Trainer:
                 f"has {steps}; the data have changed since: give another --workdir"
             )
         self.weights, self.opt_state, self.step = self.checkpoints.restore(*self.trained)
+
+    def _keep_prompts(self) -> bool:
+        """Return whether the prompts' keys and values are kept; a batch in parts is to be small."""
+        if not isinstance(self.place, Behind) or self.config.train.accumulation > 1:
+            return False
+        examples = (*self.assemble.tokenized, *self.validation)
+        return self.models.prompts.keep(example.prompt for example in examples)
 
     def _lower(self, program: tuple[Callable, int]) -> jax.stages.Lowered:
         """Lower a function, the step or `read_prompts`, for a bucket's shape."""
