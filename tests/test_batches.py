@@ -456,7 +456,7 @@ def test_a_batch_is_sharded_over_its_rows(store: HistoryStore, extended: bool):
     examples = many(8)
     local = full_batch(examples, store, 0, **(extensions(examples, store) if extended else {}))
     placed = place_batch(local, mesh)
-    assert len(jax.tree.leaves(local)) == len(Batch._fields) - 1 + (3 if extended else 0)
+    assert len(jax.tree.leaves(local)) == len(Batch._fields) - 2 + (3 if extended else 0)
     for array, expected in zip(*map(jax.tree.leaves, (placed, local)), strict=True):
         np.testing.assert_array_equal(array, expected)
         assert array.dtype == expected.dtype

@@ -87,6 +87,8 @@ class Rows(NamedTuple):
     target: np.ndarray
     target_mask: np.ndarray
 
+    was_read = None
+
     @property
     def text(self) -> np.ndarray:
         return self.prompt
