@@ -77,7 +77,7 @@ def explorer(
             name: _rounded(np.array([values[place] for values in of.values()]))
             for name, of in scores.items()
         }
-        in_prompt = {name: list(places[i]) for name, places in prompts.items()}
+        in_prompt = {name: places[i] for name, places in prompts.items()}
         examples.append(
             _texts(run, example, weights, in_prompt) | {"outputs": outputs, "scores": of_methods}
         )
@@ -107,7 +107,7 @@ def _texts(
     items = run.history(example)
     known = [of for w in weights.values() for of in (w["own"], w["other"]) if of is not None]
     others = [w["item"] for w in weights.values()]
-    places = _shown_items(len(items), known, others, [*itertools.chain(*prompts.values())])
+    places = _shown_items(len(items), known, others, itertools.chain(*prompts.values()))
     return {
         "id": example.id,
         "user": example.user,

@@ -14,13 +14,14 @@ from pplug_jax.errors import InputError
 from pplug_jax.report import explorer, figures
 from pplug_jax.report.runs import (
     Run,
+    losses_of,
+    read_abouts,
     read_curves,
     read_examples,
-    read_losses,
     read_personas,
     read_predictions,
     read_run,
-    read_shown,
+    shown_of,
     spread,
 )
 from pplug_jax.report.scores import length_bins, over_seeds, scores_by_length, scores_by_top_k
@@ -118,8 +119,8 @@ def _examples(run: Run, folder: Path) -> dict[str, Any]:
     """
     split = read_examples(run)
     answers = [read_predictions(run, path, split) for path in run.folders.values()]
-    first = next(iter(run.folders.values()))
-    personas, shown = read_personas(run, first, split), read_shown(run, first, split)
+    abouts = [read_abouts(run, path) for path in run.folders.values()]
+    personas = read_personas(run, next(iter(run.folders.values())), split)
     bins, by_length = [], {}
     statistics: list[dict[str, Any]] = [{}]
     golds = [gold for gold in split.golds if gold is not None]
@@ -131,7 +132,7 @@ def _examples(run: Run, folder: Path) -> dict[str, Any]:
             }
             for methods in answers
         ]
-        losses = [read_losses(run, path, split) for path in run.folders.values()]
+        losses = [losses_of(of, split) for of in abouts]
         pairs = list(zip(statistics, losses, strict=True))
         if all(methods.keys() <= of.keys() for methods, of in pairs):
             for methods, of in pairs:
@@ -147,7 +148,9 @@ def _examples(run: Run, folder: Path) -> dict[str, Any]:
             for metric, of in by_length.items()
         }
         figures.write_scores(folder / "history_length", "items", "items of history", names, named)
-    users = explorer.explorer(run, split, answers[0], statistics[0], personas, shown)
+    users = explorer.explorer(
+        run, split, answers[0], statistics[0], personas, shown_of(abouts[0], split)
+    )
     figures.write_map(folder, users)
     return {"bins": bins, "by_length": by_length, "explorer": users}
 

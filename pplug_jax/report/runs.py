@@ -196,24 +196,30 @@ def read_predictions(run: Run, folder: Path, split: Split) -> dict[str, list[str
     return answers
 
 
-def read_losses(run: Run, folder: Path, split: Split) -> dict[str, np.ndarray]:
+def read_abouts(run: Run, folder: Path) -> dict[str, dict[str, Any]]:
+    """Return what stands beside each method's answers (`evaluate.predict.Answers`), if it does."""
+    split = run.results["split"]
+    paths = {
+        name: about_path(predictions_path(folder, split, name)) for name in run.results["methods"]
+    }
+    return {name: _load(path) for name, path in paths.items() if path.is_file()}
+
+
+def losses_of(abouts: Mapping[str, Mapping[str, Any]], split: Split) -> dict[str, np.ndarray]:
     """Return each method's losses, (n, 2): the sum and number of a gold's tokens.
 
-    Methods without the file that `predict.answer_examples` writes, or one of other examples, have
-    none.
+    Methods of other examples have none.
     """
-    losses = {
-        name: np.array(about["losses"], float) for name, about in _abouts(run, folder).items()
-    }
+    losses = {name: np.array(about["losses"], float) for name, about in abouts.items()}
     return {name: rows for name, rows in losses.items() if rows.shape == (len(split.ids), 2)}
 
 
-def read_shown(run: Run, folder: Path, split: Split) -> dict[str, list[list[int]]]:
+def shown_of(abouts: Mapping[str, Mapping[str, Any]], split: Split) -> dict[str, list[list[int]]]:
     """Return, for the methods that say it, the items of each profile that a prompt shows, by place.
 
     They are best first, and places are those of `Run.history`; what it lacks is left out.
     """
-    shown = {name: about.get("shown", []) for name, about in _abouts(run, folder).items()}
+    shown = {name: about.get("shown", []) for name, about in abouts.items()}
     return {
         name: [
             [place - older for place in places if place >= older]
@@ -222,15 +228,6 @@ def read_shown(run: Run, folder: Path, split: Split) -> dict[str, list[list[int]
         for name, of in shown.items()
         if len(of) == len(split.ids) and any(of)
     }
-
-
-def _abouts(run: Run, folder: Path) -> dict[str, dict[str, Any]]:
-    """Return what stands beside each method's answers (`evaluate.predict.Answers`), if it does."""
-    split = run.results["split"]
-    paths = {
-        name: about_path(predictions_path(folder, split, name)) for name in run.results["methods"]
-    }
-    return {name: _load(path) for name, path in paths.items() if path.is_file()}
 
 
 def read_personas(run: Run, folder: Path, split: Split) -> dict[str, dict[str, np.ndarray]]:
