@@ -91,7 +91,9 @@ class PlugSettings:
     # The input encoder's learning rate over the others'; 1 is the paper, 0 freezes it.
     encoder_rate: float = 1.0
     history_dropout: float = 0.5  # largest share of a history that training leaves out
-    persona_dropout: float = 0.0  # share of training examples that get the null persona
+    # Share of training examples that are as a new user's: they show nothing of the user, and train
+    # the null persona.
+    persona_dropout: float = 0.0
     dtype: str = "float32"  # of the computation; parameters are always float32
 
 

@@ -368,25 +368,14 @@ def same(one: Batch, other: Batch) -> bool:
 
 def test_dropout_is_a_function_of_seed_and_step(store: HistoryStore):
     examples = many(16)
-    options = {"history_dropout": 0.5, "persona_dropout": 0.3}
-    first = full_batch(examples, store, 3, seed=1, **options)
-    assert same(first, full_batch(examples, store, 3, seed=1, **options))
+    first = full_batch(examples, store, 3, seed=1, history_dropout=0.5)
+    assert same(first, full_batch(examples, store, 3, seed=1, history_dropout=0.5))
     for step, seed in ((4, 1), (3, 2)):
-        other = full_batch(examples, store, step, seed=seed, **options)
+        other = full_batch(examples, store, step, seed=seed, history_dropout=0.5)
         assert not np.array_equal(first.history_mask, other.history_mask)
         assert np.array_equal(first.prompt, other.prompt)
     # Without dropout the step means nothing.
     assert same(full_batch(examples, store, 3), full_batch(examples, store, 4))
-
-
-def test_persona_dropout_leaves_no_history(store: HistoryStore):
-    rng = np.random.default_rng(0)
-    examples = [tokenized(rng, rows=6) for _ in range(200)]
-    none = full_batch(examples, store, 0, persona_dropout=1.0)
-    assert not none.history_mask.any()
-    assert not none.history.any()
-    some = full_batch(examples, store, 0, persona_dropout=0.3).history_mask.any(axis=1)
-    assert 0.5 < some.mean() < 0.9
 
 
 def test_the_kept_items_stand_in_their_order_with_their_ages_and_differences(store: HistoryStore):

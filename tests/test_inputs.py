@@ -16,7 +16,7 @@ from pplug_jax.methods.shown import shown
 from pplug_jax.methods.table import METHODS
 from pplug_jax.methods.users import own_items, split_users, unseen
 from pplug_jax.settings import Settings
-from pplug_jax.train.inputs import WithOwnItems
+from pplug_jax.train.inputs import TrainingInputs, WithOwnItems
 from tests.support.words import WordTokenizer
 
 TASK = TASKS["LaMP_5"]
@@ -114,6 +114,45 @@ def test_a_prompt_without_room_shows_nothing(monkeypatch: pytest.MonkeyPatch) ->
         asked, profile=(asked.profile[0], asked.profile[1] | {"title": ""})
     )
     assert places("answers", 100, untitled) == [0]
+
+
+def test_some_training_examples_are_as_a_new_user_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "pplug_jax.methods.shown.retrievers",
+        lambda *_: {"dense": lambda task, examples, top_k: [[0] for _ in examples]},
+    )
+    monkeypatch.setattr(
+        "pplug_jax.train.inputs.tokenize",
+        lambda models, examples, layout: [
+            one._replace(prompt=each.input)
+            for one, each in zip(tokenized(*[[0, 1]] * 400), examples, strict=True)
+        ],
+    )
+    examples = [example(i, 2) for i in range(400)]
+
+    def train(share: float, seed: int = 0, method: str = "pplug+answers") -> list[Tokenized]:
+        config = Settings().changed({"plug.persona_dropout": share, "seed": seed})
+        tokenizer = SimpleNamespace(
+            tokenizer=WordTokenizer(), prompt=lambda text, max_length, behind: text
+        )
+        models = SimpleNamespace(task=TASK, tokenizer=tokenizer, store=None, config=config)
+        return TrainingInputs(models, examples)(METHODS[method], config)
+
+    def new(found: list[Tokenized]) -> list[bool]:
+        for each, asked in zip(found, examples, strict=True):
+            bare = each.prompt == asked.input
+            assert bare == (not each.shown) == (not len(each.history.texts))
+            assert bare == (not len(each.item_features["age"]))
+        return [not each.shown for each in found]
+
+    assert not any(new(train(0.0)))
+    assert all(new(train(1.0)))
+    some = new(train(0.1))
+    assert 20 < sum(some) < 60
+    assert new(train(0.1)) == some != new(train(0.1, seed=1))
+    # The control is trained on the same prompts.
+    control = train(0.1, method="instruction_only+answers")
+    assert [each.prompt for each in control] == [each.prompt for each in train(0.1)]
 
 
 def test_users_with_half_a_history_in_common_are_one() -> None:

@@ -375,7 +375,6 @@ class Assemble:
         rows: the places of this process' rows in the batch (`mesh.local_rows`).
         seed: of the dropout.
         history_dropout: the largest share of a history that is dropped (`drop_history`).
-        persona_dropout: the share of examples whose whole history is dropped.
         features: the names of the features that batches hold.
         peers: the run's peers, needed if a feature compares with them.
         queries: the store of the queries' vectors; without it batches hold the queries' tokens.
@@ -390,14 +389,12 @@ class Assemble:
         *,
         seed: int = 0,
         history_dropout: float = 0.0,
-        persona_dropout: float = 0.0,
         features: Sequence[str] = (),
         peers: Peers | None = None,
         queries: HistoryStore | None = None,
     ):
         self.tokenized, self.buckets, self.store, self.rows = tokenized, buckets, store, rows
-        self.history_dropout, self.persona_dropout = history_dropout, persona_dropout
-        self.seed = seed
+        self.seed, self.history_dropout = seed, history_dropout
         self.features, self.peers, self.queries = features, peers, queries
 
     def __call__(self, planned: tuple[int, int, np.ndarray]) -> Batch:
@@ -435,8 +432,6 @@ class Assemble:
                 batch[f"{name}_mask"][i, : len(ids)] = True
             rng = np.random.default_rng((self.seed, 1, step, int(row)))
             kept = drop_history(len(vectors), rng, self.history_dropout)
-            if self.persona_dropout and rng.random() < self.persona_dropout:
-                kept = kept[:0]
             batch["history"][i, : len(kept)] = vectors[kept]
             batch["history_mask"][i, : len(kept)] = True
             # Made of the whole history: a dropped item is older all the same, and never a peer.

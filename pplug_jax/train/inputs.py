@@ -84,9 +84,14 @@ class TrainingInputs:
 
     def __call__(self, method: Method, config: Settings) -> list[Tokenized]:
         count, layout = config.train.own_items, layout_of(method, config)
-        return self._shown(
-            method, config, self._with_own_items(count), self.tokenized(count, layout)
-        )
+        tokenized = self.tokenized(count, layout)
+        found = self._shown(method, config, self._with_own_items(count), tokenized)
+        # Whose turn it is does not depend on the step: a prompt that changed would be read anew.
+        drawn = np.random.default_rng(config.seed).random(len(found))
+        return [
+            plain.with_history_of(None) if draw < config.plug.persona_dropout else each
+            for plain, each, draw in zip(tokenized, found, drawn, strict=True)
+        ]
 
     def validation(self, method: Method, config: Settings) -> list[Tokenized]:
         """Return the held-out examples, as the method shows them."""

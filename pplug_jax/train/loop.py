@@ -64,7 +64,6 @@ class Trainer:
             train.batch_size,
             seed=config.seed,
             history_dropout=config.plug.history_dropout,
-            persona_dropout=config.plug.persona_dropout,
         )
         self.plan = Plan(self.assemble.buckets.of, train.batch_size, train.epochs, config.seed)
         self.buckets = [self.plan[i][1] for i in range(len(self.plan))]
