@@ -32,6 +32,7 @@ def get_config(arg: str = "lamp5") -> ml_collections.ConfigDict:
     c.plug.features = ("form",)
     c.plug.encoder_rate = 0.0
     c.plug.history_dropout = 0.2
+    c.plug.persona_dropout = 0.1  # or new users would get soft tokens that nothing trained
     # An LLM with an encoder reads the whole prompt at once: behind it nothing is gained.
     c.plug.place = "front" if any("t5" in name for name in llm) else "behind"
     if TASKS[c.task].answer and "pplug" in c.methods:
