@@ -20,6 +20,7 @@ from pplug_jax.train.inputs import TrainingInputs, WithOwnItems
 from tests.support.words import WordTokenizer
 
 TASK = TASKS["LaMP_5"]
+TOKENIZER = SimpleNamespace(tokenizer=WordTokenizer(), prompt=lambda text, *_: text)
 
 
 def example(i: int, items: int) -> Example:
@@ -75,13 +76,10 @@ def test_whose_answers_are_shown(
     def places_of(example: Example) -> list[int]:
         return list(range(len(example.profile)))
 
-    tokenizer = SimpleNamespace(
-        tokenizer=WordTokenizer(), prompt=lambda text, max_length, behind: text
-    )
     examples = [example(0, 2), example(1, 1), example(2, 0)]
     found = shown(
         TASK,
-        tokenizer,
+        TOKENIZER,
         None,
         METHODS[method],
         Settings(),
@@ -99,11 +97,10 @@ def test_a_prompt_without_room_shows_nothing(monkeypatch: pytest.MonkeyPatch) ->
         "pplug_jax.methods.shown.retrievers",
         lambda *_: {name: lambda *_: [[1, 0]] for name in ("dense", "bm25")},
     )
-    tokenizer = SimpleNamespace(tokenizer=WordTokenizer(), prompt=lambda text, *_: text)
 
     def places(method: str, max_length: int, asked: Example) -> Sequence[int]:
         config = Settings().changed({"data.max_input_length": max_length})
-        given = TASK, tokenizer, None, METHODS[method], config, [asked], tokenized([0, 1])
+        given = TASK, TOKENIZER, None, METHODS[method], config, [asked], tokenized([0, 1])
         return shown(*given)[0].shown
 
     asked = example(0, 2)
@@ -132,10 +129,7 @@ def test_some_training_examples_are_as_a_new_user_s(monkeypatch: pytest.MonkeyPa
 
     def train(share: float, seed: int = 0, method: str = "pplug+answers") -> list[Tokenized]:
         config = Settings().changed({"plug.persona_dropout": share, "seed": seed})
-        tokenizer = SimpleNamespace(
-            tokenizer=WordTokenizer(), prompt=lambda text, max_length, behind: text
-        )
-        models = SimpleNamespace(task=TASK, tokenizer=tokenizer, store=None, config=config)
+        models = SimpleNamespace(task=TASK, tokenizer=TOKENIZER, store=None, config=config)
         return TrainingInputs(models, examples)(METHODS[method], config)
 
     def new(found: list[Tokenized]) -> list[bool]:
