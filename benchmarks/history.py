@@ -4,8 +4,8 @@
 
 answers the held-out examples of `--mode=compare`'s workdir once more, with the newest items of each
 history alone and the weights as they were trained, and prints loss, the task's metric, style, and
-how many tokens of a prompt the LLM reads, soft tokens included. Scores are means over the workdir's
-seeds. Style is measured against the whole history.
+how many tokens the LLM reads before an answer, soft tokens included. Scores are means over the
+workdir's seeds. Style is measured against the whole history.
 """
 
 import dataclasses
@@ -19,11 +19,10 @@ from absl import app, flags
 from benchmarks.timing import report
 from pplug_jax.data.lamp import Example, by_date
 from pplug_jax.data.sources import read_split
-from pplug_jax.evaluate.predict import Answers, predict
+from pplug_jax.evaluate.predict import Answers, predict, prompt_tokens
 from pplug_jax.evaluate.run import statistics_of
 from pplug_jax.methods.shown import layout_of, shown
 from pplug_jax.methods.table import Method, configured, methods_of
-from pplug_jax.plugs.registry import PLUGS
 from pplug_jax.scoring.summary import mean_statistics, scores
 from pplug_jax.session import Models
 from pplug_jax.session.inputs import tokenize
@@ -58,10 +57,9 @@ def measure(
 ) -> list[tuple[dict[str, np.ndarray], float]]:
     """For each count each example's statistics, and the mean number of tokens before the answer."""
     settings = configured(models.config, method, seed)
-    soft, weights, measured = 0, None, []
+    weights, measured = None, []
     if method.plug:
         weights = restore_weights(models, method, settings, seed_path(models.workdir, seed))
-        soft = PLUGS[method.kind].soft_tokens(settings, method.reading)
     for count in counts:
         left = newest(examples, count)
         tokenized = tokenize(models, left, layout_of(method, settings))
@@ -70,8 +68,8 @@ def measure(
         )
         texts, losses, milliseconds = predict(models, method, settings, weights, inputs)
         named = {example.id: text for example, text in zip(examples, texts, strict=True)}
-        answers = Answers(named, losses.tolist(), None, 0, 0, milliseconds)
-        tokens = soft + float(np.mean([len(each.prompt) for each in inputs]))
+        tokens = prompt_tokens(models, method, settings, inputs)
+        answers = Answers(named, losses.tolist(), None, 0, 0, tokens, milliseconds)
         measured.append((statistics_of(models, examples, answers), tokens))
     return measured
 

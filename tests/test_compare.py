@@ -91,6 +91,14 @@ def test_differences_are_paired_with_the_references(compared: Path) -> None:
 
 def test_what_a_method_costs(compared: Path) -> None:
     entries = results_of(compared)["methods"]
+    config = Settings.of(comparison())
+    tokenizer = Models(config, compared).tokenizer
+    inputs = [example.input for example in read_split(config, "eval")]
+    read = np.mean([len(tokenizer.prompt(text, config.data.max_input_length)) for text in inputs])
+    assert entries["none"]["prompt_tokens"] == entries["user_lora"]["prompt_tokens"] == read
+    soft_tokens = 1 + 4  # the instruction's and the persona's
+    assert entries["pplug"]["prompt_tokens"] == read + soft_tokens
+    assert entries["bm25"]["prompt_tokens"] > read
     items = [len(example.profile) for example in read_split(Settings.of(comparison()), "eval")]
     assert entries["none"]["bytes_per_user"] == entries["none"]["trainable"] == 0
     assert entries["pplug"]["bytes_per_user"] == np.mean(items) * 128 * 2
@@ -204,9 +212,17 @@ def test_users_who_are_held_out_are_not_trained_on(
 
 
 def test_variants_are_trained_on_what_they_say(tmp_path: Path) -> None:
-    names = ("pplug+retrieval", "pplug+answers", "own_items", "difference", "task_lora+pplug")
+    names = (
+        "pplug+retrieval",
+        "pplug+answers",
+        "own_items",
+        "difference",
+        "task_lora+pplug",
+        "behind",
+    )
     variants = str(
         {"own_items": {"train.own_items": 2}, "difference": {"plug.features": ("difference",)}}
+        | {"behind": {"plug.place": "behind"}}
     )
     run(comparison(methods=names, seeds=(0,), variants=variants), tmp_path, "compare")
     steps = {name: Checkpoints(tmp_path / "seed_0" / "checkpoints" / name).latest for name in names}
@@ -214,6 +230,8 @@ def test_variants_are_trained_on_what_they_say(tmp_path: Path) -> None:
     assert steps == dict.fromkeys(names, 3) | {"own_items": 9}
     entries = results_of(tmp_path)["methods"]
     assert entries["difference"]["trainable"] > entries["pplug+retrieval"]["trainable"]
+    # The prompt's suffix stands behind these soft tokens, and is read as well.
+    assert entries["behind"]["prompt_tokens"] == entries["own_items"]["prompt_tokens"]
     kept = [entries[name]["bytes_per_user"] for name in names[:3]]
     assert kept[0] > kept[1] > kept[2]
     sizes = [entries[name]["trainable"] for name in ("task_lora+pplug", "own_items")]

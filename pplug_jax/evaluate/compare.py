@@ -141,7 +141,7 @@ def summary(
         pooled[name] = mean_statistics(by_seed)
         entry = {"about": methods_of(config)[name].about} | {
             field: statistics.mean(getattr(run.answers, field) for run in of_seeds)
-            for field in ("trainable", "bytes_per_user", "milliseconds")
+            for field in ("trainable", "bytes_per_user", "prompt_tokens", "milliseconds")
         }
         if seconds := [run.train_seconds for run in of_seeds if run.train_seconds is not None]:
             entry["train_seconds"] = statistics.mean(seconds)
@@ -215,12 +215,13 @@ def cost_rows(results: dict[str, Any], metric: str) -> tuple[list[str], list[lis
                 f"{statistics.stdev(seeds):.3f}" if len(seeds) > 1 else "",
                 f"{entry['trainable']:,}",
                 f"{entry['bytes_per_user']:,.0f}",
+                f"{entry['prompt_tokens']:.0f}",
                 "" if seconds is None else f"{seconds:.0f}",
                 f"{entry['milliseconds']:.0f}",
             ]
         )
-    header = ["method", "seeds' sd", "trained", "bytes/user", "train s", "ms/example"]
-    return header, cells
+    costs = ["trained", "bytes/user", "prompt tokens", "train s", "ms/example"]
+    return ["method", "seeds' sd", *costs], cells
 
 
 def write_tables(results: dict[str, Any], workdir: Path) -> None:

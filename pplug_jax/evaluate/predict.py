@@ -20,6 +20,7 @@ from pplug_jax.data import submission
 from pplug_jax.data.lamp import Example
 from pplug_jax.feed.batches import Batch, Tokenized, place_batch, plan_batches, with_queries
 from pplug_jax.llm import LLM
+from pplug_jax.llm.prompts import Behind
 from pplug_jax.methods.shown import Layout, layout_of, shown
 from pplug_jax.methods.table import Method, methods_of
 from pplug_jax.methods.users import own_items
@@ -60,6 +61,7 @@ class Answers(NamedTuple):
         step: the trained weights' step, if any.
         trainable: the number of parameters that training changed.
         bytes_per_user: the bytes that must be kept of a user, on average.
+        prompt_tokens: the tokens that the LLM reads before an answer, on average.
         milliseconds: an example's time, the median over batches.
         shown: for each example the places in its profile of the items that the prompt shows, if
             they are the user's own.
@@ -70,6 +72,7 @@ class Answers(NamedTuple):
     step: int | None
     trainable: int
     bytes_per_user: float
+    prompt_tokens: float
     milliseconds: float
     shown: Sequence[Sequence[int]] = ()
 
@@ -218,7 +221,12 @@ def answer_examples(
     if path.is_file() and about.is_file():
         facts = json.loads(read_text(about))
         known = submission.read(path, task)
-        if facts["step"] == step and list(known) == [example.id for example in examples]:
+        current = facts.keys() | {"texts"} == set(Answers._fields)
+        if (
+            current
+            and facts["step"] == step
+            and list(known) == [example.id for example in examples]
+        ):
             return Answers(known, **facts)
     trained, trainable = None, 0
     if method.plug:
@@ -243,6 +251,7 @@ def answer_examples(
         step,
         trainable,
         _bytes_per_user(models, method, config, examples, inputs),
+        prompt_tokens(models, method, config, inputs),
         preparing + milliseconds,
         [] if method.history == "another" else [list(each.shown) for each in inputs],
     )
@@ -255,6 +264,24 @@ def answer_examples(
     write_json(about, {k: v for k, v in answers._asdict().items() if k != "texts"})
     wait_for_all(f"answers of {method.name}")
     return answers
+
+
+def prompt_tokens(
+    models: Models, method: Method, config: Settings, tokenized: Sequence[Tokenized]
+) -> float:
+    """Return the mean number of tokens that the LLM reads before an answer, soft ones included.
+
+    Args:
+        models: the run's models.
+        method: the method.
+        config: the method's config (`table.configured`).
+        tokenized: the examples, as the method shows them.
+    """
+    place = place_of(models, method, config)
+    added = len(place.suffix) if isinstance(place, Behind) else 0
+    if method.plug:
+        added += PLUGS[method.kind].soft_tokens(config, method.reading)
+    return added + statistics.mean(len(arrays.prompt) for arrays in tokenized)
 
 
 def _bytes_per_user(

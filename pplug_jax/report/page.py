@@ -36,6 +36,7 @@ MAX_POINTS = 400  # of a loss curve
 COSTS = {
     "trainable": "trainable parameters",
     "bytes_per_user": "bytes per user",
+    "prompt_tokens": "prompt tokens",
     "train_seconds": "training, s",
     "milliseconds": "ms per example",
 }
