@@ -66,6 +66,7 @@ FROM_ONE = (
 )
 FROM_ZERO = ("train.prompt_cache",)
 ABOVE_ZERO = ("plug.temperature", "train.epochs", "train.learning_rate", "train.clip_norm")
+OF_ALL_METHODS = ("train.prompt_cache", "train.validation")
 SHARES = ("plug.history_dropout", "plug.persona_dropout", "train.warmup", "train.validation")
 DTYPES = ("float32", "bfloat16", "float16")
 CHOICES = {
@@ -180,6 +181,8 @@ def _check_variant(config: Settings, variant: Method, settings: Changes) -> None
                 f"{where} changes {field!r}, which no plug's training reads; only settings of "
                 "plug and train make another plug"
             )
+        if field in OF_ALL_METHODS:
+            raise ConfigError(f"{where} changes {field!r}, which is the same for all methods")
         kind = type(known[field])
         accepted = {float: (float, int), tuple: (tuple, list)}.get(kind, kind)
         if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):

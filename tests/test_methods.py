@@ -94,6 +94,8 @@ def test_a_variant_is_pplug_with_other_settings():
         ("{'x': {'plug.features': ('form', 'form')}}", "'form' is named twice"),
         ("{'x': {'train.accumulation': 3}}", "does not divide into"),
         ("{'x': {'seed': 1}}", "changes 'seed', which no plug's training reads"),
+        ("{'x': {'train.validation': 0.1}}", "'train.validation', which is the same for all"),
+        ("{'x': {'train.prompt_cache': 1.0}}", "'train.prompt_cache', which is the same for all"),
         ("{'x': {3: True}}", "must be names with the settings"),
     ],
 )
