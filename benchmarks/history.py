@@ -9,6 +9,7 @@ workdir's seeds. Style is measured against the whole history.
 """
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,10 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "The workdir of a comparison.", required=True)
 flags.DEFINE_list("items", ["0", "1", "2", "4", "8", "16"], "How many items are left.")
 flags.DEFINE_list("methods", None, "Methods; by default the workdir's.")
+
+flags.register_validator(
+    "items", lambda counts: all(count.isdecimal() for count in counts), "numbers from 0 on"
+)
 
 HEADER = ("method", "items", "prompt tokens", "loss", "metric (95% interval)", "style")
 
@@ -78,6 +83,8 @@ def main(argv: Sequence[str]) -> None:
     del argv
     workdir = Path(FLAGS.workdir)
     config = Settings.of(read_object(workdir / CONFIG))
+    if not seed_path(workdir, config.seeds[0]).is_dir():
+        sys.exit(f"error: {workdir} is not the workdir of --mode=compare: it has no seed_*/")
     models = Models(config, workdir)
     examples = list(read_split(config, "eval"))
     users = [example.user for example in examples]

@@ -90,7 +90,8 @@ def use(c: ml_collections.ConfigDict, argument: str) -> None:
     preset = PRESETS[name]
     c.llm.path = preset.path
     c.llm.chat = preset.chat
-    c.llm.separator = ""
+    if not preset.chat:
+        c.llm.separator = ""  # as T5 was trained
     c.data.max_input_length = preset.max_input_length
     c.train.learning_rate = preset.learning_rate
     c.train.remat = True  # it fits most

@@ -1,6 +1,7 @@
 """The command: `python -m pplug_jax.main --config=configs/lamp5.py`."""
 
 import json
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -171,7 +172,8 @@ def main(argv: list[str]) -> None:
     except (InputError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command again to go on")
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise

@@ -173,6 +173,9 @@ def run(
             f"config.data.train_split: {config.data.train_split} has no outputs to train on; leave "
             "trained methods out of config.methods, or name another split"
         )
+    for split, examples in ((config.data.train_split, train), (config.data.eval_split, held_out)):
+        if examples and not any(example.profile for example in examples):
+            say(f"{split}: no user has a history, so that a plug has nothing to read here")
     config = learnt(config, workdir, train or held_out)
     check_answers(config)
     with locked(workdir):

@@ -99,13 +99,22 @@ def test_the_config_and_the_workdir_go_before_the_data(tmp_path: Path) -> None:
         data = learnt(config, tmp_path, EXAMPLES).data
         return data.answer, data.instruction
 
-    assert found(CUSTOM.changed({"data.answer": "label"})) == ("label", "Write a title. ")
+    assert found(CUSTOM.changed({"data.answer": "text"})) == ("text", "Write a title. ")
     saved = {"data": {"answer": "text", "instruction": "Say "}}
     (tmp_path / "config.json").write_text(json.dumps(saved))
     assert found() == ("text", "Say ")
     # One that was made before anything was learnt goes on as it began.
     (tmp_path / "config.json").write_text("{}")
     assert found() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("examples", "why"),
+    [(EXAMPLES, "no item has a label in 2 records"), ([example()], "no user has a history in 1")],
+)
+def test_an_answer_that_no_item_has(tmp_path: Path, examples: list[Example], why: str) -> None:
+    with pytest.raises(ConfigError, match=f"config.data.answer: {why}"):
+        learnt(CUSTOM.changed({"data.answer": "label"}), tmp_path, examples)
 
 
 def test_own_items_need_an_answer() -> None:

@@ -122,6 +122,18 @@ def test_seeds_differ_and_methods_without_weights_run_once(compared: Path) -> No
     assert losses[0]["value"] != losses[1]["value"]
 
 
+def test_another_split_leaves_the_results_of_the_workdirs_own(
+    compared: Path, tmp_path: Path
+) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(compared, workdir)
+    before = results_of(workdir)
+    run(comparison(methods=("none",), data__eval_split="test"), workdir, "compare")
+    assert results_of(workdir) == before
+    assert json.loads((workdir / "results.test.json").read_text())["split"] == "test"
+    assert (workdir / "results.test.md").is_file()
+
+
 def test_what_a_plug_made_of_the_users_is_written(compared: Path) -> None:
     examples = read_split(Settings.of(comparison()), "eval")
     found = np.load(compared / "seed_1" / "personas" / "dev.pplug.npz")

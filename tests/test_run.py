@@ -391,6 +391,7 @@ def test_files_in_lamps_format_with_empty_profiles_and_withheld_outputs(
     assert [gold["id"] for gold in submission["golds"]] == [str(i) for i in range(8)]
     output = capsys.readouterr().out
     assert "nothing is scored" in output
+    assert "no user has a history" not in output
     assert "1 of them reach the encoder's 64 tokens" in output
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert all(np.isfinite(line["value"]) for line in lines)

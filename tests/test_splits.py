@@ -112,6 +112,10 @@ def test_a_part_of_a_split(tmp_path: Path, split: str, count: int):
     config = config_of("LaMP_4", tmp_path, data__eval_split=split)
     whole = read(tmp_path, "dev", TASKS["LaMP_4"])
     assert list(read_split(config, "eval")) == [whole[i] for i in range(count)]
+    for part in ("dev[2:4]", "dev[-1:]", "dev[:10%]"):
+        config.data.eval_split = part
+        with pytest.raises(ConfigError, match=r"the first records alone can be named"):
+            read_split(config, "eval")
     config.data.eval_split = "dev[:0]"
     with pytest.raises(DataError, match=r"the split dev\[:0\] has no questions"):
         read_split(config, "eval")

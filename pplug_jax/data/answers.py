@@ -10,6 +10,7 @@ import numpy as np
 
 from pplug_jax.data.lamp import Example, Subset
 from pplug_jax.data.tasks import TASKS, Task
+from pplug_jax.errors import ConfigError
 from pplug_jax.settings import Settings, upgraded
 from pplug_jax.storage.files import read_object
 from pplug_jax.storage.workdir import CONFIG
@@ -28,6 +29,9 @@ def learnt(config: Settings, workdir: Path, examples: Sequence[Example]) -> Sett
     """Return the settings with `data.answer` and `data.instruction`, where they are empty.
 
     What a workdir began with stays, whatever split is read now.
+
+    Raises:
+        ConfigError: no item has the field that `data.answer` names.
     """
     task = TASKS[config.task]
     if not task.answers:
@@ -39,6 +43,7 @@ def learnt(config: Settings, workdir: Path, examples: Sequence[Example]) -> Sett
     else:
         places = np.unique(np.linspace(0, len(examples) - 1, READ).round().astype(int))
         read = list(Subset(examples, places.tolist()))
+        _check_answer(config.data.answer, read)
         answer, instruction = find_answer(task, read), find_instruction(task, read)
     return config.changed(
         {
@@ -46,6 +51,13 @@ def learnt(config: Settings, workdir: Path, examples: Sequence[Example]) -> Sett
             "data.instruction": config.data.instruction or instruction,
         }
     )
+
+
+def _check_answer(field: str, examples: Sequence[Example]) -> None:
+    items = [item for example in examples for item in example.profile]
+    if field and not any(item[field].strip() for item in items):
+        lack = f"no item has a {field}" if items else "no user has a history"
+        raise ConfigError(f"config.data.answer: {lack} in {len(examples)} records; leave it empty")
 
 
 def find_answer(task: Task, examples: Sequence[Example]) -> str:

@@ -35,8 +35,15 @@ def part_of(split: str) -> tuple[str, int | None]:
     """Return a split's name and how many records of it are meant: `train[:300]` is the first 300.
 
     TFDS writes parts so; None means all.
+
+    Raises:
+        ConfigError: another part than the first records.
     """
     match = re.fullmatch(r"(.+)\[:(\d+)\]", split)
+    if not match and split.endswith("]"):
+        raise ConfigError(
+            f"{split!r}: of a split the first records alone can be named, as in train[:300]"
+        )
     return (match[1], int(match[2])) if match else (split, None)
 
 

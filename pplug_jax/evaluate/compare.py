@@ -15,7 +15,7 @@ from pplug_jax.data.lamp import Example, Subset
 from pplug_jax.data.tasks import TASKS
 from pplug_jax.errors import ConfigError
 from pplug_jax.evaluate.predict import Answers, answer_examples
-from pplug_jax.evaluate.run import empty_results, statistics_of
+from pplug_jax.evaluate.run import empty_results, results_of_split, statistics_of
 from pplug_jax.feed.batches import Tokenized
 from pplug_jax.methods.shown import Layout
 from pplug_jax.methods.table import CONTROLS, Method, asked_for, configured, methods_of
@@ -34,7 +34,6 @@ from pplug_jax.storage.workdir import (
     METRICS,
     plot_path,
     predictions_path,
-    results_path,
     seed_path,
     table_path,
 )
@@ -100,7 +99,7 @@ def compare_methods(models: Models, train: Sequence[Example], held_out: Sequence
                 )
     results = summary(models, held_out, runs)
     results["facts"] = facts(models)
-    write_json(results_path(workdir), results)
+    write_json(results_of_split(workdir, config.data.eval_split), results)
     write_tables(results, workdir)
 
 
@@ -242,7 +241,7 @@ def write_tables(results: dict[str, Any], workdir: Path) -> None:
         "the paired bootstrap's over users; * is p < 0.05 by the paired permutation test."
     )
     parts = [f"## {caption}\n\n{markdown(*table)}" for caption, table in tables.items()]
-    path = results_path(workdir)
+    path = results_of_split(workdir, results["split"])
     write_text(table_path(path), "\n\n".join([*parts, note, ""]).removeprefix("#"))
     say(note)
     if all(first in entry for entry in results["methods"].values()):

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,12 @@ def statistics_of(
     return statistics
 
 
+def results_of_split(workdir: Path, split: str) -> Path:
+    """Return where a split's results lie; another than the workdir's own leaves that one's be."""
+    own = read_object(workdir / CONFIG)["data"]["eval_split"]
+    return results_path(workdir, "" if split == own else split)
+
+
 def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
     """Run every method of the config and print the table.
 
@@ -52,10 +59,7 @@ def evaluate(models: Models, examples: Sequence[Example]) -> dict[str, Any]:
     config, task, workdir = models.config, models.task, models.workdir
     methods = methods_of(config)
     tokenized = functools.cache(lambda layout: tokenize(models, examples, layout))
-    # Another split than the workdir's own leaves that one's results as they are.
-    workdir_split = read_object(workdir / CONFIG)["data"]["eval_split"]
-    split = config.data.eval_split
-    path = results_path(workdir, "" if split == workdir_split else split)
+    path = results_of_split(workdir, config.data.eval_split)
     results = empty_results(config, examples)
 
     @functools.cache

@@ -10,11 +10,15 @@ from pplug_jax.data.tasks import Task
 
 
 def strangers(histories: Sequence[np.ndarray], seed: int) -> list[int | None]:
-    """Choose for each example another whose history shares no text with it; None if there is none.
+    """Choose for each example another whose history shares no text with it.
 
     Args:
         histories: (n,) int for each example, the keys of its history's texts.
         seed: of the choice.
+
+    Returns:
+        the other's place; None if there is none, or if the example has no history itself: another's
+            would give it more than its own.
     """
     # A random cycle over the examples gives everyone another's history. One user may have several
     # examples, with histories of different times, and the files may not say whose they are: so the
@@ -25,7 +29,7 @@ def strangers(histories: Sequence[np.ndarray], seed: int) -> list[int | None]:
     for i, rows in enumerate(histories):
         others = (int(cycle[(place[i] + step) % len(cycle)]) for step in range(1, len(cycle)))
         strange = (j for j in others if len(histories[j]) and not np.isin(histories[j], rows).any())
-        chosen.append(next(strange, None))
+        chosen.append(next(strange, None) if len(rows) else None)
     return chosen
 
 
