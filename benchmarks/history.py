@@ -58,18 +58,25 @@ def newest(examples: Sequence[Example], count: int) -> list[Example]:
 
 
 def measure(
-    models: Models, method: Method, seed: int, examples: Sequence[Example], counts: Sequence[int]
+    models: Models,
+    method: Method,
+    seed: int,
+    examples: Sequence[Example],
+    histories: Sequence[Sequence[Example]],
 ) -> list[tuple[dict[str, np.ndarray], float]]:
-    """For each count each example's statistics, and the mean number of tokens before the answer."""
+    """Each example's statistics, and the mean number of tokens before the answer, more than once.
+
+    `histories` are the examples with other histories, which the method reads; style is measured
+    against the examples' own.
+    """
     settings = configured(models.config, method, seed)
     weights, measured = None, []
     if method.plug:
         weights = restore_weights(models, method, settings, seed_path(models.workdir, seed))
-    for count in counts:
-        left = newest(examples, count)
-        tokenized = tokenize(models, left, layout_of(method, settings))
+    for given in histories:
+        tokenized = tokenize(models, given, layout_of(method, settings))
         inputs = shown(
-            models.task, models.tokenizer, models.store, method, settings, left, tokenized
+            models.task, models.tokenizer, models.store, method, settings, given, tokenized
         )
         texts, losses, milliseconds = predict(models, method, settings, weights, inputs)
         named = {example.id: text for example, text in zip(examples, texts, strict=True)}
@@ -89,11 +96,12 @@ def main(argv: Sequence[str]) -> None:
     examples = list(read_split(config, "eval"))
     users = [example.user for example in examples]
     counts = [int(count) for count in FLAGS.items]
+    histories = [newest(examples, count) for count in counts]
     rows, records = [], []
     for name in FLAGS.methods or config.methods:
         method = methods_of(config)[name]
         seeds = config.seeds if method.plug else config.seeds[:1]
-        by_seed = [measure(models, method, seed, examples, counts) for seed in seeds]
+        by_seed = [measure(models, method, seed, examples, histories) for seed in seeds]
         for count, of_seeds in zip(counts, zip(*by_seed, strict=True), strict=True):
             tokens = of_seeds[0][1]
             found: dict[str, Any] = scores(

@@ -1,0 +1,99 @@
+"""Whether a plug knows the person or their surroundings: a neighbour's history for the own one.
+
+    python -m benchmarks.neighbours --workdir=RUN --methods=pplug
+
+answers the held-out examples of `--mode=compare`'s workdir with everyone's own history and with
+that of another person whose texts are most like theirs, by the cosine between the mean vectors of
+the histories. `shuffled_user` draws anyone: where people share a project or a topic, what it costs
+is in part that of another project. Differences are paired, over the workdir's seeds.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+from benchmarks.history import measure
+from benchmarks.timing import report
+from pplug_jax.data.lamp import Example
+from pplug_jax.data.sources import read_split
+from pplug_jax.methods.table import methods_of
+from pplug_jax.scoring.metrics import paired_difference, value_of
+from pplug_jax.scoring.summary import mean_statistics
+from pplug_jax.session import Models
+from pplug_jax.session.inputs import histories
+from pplug_jax.settings import Settings
+from pplug_jax.storage.files import read_object
+from pplug_jax.storage.workdir import CONFIG, seed_path
+
+FLAGS = flags.FLAGS
+flags.declare_key_flag("workdir")
+flags.declare_key_flag("methods")
+
+HEADER = ("method", "measure", "own", "a neighbour's", "difference (95% interval)", "p")
+
+
+def neighbours(models: Models, examples: Sequence[Example]) -> list[Example]:
+    """The examples with the history of the nearest other person; without one, with none.
+
+    Another person's history is one that shares no text, as for `shuffled_user`.
+    """
+    texts = histories(models, examples)
+    vectors = np.zeros((len(examples), models.encoder.size), np.float32)
+    for mean, history in zip(vectors, texts, strict=True):
+        if len(history.texts):
+            mean[:] = models.store.vectors(history).astype(np.float32).mean(axis=0)
+            mean /= np.linalg.norm(mean)
+    found = []
+    for example, own, vector in zip(examples, texts, vectors, strict=True):
+        nearest = np.argsort(-(vectors @ vector), kind="stable").tolist()
+        other = next(
+            (
+                examples[i]
+                for i in nearest
+                if len(texts[i].texts) and not np.isin(texts[i].texts, own.texts).any()
+            ),
+            dataclasses.replace(example, profile=()),
+        )
+        found.append(dataclasses.replace(example, user=other.user, profile=other.profile))
+    return found
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    workdir = Path(FLAGS.workdir)
+    config = Settings.of(read_object(workdir / CONFIG))
+    if not seed_path(workdir, config.seeds[0]).is_dir():
+        sys.exit(f"error: {workdir} is not the workdir of --mode=compare: it has no seed_*/")
+    models = Models(config, workdir)
+    examples = list(read_split(config, "eval"))
+    users = [example.user for example in examples]
+    given = [examples, neighbours(models, examples)]
+    rows, records = [], []
+    for name in FLAGS.methods or config.methods:
+        method = methods_of(config)[name]
+        seeds = config.seeds if method.plug else config.seeds[:1]
+        by_seed = [measure(models, method, seed, examples, given) for seed in seeds]
+        own, other = (
+            mean_statistics([statistics for statistics, _ in of_seeds])
+            for of_seeds in zip(*by_seed, strict=True)
+        )
+        for metric in own:
+            samples = config.eval.bootstrap_samples
+            found = paired_difference(metric, other[metric], own[metric], samples, users=users)
+            values = [value_of(metric, statistics[metric]) for statistics in (own, other)]
+            record: dict[str, Any] = {"method": name, "metric": metric, "values": values}
+            records.append(record | found._asdict())
+            interval = f"{found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+            shown = (f"{value:.3f}" for value in values)
+            rows.append((name, metric, *shown, interval, f"{found.p_value:.4f}"))
+            print(*rows[-1], sep="  ", flush=True)
+    report("neighbours", config.llm.path, HEADER, rows, records)
+
+
+if __name__ == "__main__":
+    app.run(main)
