@@ -44,6 +44,15 @@ flags.register_validator(
 HEADER = ("method", "items", "prompt tokens", "loss", "metric (95% interval)", "style")
 
 
+def opened() -> tuple[Models, list[Example]]:
+    """The comparison in `--workdir`, and its held-out examples."""
+    workdir = Path(FLAGS.workdir)
+    config = Settings.of(read_object(workdir / CONFIG))
+    if not seed_path(workdir, config.seeds[0]).is_dir():
+        sys.exit(f"error: {workdir} is not the workdir of --mode=compare: it has no seed_*/")
+    return Models(config, workdir), list(read_split(config, "eval"))
+
+
 def newest(examples: Sequence[Example], count: int) -> list[Example]:
     """The examples with the `count` newest items of their histories."""
     profiles = (list(by_date(example.profile)) for example in examples)
@@ -88,12 +97,8 @@ def measure(
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    workdir = Path(FLAGS.workdir)
-    config = Settings.of(read_object(workdir / CONFIG))
-    if not seed_path(workdir, config.seeds[0]).is_dir():
-        sys.exit(f"error: {workdir} is not the workdir of --mode=compare: it has no seed_*/")
-    models = Models(config, workdir)
-    examples = list(read_split(config, "eval"))
+    models, examples = opened()
+    config = models.config
     users = [example.user for example in examples]
     counts = [int(count) for count in FLAGS.items]
     histories = [newest(examples, count) for count in counts]

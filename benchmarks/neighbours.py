@@ -9,26 +9,20 @@ is in part that of another project. Differences are paired, over the workdir's s
 """
 
 import dataclasses
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import app, flags
 
-from benchmarks.history import measure
+from benchmarks.history import measure, opened
 from benchmarks.timing import report
 from pplug_jax.data.lamp import Example
-from pplug_jax.data.sources import read_split
 from pplug_jax.methods.table import methods_of
 from pplug_jax.scoring.metrics import paired_difference, value_of
 from pplug_jax.scoring.summary import mean_statistics
 from pplug_jax.session import Models
 from pplug_jax.session.inputs import histories
-from pplug_jax.settings import Settings
-from pplug_jax.storage.files import read_object
-from pplug_jax.storage.workdir import CONFIG, seed_path
 
 FLAGS = flags.FLAGS
 flags.declare_key_flag("workdir")
@@ -65,12 +59,8 @@ def neighbours(models: Models, examples: Sequence[Example]) -> list[Example]:
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    workdir = Path(FLAGS.workdir)
-    config = Settings.of(read_object(workdir / CONFIG))
-    if not seed_path(workdir, config.seeds[0]).is_dir():
-        sys.exit(f"error: {workdir} is not the workdir of --mode=compare: it has no seed_*/")
-    models = Models(config, workdir)
-    examples = list(read_split(config, "eval"))
+    models, examples = opened()
+    config = models.config
     users = [example.user for example in examples]
     given = [examples, neighbours(models, examples)]
     rows, records = [], []

@@ -55,9 +55,8 @@ def learnt(config: Settings, workdir: Path, examples: Sequence[Example]) -> Sett
 
 def _check_answer(field: str, examples: Sequence[Example]) -> None:
     items = [item for example in examples for item in example.profile]
-    if field and not any(item[field].strip() for item in items):
-        lack = f"no item has a {field}" if items else "no user has a history"
-        raise ConfigError(f"config.data.answer: {lack} in {len(examples)} records; leave it empty")
+    if field and items and not any(item[field].strip() for item in items):
+        raise ConfigError(f"config.data.answer: none of {len(items)} items has a {field}")
 
 
 def find_answer(task: Task, examples: Sequence[Example]) -> str:
