@@ -67,17 +67,30 @@ def newest(examples: Sequence[Example], count: int) -> list[Example]:
 
 
 def measure(
+    models: Models, name: str, examples: Sequence[Example], histories: Sequence[Sequence[Example]]
+) -> list[tuple[dict[str, np.ndarray], float]]:
+    """Each example's statistics, means over the seeds, and how many tokens precede an answer.
+
+    Both for each of `histories`: the examples with other histories, which the method reads. Style
+    is measured against the examples' own.
+    """
+    config = models.config
+    method = methods_of(config)[name]
+    seeds = config.seeds if method.plug else config.seeds[:1]
+    by_seed = [_of_seed(models, method, seed, examples, histories) for seed in seeds]
+    return [
+        (mean_statistics([statistics for statistics, _ in of_seeds]), of_seeds[0][1])
+        for of_seeds in zip(*by_seed, strict=True)
+    ]
+
+
+def _of_seed(
     models: Models,
     method: Method,
     seed: int,
     examples: Sequence[Example],
     histories: Sequence[Sequence[Example]],
 ) -> list[tuple[dict[str, np.ndarray], float]]:
-    """Each example's statistics, and the mean number of tokens before the answer, more than once.
-
-    `histories` are the examples with other histories, which the method reads; style is measured
-    against the examples' own.
-    """
     settings = configured(models.config, method, seed)
     weights, measured = None, []
     if method.plug:
@@ -104,16 +117,9 @@ def main(argv: Sequence[str]) -> None:
     histories = [newest(examples, count) for count in counts]
     rows, records = [], []
     for name in FLAGS.methods or config.methods:
-        method = methods_of(config)[name]
-        seeds = config.seeds if method.plug else config.seeds[:1]
-        by_seed = [measure(models, method, seed, examples, histories) for seed in seeds]
-        for count, of_seeds in zip(counts, zip(*by_seed, strict=True), strict=True):
-            tokens = of_seeds[0][1]
-            found: dict[str, Any] = scores(
-                mean_statistics([statistics for statistics, _ in of_seeds]),
-                config.eval.bootstrap_samples,
-                users,
-            )
+        measured = measure(models, name, examples, histories)
+        for count, (statistics, tokens) in zip(counts, measured, strict=True):
+            found: dict[str, Any] = scores(statistics, config.eval.bootstrap_samples, users)
             records.append({"method": name, "items": count, "tokens": tokens} | found)
             metric = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**found[models.task.metrics[0]])
             loss, style = (

@@ -8,7 +8,6 @@ the histories. `shuffled_user` draws anyone: where people share a project or a t
 is in part that of another project. Differences are paired, over the workdir's seeds.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,9 +17,10 @@ from absl import app, flags
 from benchmarks.history import measure, opened
 from benchmarks.timing import report
 from pplug_jax.data.lamp import Example
-from pplug_jax.methods.table import methods_of
+from pplug_jax.feed.retrieval import nearest
+from pplug_jax.methods.shown import with_profiles_of
+from pplug_jax.methods.users import first_stranger
 from pplug_jax.scoring.metrics import paired_difference, value_of
-from pplug_jax.scoring.summary import mean_statistics
 from pplug_jax.session import Models
 from pplug_jax.session.inputs import histories
 
@@ -36,25 +36,18 @@ def neighbours(models: Models, examples: Sequence[Example]) -> list[Example]:
 
     Another person's history is one that shares no text, as for `shuffled_user`.
     """
-    texts = histories(models, examples)
+    read = histories(models, examples)
     vectors = np.zeros((len(examples), models.encoder.size), np.float32)
-    for mean, history in zip(vectors, texts, strict=True):
+    for mean, history in zip(vectors, read, strict=True):
         if len(history.texts):
             mean[:] = models.store.vectors(history).astype(np.float32).mean(axis=0)
             mean /= np.linalg.norm(mean)
-    found = []
-    for example, own, vector in zip(examples, texts, vectors, strict=True):
-        nearest = np.argsort(-(vectors @ vector), kind="stable").tolist()
-        other = next(
-            (
-                examples[i]
-                for i in nearest
-                if len(texts[i].texts) and not np.isin(texts[i].texts, own.texts).any()
-            ),
-            dataclasses.replace(example, profile=()),
-        )
-        found.append(dataclasses.replace(example, user=other.user, profile=other.profile))
-    return found
+    texts = [history.texts for history in read]
+    others = (
+        first_stranger(texts, i, nearest(vectors, vector, len(vectors)))
+        for i, vector in enumerate(vectors)
+    )
+    return list(with_profiles_of(examples, others))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -65,13 +58,7 @@ def main(argv: Sequence[str]) -> None:
     given = [examples, neighbours(models, examples)]
     rows, records = [], []
     for name in FLAGS.methods or config.methods:
-        method = methods_of(config)[name]
-        seeds = config.seeds if method.plug else config.seeds[:1]
-        by_seed = [measure(models, method, seed, examples, given) for seed in seeds]
-        own, other = (
-            mean_statistics([statistics for statistics, _ in of_seeds])
-            for of_seeds in zip(*by_seed, strict=True)
-        )
+        own, other = (statistics for statistics, _ in measure(models, name, examples, given))
         for metric in own:
             samples = config.eval.bootstrap_samples
             found = paired_difference(metric, other[metric], own[metric], samples, users=users)

@@ -93,13 +93,14 @@ def test_what_a_method_costs(compared: Path) -> None:
     entries = results_of(compared)["methods"]
     config = Settings.of(comparison())
     tokenizer = Models(config, compared).tokenizer
-    inputs = [example.input for example in read_split(config, "eval")]
-    read = np.mean([len(tokenizer.prompt(text, config.data.max_input_length)) for text in inputs])
+    examples = read_split(config, "eval")
+    length = config.data.max_input_length
+    read = np.mean([len(tokenizer.prompt(example.input, length)) for example in examples])
     assert entries["none"]["prompt_tokens"] == entries["user_lora"]["prompt_tokens"] == read
     soft_tokens = 1 + 4  # the instruction's and the persona's
     assert entries["pplug"]["prompt_tokens"] == read + soft_tokens
     assert entries["bm25"]["prompt_tokens"] > read
-    items = [len(example.profile) for example in read_split(Settings.of(comparison()), "eval")]
+    items = [len(example.profile) for example in examples]
     assert entries["none"]["bytes_per_user"] == entries["none"]["trainable"] == 0
     assert entries["pplug"]["bytes_per_user"] == np.mean(items) * 128 * 2
     assert entries["pplug"]["trainable"] > entries["task_lora"]["trainable"] > 0
@@ -233,8 +234,11 @@ def test_variants_are_trained_on_what_they_say(tmp_path: Path) -> None:
         "behind",
     )
     variants = str(
-        {"own_items": {"train.own_items": 2}, "difference": {"plug.features": ("difference",)}}
-        | {"behind": {"plug.place": "behind"}}
+        {
+            "own_items": {"train.own_items": 2},
+            "difference": {"plug.features": ("difference",)},
+            "behind": {"plug.place": "behind"},
+        }
     )
     run(comparison(methods=names, seeds=(0,), variants=variants), tmp_path, "compare")
     steps = {name: Checkpoints(tmp_path / "seed_0" / "checkpoints" / name).latest for name in names}

@@ -79,7 +79,7 @@ def shown(
     if method.history == "another":
         readers = strangers([arrays.history.texts for arrays in tokenized], config.seed)
         if method.retrieval:
-            examples = _with_profiles_of(list(examples), readers)
+            examples = with_profiles_of(list(examples), readers)
     elif not reads or method.history == "none":
         readers = [None] * len(tokenized)
     else:
@@ -95,7 +95,7 @@ def shown(
     ]
 
 
-def _with_profiles_of(
+def with_profiles_of(
     examples: Sequence[Example], others: Iterable[int | None]
 ) -> Iterator[Example]:
     """Yield each example with the profile of another one, or with an empty one for None."""

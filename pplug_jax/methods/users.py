@@ -1,7 +1,7 @@
 """Tell users apart by their histories, and turn a user's items into examples."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -17,8 +17,7 @@ def strangers(histories: Sequence[np.ndarray], seed: int) -> list[int | None]:
         seed: of the choice.
 
     Returns:
-        the other's place; None if there is none, or if the example has no history itself: another's
-            would give it more than its own.
+        the other's place, as `first_stranger`.
     """
     # A random cycle over the examples gives everyone another's history. One user may have several
     # examples, with histories of different times, and the files may not say whose they are: so the
@@ -26,11 +25,27 @@ def strangers(histories: Sequence[np.ndarray], seed: int) -> list[int | None]:
     cycle = np.random.default_rng(seed).permutation(len(histories))
     place = {example: i for i, example in enumerate(cycle)}
     chosen = []
-    for i, rows in enumerate(histories):
+    for i in range(len(histories)):
         others = (int(cycle[(place[i] + step) % len(cycle)]) for step in range(1, len(cycle)))
-        strange = (j for j in others if len(histories[j]) and not np.isin(histories[j], rows).any())
-        chosen.append(next(strange, None) if len(rows) else None)
+        chosen.append(first_stranger(histories, i, others))
     return chosen
+
+
+def first_stranger(histories: Sequence[np.ndarray], i: int, order: Iterable[int]) -> int | None:
+    """Return the first in an order whose history shares no text with example `i`'s.
+
+    Args:
+        histories: as for `strangers`.
+        i: the example.
+        order: places of examples.
+
+    Returns:
+        None if there is none, or if the example has no history itself: another's would give it more
+            than its own.
+    """
+    own = histories[i]
+    strange = (j for j in order if len(histories[j]) and not np.isin(histories[j], own).any())
+    return next(strange, None) if len(own) else None
 
 
 class SameUser:
